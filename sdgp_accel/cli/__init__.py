@@ -1,0 +1,40 @@
+"""The ``sdgp`` command: one module per subcommand, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+# name -> (module, one-line help). The help stands here so that `sdgp --help` imports nothing heavy.
+COMMANDS = {
+    "bench": ("sdgp_accel.cli.bench", "Time the training step, dense and SDGP interleaved."),
+    "validate": ("sdgp_accel.cli.validate", "Check every layer's gradients against float64 references."),
+    "plan": ("sdgp_accel.cli.plan", "Predict the saving of each layer on a named GPU."),
+    "train": ("sdgp_accel.cli.train", "Train by a recipe; without arguments, on embedded data."),
+    "doctor": ("sdgp_accel.cli.doctor", "Say what is built, what this machine would use, and what is missing."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands live in modules named by `COMMANDS`, each exposing ``command``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sdgp_accel")
+def main() -> None:
+    """Training that is measurably faster because its gradients are sparse."""
