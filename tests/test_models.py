@@ -1,0 +1,131 @@
+"""Models: shapes, the paper's architecture, causality, one training step each, clear errors."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from sdgp_accel import models
+
+OWN = ["resnet9", "digits", "conv_lm", "gpt"]
+
+
+def _small_batch(name: str) -> models.Batch:
+    if name in ("gpt", "conv_lm"):
+        return models.example_batch(name, 2, seq_len=16)
+    return models.example_batch(name, 4)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_one_step_lowers_the_loss(name: str) -> None:
+    torch.manual_seed(0)
+    model, batch = models.build(name), _small_batch(name)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    losses = []
+    for _ in range(3):
+        loss = models.loss(model(batch.inputs), batch.targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_resnet9_is_the_papers() -> None:
+    model = models.build("resnet9")
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    shape = [(c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0], c.padding[0], c.bias) for c in convs]
+    assert shape == [
+        (3, 128, 3, 1, 1, None),
+        (128, 256, 5, 2, 2, None),
+        (256, 256, 3, 1, 1, None),
+        (256, 256, 3, 1, 1, None),
+        (256, 512, 3, 1, 1, None),
+        (512, 512, 3, 1, 1, None),
+        (512, 512, 3, 1, 1, None),
+        (512, 256, 3, 1, 0, None),
+    ]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert [(m.in_features, m.out_features, m.bias) for m in linear] == [(256, 10, None)]
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == 8
+    features = model.features(torch.randn(2, 3, 32, 32))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert features.shape == (2, 256)
+
+
+@pytest.mark.parametrize("name", ["gpt", "conv_lm"])
+def test_language_models_are_causal(name: str) -> None:
+    torch.manual_seed(1)
+    model = models.build(name).eval()
+    tokens = torch.randint(256, (2, 24))
+    changed = tokens.clone()
+    changed[:, 12] = (changed[:, 12] + 1) % 256
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :12], after[:, :12])
+    assert not torch.allclose(before[:, 12], after[:, 12])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # torchvision's and timm's documented counts; GPT-2's from the paper's family (medium 345-355 M), vocabulary padded.
+    [("resnet50", 25_557_032), ("vit_base_patch16_224", 86_567_656), ("gpt2-medium", 354_871_296)],
+)
+def test_meta_models_have_the_known_size(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = models.build(name)
+        batch = models.example_batch(name, 2, device="meta")
+        output = model(batch.inputs)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert output.is_meta
+    assert output.shape[0] == 2
+
+
+def test_options_reach_the_constructor() -> None:
+    assert len(models.build("gpt", layers=3, width=32, heads=2).blocks) == 3
+    assert models.build("gpt", num_classes=99, seq_len=7).config.context == 7
+    assert models.build("digits", num_classes=3)(torch.randn(2, 1, 8, 8)).shape == (2, 3)
+    assert models.build("resnet18", num_classes=5).fc.out_features == 5
+    with torch.device("meta"):
+        assert models.build("vit_small_patch16_224", image_size=96).pos_embed.shape[1] == 37
+        assert models.build("torchvision/vit_b_16", image_size=96).image_size == 96
+        assert models.build("timm/resnet18", image_size=96).fc.out_features == 1000
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_are_left_out(name: str) -> None:
+    with torch.device("meta"):
+        model = models.build(name).train()
+        inputs = models.example_batch(name, 2, device="meta").inputs
+        assert isinstance(model(inputs), torch.Tensor)
+
+
+def test_batches_are_reproducible() -> None:
+    first = models.example_batch("digits", 3, generator=torch.Generator().manual_seed(5))
+    second = models.example_batch("digits", 3, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(first.inputs, second.inputs)
+    assert torch.equal(first.targets, second.targets)
+    text = models.example_batch("gpt", 2, seq_len=9)
+    assert torch.equal(text.inputs[:, 1:], text.targets[:, :-1])
+
+
+def test_errors_name_the_argument() -> None:
+    with pytest.raises(ValueError, match="'resnet_nonsense'"):
+        models.build("resnet_nonsense")
+    with pytest.raises(TypeError, match=r"no option depth; accepted: .*layers"):
+        models.build("gpt", depth=3)
+    with pytest.raises(ValueError, match="batch must be an int >= 1; got 0"):
+        models.example_batch("digits", 0)
+    with pytest.raises(ValueError, match="width must be a multiple of heads"):
+        models.build("gpt", width=30, heads=4)
+    with pytest.raises(ValueError, match="context is 128"):
+        models.build("gpt")(torch.zeros(1, 129, dtype=torch.long))
+
+
+def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ModuleNotFoundError, match=r"torchvision and timm are not installed.*sdgp_accel\[vision\]"):
+        models.build("resnet50")
