@@ -19,7 +19,7 @@ def random_flip(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def pad_crop(images: Tensor, padding: int, rng: torch.Generator) -> Tensor:
-    """Translate each image of [N, C, H, W] by up to `padding` pixels along both axes: pad with 0, crop H×W."""
+    """Translate each image of [N, C, H, W] by up to `padding` pixels along both axes: pad with 0, crop to H by W."""
     count, _, height, width = images.shape
     top, left = torch.randint(2 * padding + 1, (2, count), generator=rng).to(images.device)
     crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # [N, C, top, left, H, W]
@@ -27,7 +27,7 @@ def pad_crop(images: Tensor, padding: int, rng: torch.Generator) -> Tensor:
 
 
 def cutout(images: Tensor, size: int, rng: torch.Generator) -> Tensor:
-    """Set one `size`×`size` square inside each image of [N, C, H, W] to 0 (DeVries & Taylor, arXiv:1708.04552)."""
+    """Set one square of side `size` inside each image of [N, C, H, W] to 0 (DeVries & Taylor, arXiv:1708.04552)."""
     count, _, height, width = images.shape
     top = torch.randint(height - size + 1, (count, 1), generator=rng)
     left = torch.randint(width - size + 1, (count, 1), generator=rng)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Blur(nn.Module):
-    """Filters each channel of [N, C, H, W] with the 3×3 binomial kernel (1 2 1)ᵀ(1 2 1) / 16, zero-padded."""
+    """Filters each channel of [N, C, H, W] with the 3x3 binomial kernel (1 2 1)ᵀ(1 2 1) / 16, zero-padded."""
 
     kernel: Tensor
 

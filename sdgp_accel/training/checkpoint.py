@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sdgp_accel.training.distributed import World
 from sdgp_accel.training.recipe import Recipe, recipe_from_dict
@@ -105,22 +105,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _random_state(device: torch.device) -> dict[str, Any]:
     """The states of every generator that a model may draw from, as tensors and plain values."""
-    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": (torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
-    }
+    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 (the global one)
+    numpy_state["state"]["key"] = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy_state}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
 def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    keys: Tensor
-    keys, *rest = state["numpy"]
+    numpy_state = state["numpy"]
+    numpy_state["state"]["key"] = numpy_state["state"]["key"].numpy().astype(np.uint32)
+    np.random.set_state(numpy_state)  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

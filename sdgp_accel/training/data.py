@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -101,8 +101,9 @@ class InMemory:
             yield self._augmented(self.train_images[order[step]], rng), self.train_labels[order[step]]
 
     def test(self) -> Iterator[Batch]:
-        for images, labels in zip(self.test_images.split(TEST_BATCH), self.test_labels.split(TEST_BATCH), strict=True):
-            yield self.normalise(images), labels
+        for start in range(0, len(self.test_labels), TEST_BATCH):
+            part = slice(start, start + TEST_BATCH)
+            yield self.normalise(self.test_images[part]), self.test_labels[part]
 
     def _augmented(self, images: Tensor, rng: torch.Generator) -> Tensor:
         wanted, images = self.recipe.augment, self.normalise(images)
@@ -151,7 +152,7 @@ class ImageFolders:
         mine = range(self.world.rank, len(self.test_images), self.world.size)
         return self._load(self.test_images, [list(mine[i : i + TEST_BATCH]) for i in range(0, len(mine), TEST_BATCH)])
 
-    def _load(self, images: Dataset[Batch], batches: list[list[int]]) -> Iterator[Batch]:
+    def _load(self, images: Dataset[Any], batches: list[list[int]]) -> Iterator[Batch]:
         loader = DataLoader(
             images,
             batch_sampler=batches,
@@ -169,7 +170,9 @@ class ImageFolders:
 class _Seeded(Dataset[tuple[Tensor, int]]):
     """Applies `transform` to image `i` under a global generator seeded from `seed` and `i`, whatever process asks."""
 
-    def __init__(self, images: Dataset[tuple[object, int]], transform: Callable[[object], Tensor], seed: tuple[int, ...]):
+    def __init__(
+        self, images: Dataset[tuple[object, int]], transform: Callable[[object], Tensor], seed: tuple[int, ...]
+    ) -> None:
         self.images, self.transform, self.seed = images, transform, seed
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:

@@ -55,21 +55,23 @@ class World:
 
 
 @contextmanager
-def join_world(device: torch.device | None = None) -> Iterator[World]:
+def join_world(device: str | None = None) -> Iterator[World]:
     """The world that ``torchrun`` described in the environment (NCCL on GPUs, Gloo on CPUs), or one process.
 
-    `device` defaults to this process's GPU where there is one, else to the CPU.
+    `device` is ``"cuda"`` (this process's GPU), ``"cpu"``, or None for the first of them that there is. Raises
+    ValueError for ``"cuda"`` without a GPU.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device is None:
-        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if "RANK" not in os.environ or dist.is_initialized():
-        yield World(0, 1, device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be 'cpu' or None on a machine without a GPU that torch can use; got 'cuda'")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(place)
+    if "RANK" not in os.environ:
+        yield World(0, 1, place)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        yield World(dist.get_rank(), dist.get_world_size(), place)
     finally:
         dist.destroy_process_group()

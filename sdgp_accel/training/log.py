@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -66,3 +66,12 @@ class Log:
             for name in ("loss", "accuracy", "lr"):
                 self.board.add_scalar(name, row[name], int(row["epoch"]))
             self.board.flush()
+
+
+def _summary_writer(output_dir: Path) -> Any:
+    """TensorBoard's writer, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(output_dir))

@@ -92,7 +92,7 @@ class Recipe:
     amp: Literal["none", "float16", "bfloat16"] = "none"
     channels_last: bool = True
     blur_pool: bool = False
-    augment: Augment = Augment()  # noqa: RUF009 (frozen)
+    augment: Augment = Augment()
     test_flip: bool = False
     resolution: Resolution | None = None
     processes: int = 1

@@ -9,7 +9,8 @@ from sdgp_accel.training.recipe import Recipe, Resolution
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:
     """The learning rate at a fractional `epoch`: ``lr_start·lr`` → ``lr`` at `lr_peak_epoch` → 0 at the end."""
-    return float(np.interp(epoch, [0, recipe.lr_peak_epoch, recipe.epochs], [recipe.lr_start * recipe.lr, recipe.lr, 0]))
+    knots = [0, recipe.lr_peak_epoch, recipe.epochs]
+    return float(np.interp(epoch, knots, [recipe.lr_start * recipe.lr, recipe.lr, 0]))
 
 
 def image_size(resolution: Resolution, epoch: int) -> int:

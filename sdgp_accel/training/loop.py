@@ -1,0 +1,182 @@
+"""The training loop, and what it needs built."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sdgp_accel import models
+from sdgp_accel.training import checkpoint
+from sdgp_accel.training.blur_pool import add_blur_pool_
+from sdgp_accel.training.data import Data, generator_for, load_data
+from sdgp_accel.training.distributed import World, join_world
+from sdgp_accel.training.log import Log
+from sdgp_accel.training.recipe import Recipe
+from sdgp_accel.training.schedule import learning_rate
+
+CHECKPOINT = "checkpoint.pt"
+WEIGHTS = "weights.pt"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run reached: final test accuracy in percent, and the log's rows, one for each epoch."""
+
+    accuracy: float
+    seconds: float
+    rows: list[dict[str, float]]
+
+
+def train(
+    recipe: Recipe,
+    output_dir: Path,
+    data_dir: Path | None = None,
+    resume: bool = False,
+    device: str | None = None,
+) -> Result:
+    """Train by `recipe`; write ``checkpoint.pt``, ``log.csv``, TensorBoard events and ``weights.pt`` to `output_dir`.
+
+    Under ``torchrun`` this is one of several data-parallel processes. `resume` goes on from the checkpoint in
+    `output_dir`. `device` is ``"cpu"``, ``"cuda"``, or None for a GPU where there is one.
+
+    Raises ValueError or FileNotFoundError for what `load_data` and `checkpoint.load` do not accept and for a
+    checkpoint in `output_dir` without `resume`; RuntimeError where the loss is no longer finite.
+    """
+    saved = output_dir / CHECKPOINT
+    if saved.exists() and not resume:
+        raise ValueError(f"output_dir must be new, or pass resume; {output_dir} holds the checkpoint of a run")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with join_world(device) as world, Log(output_dir, world.is_main) as log:
+        seed_everything(recipe, world.rank)
+        data = load_data(recipe, data_dir, world)
+        model, swapped = build_model(recipe, data.num_classes, world.device)
+        optimizer = build_optimizer(recipe, model)
+        scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.amp == "float16")
+        progress = checkpoint.Progress()
+        if resume:
+            progress = checkpoint.load(saved, world, recipe, model, optimizer, scaler)
+        log.say(describe(recipe, world, swapped))
+
+        parallel, started = world.parallel(model), time.perf_counter()
+        while progress.epoch < recipe.epochs:
+            epoch_started = time.perf_counter()
+            loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=world.device)
+            parallel.train()
+            batches = data.train(progress.epoch, progress.step)
+            for images, labels in log.bar(
+                batches, f"epoch {progress.epoch + 1}/{recipe.epochs}", data.steps_per_epoch, progress.step
+            ):
+                lr = learning_rate(recipe, progress.epoch + progress.step / data.steps_per_epoch)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                with autocast(recipe, world.device):
+                    loss = F.cross_entropy(parallel(images), labels, label_smoothing=recipe.label_smoothing)
+                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                loss_sum += loss.detach()
+                progress.step += 1
+                if recipe.checkpoint_steps and progress.step % recipe.checkpoint_steps == 0:
+                    progress.loss_sum = float(loss_sum)
+                    checkpoint.save(saved, world, recipe, progress, model, optimizer, scaler)
+
+            row = {
+                "epoch": progress.epoch + 1,
+                "loss": float(world.sum(loss_sum)) / (data.steps_per_epoch * world.size),
+                "accuracy": test(recipe, world, model, data),
+                "lr": optimizer.param_groups[0]["lr"],
+                "seconds": round(time.perf_counter() - epoch_started, 3),
+            }
+            progress = checkpoint.Progress(progress.epoch + 1, 0, 0.0, [*progress.rows, row])
+            log.epoch(progress.rows, recipe.epochs)
+            if not np.isfinite(row["loss"]):
+                raise RuntimeError(f"the loss is {row['loss']} in epoch {row['epoch']}: training has diverged")
+            checkpoint.save(saved, world, recipe, progress, model, optimizer, scaler)
+
+        if world.is_main:
+            torch.save(model.state_dict(), output_dir / WEIGHTS)
+        return Result(progress.rows[-1]["accuracy"], time.perf_counter() - started, progress.rows)
+
+
+def seed_everything(recipe: Recipe, rank: int) -> None:
+    """Seed every global generator, differently for each rank, and settle whether cuDNN may choose by timing."""
+    seed = generator_for(recipe.seed, rank).initial_seed()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (the global one: a user's model may draw from it)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = not recipe.deterministic
+    torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may split sums by timing
+
+
+def build_model(recipe: Recipe, num_classes: int, device: torch.device) -> tuple[nn.Module, int]:
+    """The recipe's model on `device` with SDGP layers swapped in, and how many those are."""
+    model = models.build(recipe.model, num_classes)
+    if recipe.blur_pool:
+        add_blur_pool_(model)
+    model = model.to(device)
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if recipe.sdgp is None:
+        return model, 0
+    from sdgp_accel import accelerate_
+
+    only_conv2d = (lambda module, name: isinstance(module, nn.Conv2d)) if recipe.sdgp_layers == "conv2d" else None
+    return model, len(accelerate_(model, recipe.sdgp, only_conv2d).swapped)
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.SGD:
+    """SGD with momentum; weight decay on everything but the parameters of BatchNorm."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    undecayed = [parameter for norm in norms for parameter in norm.parameters()]
+    kept = {id(parameter) for parameter in undecayed}
+    decayed = [parameter for parameter in model.parameters() if id(parameter) not in kept]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+
+
+def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
+    """The recipe's mixed precision."""
+    dtype = torch.float16 if recipe.amp == "float16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=recipe.amp != "none")
+
+
+@torch.no_grad()
+def test(recipe: Recipe, world: World, model: nn.Module, data: Data) -> float:
+    """Top-1 accuracy of `model` on the whole test set, in percent."""
+    model.eval()
+    world.share_buffers(model)
+    counts = torch.zeros(2, dtype=torch.float64, device=world.device)  # correct, all
+    for images, labels in data.test():
+        with autocast(recipe, world.device):
+            logits = model(images)
+            if recipe.test_flip:
+                logits = logits + model(images.flip(3))
+        counts += torch.stack([(logits.argmax(1) == labels).sum(), torch.tensor(len(labels), device=world.device)])
+    correct, total = world.sum(counts).tolist()
+    return 100 * float(correct) / float(total)
+
+
+def describe(recipe: Recipe, world: World, swapped: int) -> str:
+    """What is about to be trained, in a line or two."""
+    how = "dense"
+    if recipe.sdgp is not None:
+        functions = " / ".join(dict.fromkeys(recipe.sdgp.functions))
+        how = f"{functions} {recipe.sdgp.n}:{recipe.sdgp.m} in {swapped} layers"
+    text = f"{recipe.model} on {recipe.data}, {how}; {world.size} x {world.device.type}, {recipe.epochs} epochs"
+    if world.size != recipe.processes:
+        text += (
+            f"\nThe recipe's learning rate is for {recipe.processes} processes (batches of "
+            f"{recipe.processes * recipe.batch_size} images), not for {world.size} ({world.size * recipe.batch_size})."
+        )
+    return text
