@@ -1,0 +1,62 @@
+"""``sdgp plan``: the saving of each layer of a named model on a named GPU, predicted from shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+
+from sdgp_accel import models
+from sdgp_accel.cli.options import config_options, model_options
+from sdgp_accel.config import SDGPConfig
+from sdgp_accel.plan import plan
+from sdgp_accel.roofline import GPUS
+
+
+@click.command("plan", context_settings={"show_default": True})
+@model_options
+@click.option("--gpu", type=click.Choice(list(GPUS)), default="a100", help="Whose peaks to use.")
+@click.option("--tflops", type=float, help="Dense 16-bit tensor-core peak, TFLOP/s, instead of the GPU's.")
+@click.option("--bandwidth", type=float, help="Memory bandwidth, TB/s.")
+@click.option("--compute-efficiency", type=float, help="Share of --tflops that kernels reach.")
+@click.option("--memory-efficiency", type=float, help="Share of --bandwidth that kernels reach.")
+@click.option("--sparse-speedup", type=float, help="2:4 GEMM over dense GEMM, compute-bound.")
+@config_options
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write every layer here.")
+def command(
+    model: str,
+    batch: int,
+    image_size: int | None,
+    seq_len: int | None,
+    gpu: str,
+    tflops: float | None,
+    bandwidth: float | None,
+    compute_efficiency: float | None,
+    memory_efficiency: float | None,
+    sparse_speedup: float | None,
+    config: SDGPConfig,
+    json_path: Path | None,
+) -> None:
+    """Predict what SDGP saves per layer of MODEL, two-pass and fused. Needs no GPU and computes nothing."""
+    try:
+        with torch.device("meta"):
+            net = models.build(model, image_size=image_size, seq_len=seq_len)
+            example = models.example_batch(model, batch, image_size=image_size, seq_len=seq_len, device="meta")
+        report = plan(
+            net,
+            example,
+            gpu,
+            config,
+            tflops=tflops,
+            bandwidth=bandwidth,
+            compute_efficiency=compute_efficiency,
+            memory_efficiency=memory_efficiency,
+            sparse_speedup=sparse_speedup,
+        )
+    except (ValueError, TypeError, ModuleNotFoundError) as error:
+        raise click.ClickException(str(error)) from error
+    Console().print(report)
+    if json_path is not None:
+        json_path.write_text(report.to_json() + "\n")

@@ -1,0 +1,228 @@
+"""`plan`: what SDGP could save on a GPU you need not have, layer by layer, from shapes alone."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from sdgp_accel import batch as batches
+from sdgp_accel.config import SDGPConfig
+from sdgp_accel.roofline import GPU, SCHEDULES, Choice, Schedule, Work, best_backward, dense_seconds, gpu_figures
+from sdgp_accel.trace import LayerCall, trace
+
+NOTE = (
+    "A roofline prediction, not a measurement. Shares are of the forward and backward time of the Linear and Conv2d "
+    "layers; attention products, normalisation, activations and the optimizer are left out."
+)
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One call of one layer: its GEMM, its dense times in seconds and the best backward under either schedule.
+
+    dense_reason: why no pass of it can be sparse; empty where one can.
+    """
+
+    name: str
+    kind: str
+    work: Work
+    forward: float
+    backward: float
+    two_pass: Choice
+    fused: Choice
+    dense_reason: str
+
+    def choice(self, schedule: Schedule) -> Choice:
+        """The best backward under `schedule`."""
+        return self.two_pass if schedule == "two_pass" else self.fused
+
+    def saved(self, schedule: Schedule) -> float:
+        """Seconds saved per step."""
+        return self.backward - self.choice(schedule).seconds
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """The prediction for a whole model. Printable by `rich` and `print`; `to_dict` and `to_json` hold every layer."""
+
+    gpu: GPU
+    batch: int
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def dense(self) -> float:
+        """Seconds of forward and backward of all layers, dense."""
+        return sum(layer.forward + layer.backward for layer in self.layers)
+
+    def sparse(self, schedule: Schedule) -> float:
+        """The same with every layer's best backward under `schedule`."""
+        return sum(layer.forward + layer.choice(schedule).seconds for layer in self.layers)
+
+    def saving(self, schedule: Schedule) -> float:
+        """Share of `dense` saved, 0 to 1."""
+        return 1.0 - self.sparse(schedule) / self.dense if self.layers else 0.0
+
+    def gaining(self, schedule: Schedule) -> tuple[str, ...]:
+        """Names of the layers that would run at least one sparse pass."""
+        return tuple(dict.fromkeys(layer.name for layer in self.layers if layer.choice(schedule).sparse_passes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values; times in seconds, savings as shares."""
+        totals: dict[str, Any] = {
+            schedule: {
+                "seconds": self.sparse(schedule),
+                "saving": self.saving(schedule),
+                "gaining": list(self.gaining(schedule)),
+            }
+            for schedule in SCHEDULES
+        }
+        return {
+            "kind": "prediction",
+            "note": NOTE,
+            "gpu": asdict(self.gpu),
+            "batch": self.batch,
+            "dense_seconds": self.dense,
+            **totals,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=140).print(self)
+        return text.getvalue()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._table()
+        layer_count = len({layer.name for layer in self.layers})
+        for schedule in SCHEDULES:
+            yield Text(
+                f"{_title(schedule)}: {len(self.gaining(schedule))} of {layer_count} layers gain; forward + backward "
+                f"{_ms(self.dense)} ms → {_ms(self.sparse(schedule))} ms, {self.saving(schedule):.1%} less"
+            )
+        yield Text(NOTE, style="dim")
+
+    def _table(self) -> Table:
+        gpu = self.gpu
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            title=f"Prediction for {gpu.name}, batch {self.batch}",
+            caption=f"{gpu.tflops:g} TFLOP/s × {gpu.compute_efficiency:g}, {gpu.bandwidth:g} TB/s × "
+            f"{gpu.memory_efficiency:g}, 2:4 speed-up {gpu.sparse_speedup:g}; "
+            "saves: share of the backward",
+        )
+        table.add_column("layer", overflow="fold")
+        headers = ["T × K → C", "bound\nby", "backward\nms"]
+        for schedule in SCHEDULES:
+            headers += [f"{_title(schedule)}\nms", "\nsaves"]
+        for header in headers:
+            table.add_column(header, justify="right", no_wrap=True)
+        for group in self._groups():
+            first, calls, work = group[0], len(group), group[0].work
+            cells = [first.name if calls == 1 else f"{calls} × {first.name}"]
+            cells += [f"{work.positions} × {work.reduction} → {work.out_channels}", _bound(work, gpu)]
+            cells.append(_ms(first.backward * calls))
+            for schedule in SCHEDULES:
+                choice = first.choice(schedule)
+                cells.append(_ms(choice.seconds * calls))
+                cells.append(f"{first.saved(schedule) / first.backward:.1%}" if choice.sparse_passes else "–")
+            if first.dense_reason:
+                cells[-1] = first.dense_reason
+            table.add_row(*cells, style="" if first.fused.sparse_passes else "dim")
+        table.add_section()
+        total = [f"{len(self.layers)} calls", "", "", _ms(self._backward)]
+        for schedule in SCHEDULES:
+            backward = sum(layer.choice(schedule).seconds for layer in self.layers)
+            total += [_ms(backward), f"{1.0 - backward / self._backward if self._backward else 0.0:.1%}"]
+        table.add_row(*total, style="bold")
+        return table
+
+    @property
+    def _backward(self) -> float:
+        return sum(layer.backward for layer in self.layers)
+
+    def _groups(self) -> list[list[LayerPlan]]:
+        """Calls of the same kind and shape together, in the order of the first of each."""
+        groups: dict[tuple[str, Work, str], list[LayerPlan]] = {}
+        for layer in self.layers:
+            groups.setdefault((layer.kind, layer.work, layer.dense_reason), []).append(layer)
+        return list(groups.values())
+
+
+def plan(
+    model: nn.Module,
+    batch: Any,
+    gpu: str | GPU = "a100",
+    config: SDGPConfig | None = None,
+    filter_fn: FilterFn | None = None,
+    **figures: float | None,
+) -> PlanReport:
+    """Predict what SDGP would save in training `model` on `batch`, without the GPU and without computing anything.
+
+    model: on any device, "meta" included; it is neither run on its own device nor changed.
+    batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets), on any device.
+    gpu: a name of `roofline.GPUS` or a `roofline.GPU`.
+    config: which passes are pruned and which layers are left alone; None for the defaults.
+    filter_fn: as for `accelerate_`; layers for which it is false stay dense.
+    figures: replace single figures of `gpu`, e.g. ``sparse_speedup=1.5``.
+
+    The formulas are those of `sdgp_accel.roofline`. Raises ValueError or TypeError for bad arguments and RuntimeError
+    where the model's forward reads values of tensors, so that shapes alone cannot be traced.
+    """
+    chosen, config = gpu_figures(gpu, **figures), config or SDGPConfig()
+    layers = tuple(_plan_layer(call, chosen, config, filter_fn) for call in trace(model, batch))
+    return PlanReport(chosen, batches.size(batch), layers)
+
+
+def _plan_layer(call: LayerCall, gpu: GPU, config: SDGPConfig, filter_fn: FilterFn | None) -> LayerPlan:
+    name, module, work = call
+    reason = _dense_reason(call, config, filter_fn)
+    wanted = [p for p in work.passes if getattr(config, p) == "sparse"]
+    work = replace(work, sparse_passes=() if reason else tuple(wanted))
+    dense = dense_seconds(work, gpu)
+    two_pass, fused = (best_backward(work, gpu, schedule) for schedule in SCHEDULES)
+    kind = "Linear" if isinstance(module, nn.Linear) else "Conv2d"
+    return LayerPlan(name, kind, work, dense, dense * len(work.passes), two_pass, fused, reason)
+
+
+def _dense_reason(call: LayerCall, config: SDGPConfig, filter_fn: FilterFn | None) -> str:
+    """Why the kernels could take no pass of this layer; empty where they can."""
+    name, module, work = call
+    in_channels = module.weight.shape[1]
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return "grouped"
+    if in_channels < config.min_in_channels:
+        return f"{in_channels} inputs"
+    if filter_fn is not None and not filter_fn(module, name):
+        return "filtered"
+    if not any(getattr(config, p) == "sparse" for p in work.passes):
+        return "no pass pruned"
+    spec = config.spec("grad_input", "group") or config.spec("grad_weight", "group")
+    return "" if spec is not None and spec.fits_2_4 else f"{config.n}:{config.m}"
+
+
+def _title(schedule: Schedule) -> str:
+    return schedule.replace("_", "-")
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}" if seconds < 0.1 else f"{seconds * 1e3:.1f}"
+
+
+def _bound(work: Work, gpu: GPU) -> str:
+    moved = work.gradient_bytes + work.other_bytes
+    return "compute" if work.flops / gpu.flop_rate >= moved / gpu.byte_rate else "memory"

@@ -1,0 +1,188 @@
+"""A roofline of the backward passes: how long a GEMM takes at best, dense and with a 2:4 gradient.
+
+t(F, B) = max(F / rate, B / bandwidth), with 16-bit operands and each of gradient, weight and activation moved once.
+A sparse pass runs at `sparse_speedup` times the rate and moves 9/16 of the gradient's bytes (half of the values and
+2 bits of metadata for each kept one). Producing the compressed operands costs bandwidth: a pass of its own over dY
+("two-pass"), or only what the producer of dY writes beyond or short of dY itself ("fused").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
+from typing import Literal
+
+from sdgp_accel.config import PASSES, check_choice
+
+BYTES = 2  # fp16 and bf16
+COMPRESSED = 9 / 16
+
+Schedule = Literal["two_pass", "fused"]
+SCHEDULES: tuple[Schedule, ...] = ("two_pass", "fused")
+
+
+@dataclass(frozen=True)
+class GPU:
+    """The five numbers of the roofline.
+
+    tflops: dense 16-bit tensor-core peak with fp32 accumulation, TFLOP/s.
+    bandwidth: peak memory bandwidth, TB/s.
+    compute_efficiency, memory_efficiency: the shares of those peaks that good kernels reach, in (0, 1].
+    sparse_speedup: a 2:4 GEMM's rate over a dense one's where both are compute-bound, in [1, 2].
+
+    ValueError names the figure that is out of range.
+    """
+
+    name: str
+    tflops: float
+    bandwidth: float
+    compute_efficiency: float = 0.80
+    memory_efficiency: float = 0.85
+    sparse_speedup: float = 1.6
+
+    def __post_init__(self) -> None:
+        for field, low, high in (
+            ("tflops", 0.0, float("inf")),
+            ("bandwidth", 0.0, float("inf")),
+            ("compute_efficiency", 0.0, 1.0),
+            ("memory_efficiency", 0.0, 1.0),
+        ):
+            value = getattr(self, field)
+            if not low < value <= high:
+                raise ValueError(f"{field} must be greater than {low:g} and at most {high:g}; got {value!r}")
+        if not 1.0 <= self.sparse_speedup <= 2.0:
+            raise ValueError(f"sparse_speedup must be between 1 and 2; got {self.sparse_speedup!r}")
+
+    @property
+    def flop_rate(self) -> float:
+        """Reachable dense FLOP/s."""
+        return self.tflops * 1e12 * self.compute_efficiency
+
+    @property
+    def byte_rate(self) -> float:
+        """Reachable bytes/s."""
+        return self.bandwidth * 1e12 * self.memory_efficiency
+
+
+# Peaks: NVIDIA's data sheets, dense (their "with sparsity" figures halved). Efficiencies and sparse speed-ups are
+# measurements of others, not data-sheet values:
+#   Ampere: 0.80 of peak and 1.6x from 302 dense and 484 sparse TFLOP/s at 16384^3 (NVIDIA/cutlass issue 408).
+#   Hopper: 0.68 of peak under its power limit; 1.25x from cuSPARSELt's 1.20-1.22x at 8192^3
+#           (NVIDIA/CUDALibrarySamples issue 203).
+#   Ada:    same mma.sp instructions as Ampere, so Ampere's figures are assumed.
+GPUS: dict[str, GPU] = {
+    gpu.name: gpu
+    for gpu in (
+        # A100 40 GB with the bandwidth rounded as in the literature: the figures of the project's reference table.
+        GPU("a100", tflops=312, bandwidth=1.55),
+        # A100 data sheet: 312 TFLOP/s; 40 GB 1,555 GB/s, 80 GB SXM 2,039 GB/s (PCIe: 1,935).
+        GPU("a100-40", tflops=312, bandwidth=1.555),
+        GPU("a100-80", tflops=312, bandwidth=2.039),
+        # H100 SXM data sheet: 1,979 TFLOP/s with sparsity, 3.35 TB/s. H200 SXM: the same chip, 4.8 TB/s.
+        GPU("h100", 989, 3.35, compute_efficiency=0.68, memory_efficiency=0.88, sparse_speedup=1.25),
+        GPU("h200", 989, 4.8, compute_efficiency=0.68, memory_efficiency=0.88, sparse_speedup=1.25),
+        # L40S data sheet: 362.05 TFLOP/s, 864 GB/s.
+        GPU("l40s", tflops=362.05, bandwidth=0.864),
+        # Ada GPU architecture white paper, appendix A: 165.2 TFLOP/s with fp32 accumulation, 1,008 GB/s.
+        GPU("rtx4090", tflops=165.2, bandwidth=1.008),
+    )
+}
+
+
+def gpu_figures(gpu: str | GPU, **overrides: float | None) -> GPU:
+    """A named GPU or the user's own, with the given figures replaced (None keeps one).
+
+    ValueError for an unknown name, TypeError for an unknown figure.
+    """
+    if isinstance(gpu, str):
+        check_choice("gpu", gpu, tuple(GPUS))
+        gpu = GPUS[gpu]
+    figures = {field.name for field in fields(GPU)} - {"name"}
+    unknown = set(overrides) - figures
+    if unknown:
+        raise TypeError(f"unknown GPU figure {', '.join(sorted(unknown))}; accepted: {', '.join(sorted(figures))}")
+    changed = {name: value for name, value in overrides.items() if value is not None}
+    return replace(gpu, **changed) if changed else gpu  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One layer's GEMM: `positions` x `reduction` times `reduction` x `out_channels`.
+
+    positions: T, tokens or N*P*Q output positions. reduction: C_in for Linear, C_in/groups*R*S for Conv2d.
+    inputs: elements of the layer's input (less than T*reduction for a convolution, whose windows overlap).
+    passes: the backward passes autograd needs. sparse_passes: those of them that may be pruned.
+    """
+
+    positions: int
+    reduction: int
+    out_channels: int
+    inputs: int
+    passes: tuple[str, ...] = PASSES
+    sparse_passes: tuple[str, ...] = PASSES
+
+    @property
+    def flops(self) -> float:
+        """Of each of forward, dgrad and wgrad."""
+        return 2.0 * self.positions * self.reduction * self.out_channels
+
+    @property
+    def gradient_bytes(self) -> float:
+        """Of dY."""
+        return float(BYTES) * self.positions * self.out_channels
+
+    @property
+    def other_bytes(self) -> float:
+        """Of the activation and the weight, which stay dense."""
+        return float(BYTES) * (self.inputs + self.reduction * self.out_channels)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest way through one layer's backward: which passes run sparse, and what everything takes, in seconds."""
+
+    sparse_passes: tuple[str, ...]
+    compress: float
+    passes: float
+
+    @property
+    def seconds(self) -> float:
+        """Compression and both passes."""
+        return self.compress + self.passes
+
+
+def dense_seconds(work: Work, gpu: GPU) -> float:
+    """One dense pass: forward, dgrad and wgrad alike, since they move the same three tensors."""
+    return max(work.flops / gpu.flop_rate, (work.gradient_bytes + work.other_bytes) / gpu.byte_rate)
+
+
+def sparse_seconds(work: Work, gpu: GPU) -> float:
+    """One pass with a compressed gradient."""
+    rate = gpu.flop_rate * gpu.sparse_speedup
+    return max(work.flops / rate, (COMPRESSED * work.gradient_bytes + work.other_bytes) / gpu.byte_rate)
+
+
+def compress_seconds(work: Work, gpu: GPU, sparse_passes: Sequence[str], schedule: Schedule) -> float:
+    """Making one compressed operand per sparse pass out of dY; both are written by the same sweep.
+
+    two_pass: read dY, write the operands. fused: dY's producer writes the operands, and dY itself only where a dense
+    pass still wants it; below zero where one operand replaces dY.
+    """
+    replaces_gradient = set(sparse_passes) == set(work.passes)
+    gradients_moved = {"two_pass": 1.0, "fused": -1.0 if replaces_gradient else 0.0}[schedule]
+    return (gradients_moved + COMPRESSED * len(sparse_passes)) * work.gradient_bytes / gpu.byte_rate
+
+
+def best_backward(work: Work, gpu: GPU, schedule: Schedule) -> Choice:
+    """The cheapest choice of sparse passes for one layer, dense included (and preferred on a tie)."""
+    dense = dense_seconds(work, gpu)
+    sparse = sparse_seconds(work, gpu)
+    best = Choice((), 0.0, dense * len(work.passes))
+    for count in range(1, len(work.sparse_passes) + 1):
+        for chosen in combinations(work.sparse_passes, count):
+            compress = compress_seconds(work, gpu, chosen, schedule)
+            choice = Choice(chosen, compress, sparse * count + dense * (len(work.passes) - count))
+            if choice.seconds < best.seconds:
+                best = choice
+    return best

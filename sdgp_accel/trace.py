@@ -1,0 +1,74 @@
+"""The GEMMs of a model's Linear and Conv2d layers, found by running its forward on shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sdgp_accel import batch as batches
+from sdgp_accel.roofline import Work
+
+
+class LayerCall(NamedTuple):
+    """One call of one layer."""
+
+    name: str
+    module: nn.Linear | nn.Conv2d
+    work: Work
+
+
+def trace(model: nn.Module, batch: Any) -> list[LayerCall]:
+    """Every call of an nn.Linear or nn.Conv2d (subclasses included) in one forward of `model` on `batch`.
+
+    Works on any device, "meta" included; nothing is computed, allocated or changed. RuntimeError where the forward
+    needs values, which shapes do not have.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    # Parameters and buffers are replaced by their shapes for the time of one call: no copy of a large model, no
+    # running statistics touched.
+    shapes = {
+        name: torch.empty_like(parameter, device="meta").requires_grad_(parameter.requires_grad)
+        for name, parameter in model.named_parameters()
+    } | {name: torch.empty_like(buffer, device="meta") for name, buffer in model.named_buffers()}
+    calls: list[LayerCall] = []
+
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            assert isinstance(module, (nn.Linear, nn.Conv2d))
+            calls.append(LayerCall(name, module, _work(module, args[0], output)))
+
+        return record
+
+    handles = [
+        module.register_forward_hook(recorder(name))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
+    inputs, _ = batches.split(batches.to(batch, "meta"))
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, None)
+    try:
+        with torch.enable_grad():
+            functional_call(model, shapes, args, kwargs)
+    except (NotImplementedError, RuntimeError) as error:
+        raise RuntimeError(f"the forward of {type(model).__name__} cannot run on shapes alone: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _work(module: nn.Linear | nn.Conv2d, x: Tensor, y: Tensor) -> Work:
+    out_channels = module.weight.shape[0]
+    passes = (("grad_input",) if x.requires_grad else ()) + (("grad_weight",) if module.weight.requires_grad else ())
+    return Work(
+        positions=y.numel() // out_channels,
+        reduction=module.weight[0].numel(),
+        out_channels=out_channels,
+        inputs=x.numel(),
+        passes=passes,
+        sparse_passes=passes,
+    )
