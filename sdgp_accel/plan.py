@@ -120,13 +120,14 @@ class PlanReport:
         gpu = self.gpu
         table = Table(
             box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
             title=f"Prediction for {gpu.name}, batch {self.batch}",
             caption=f"{gpu.tflops:g} TFLOP/s × {gpu.compute_efficiency:g}, {gpu.bandwidth:g} TB/s × "
             f"{gpu.memory_efficiency:g}, 2:4 speed-up {gpu.sparse_speedup:g}; "
             "saves: share of the backward",
         )
-        table.add_column("layer", overflow="fold")
-        headers = ["T × K → C", "bound\nby", "backward\nms"]
+        table.add_column("layer", overflow="fold", min_width=10)
+        headers = ["T×K→C", "bound\nby", "backward\nms"]
         for schedule in SCHEDULES:
             headers += [f"{_title(schedule)}\nms", "\nsaves"]
         for header in headers:
@@ -134,7 +135,7 @@ class PlanReport:
         for group in self._groups():
             first, calls, work = group[0], len(group), group[0].work
             cells = [first.name if calls == 1 else f"{calls} × {first.name}"]
-            cells += [f"{work.positions} × {work.reduction} → {work.out_channels}", _bound(work, gpu)]
+            cells += [f"{work.positions}×{work.reduction}→{work.out_channels}", _bound(work, gpu)]
             cells.append(_ms(first.backward * calls))
             for schedule in SCHEDULES:
                 choice = first.choice(schedule)

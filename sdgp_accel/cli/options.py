@@ -60,9 +60,7 @@ def config_options(command: Command) -> Command:
 
     decorated: Command = with_config
     for decorate in (
-        click.option(
-            "--fallback", type=click.Choice(get_args(Fallback)), default="dense", help="Without kernels."
-        ),
+        click.option("--fallback", type=click.Choice(get_args(Fallback)), default="dense", help="Without kernels."),
         click.option("--backend", type=click.Choice(get_args(BackendName)), default="auto", help="What runs it."),
         click.option("--scope", type=click.Choice(SCOPES), help="Of rescale_magnitude's sums."),
         click.option("--grad-weight", type=click.Choice(get_args(PassMode)), default="sparse", help="Weight gradient."),

@@ -1,0 +1,185 @@
+"""`plan` reproduces the reference table, explains what stays dense, and never touches the model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from sdgp_accel import models
+from sdgp_accel.cli import main
+from sdgp_accel.config import SDGPConfig
+from sdgp_accel.plan import PlanReport, plan
+from sdgp_accel.trace import trace
+
+# Per cent of forward and backward time saved: A100 two-pass and fused, H100 two-pass and fused, and both with a 2:4
+# speed-up of 1.5 on the H100. Computed independently of this package.
+TABLE = {
+    ("resnet9", 512): (20.0, 24.4, 7.6, 12.8, 16.3, 21.5),
+    ("resnet18", 256): (11.4, 21.5, 3.1, 11.2, 8.2, 18.5),
+    ("resnet50", 256): (5.6, 17.5, 1.4, 12.1, 3.7, 15.4),
+    ("vit_base_patch16_224", 256): (11.8, 24.1, 2.7, 12.3, 6.4, 21.2),
+    ("vit_large_patch16_224", 128): (15.1, 24.4, 3.1, 12.6, 10.4, 21.5),
+}
+
+
+def _meta(name: str, batch: int, **sizes: int) -> tuple[nn.Module, models.Batch]:
+    with torch.device("meta"):
+        return models.build(name, **sizes), models.example_batch(name, batch, device="meta", **sizes)
+
+
+@pytest.mark.parametrize(("name", "batch"), list(TABLE))
+def test_reference_table(name: str, batch: int) -> None:
+    model, example = _meta(name, batch)
+    figures: list[tuple[str, dict[str, float]]] = [("a100", {}), ("h100", {}), ("h100", {"sparse_speedup": 1.5})]
+    reports = [plan(model, example, gpu, **changed) for gpu, changed in figures]
+    got = [100 * saving for report in reports for saving in (report.saving("two_pass"), report.saving("fused"))]
+    assert got == pytest.approx(list(TABLE[name, batch]), abs=0.06)  # the table is rounded to 0.1
+
+
+def test_resnet50_batch_256_takes_seconds() -> None:
+    start = time.monotonic()
+    model, example = _meta("resnet50", 256)
+    plan(model, example)
+    assert time.monotonic() - start < 20
+
+
+def test_layers_are_those_of_the_model() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2), nn.Flatten(2), nn.Linear(9, 5, bias=False))
+    (conv, linear) = trace(model, torch.randn(4, 8, 7, 7))
+    assert (conv.name, conv.module) == ("0", model[0])
+    work = conv.work
+    assert (work.positions, work.reduction, work.out_channels, work.inputs) == (4 * 9, 72, 16, 4 * 8 * 49)
+    assert work.passes == ("grad_weight",)  # the images need no gradient
+    assert (linear.work.positions, linear.work.reduction, linear.work.out_channels) == (4 * 16, 9, 5)
+    assert linear.work.passes == ("grad_input", "grad_weight")
+
+
+def test_model_is_left_as_it_was() -> None:
+    model = models.build("digits").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan(model, models.example_batch("digits", 8))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(not module._forward_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_shared_and_tied_layers_count_per_call() -> None:
+    layer = nn.Linear(16, 16)
+    report = plan(nn.Sequential(layer, nn.ReLU(), layer), torch.randn(32, 16))
+    assert [entry.name for entry in report.layers] == ["0", "0"]
+    tied = plan(models.build("gpt"), models.example_batch("gpt", 2))
+    assert tied.layers[-1].name == "head"
+
+
+@pytest.mark.parametrize("batch_kind", ["tensor", "pair", "mapping", "inputs tuple"])
+def test_every_kind_of_batch(batch_kind: str) -> None:
+    class TwoInputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, scale: float | torch.Tensor = 1.0) -> torch.Tensor:
+            return self.layer(x) * scale
+
+    x = torch.randn(6, 8)
+    batch: dict[str, Any] = {
+        "tensor": x,
+        "pair": (x, torch.zeros(6)),
+        "mapping": {"x": x, "scale": torch.ones(())},
+        "inputs tuple": ((x, torch.ones(())), None),
+    }
+    report = plan(TwoInputs(), batch[batch_kind])
+    assert report.batch == 6
+    assert report.layers[0].work.positions == 6
+
+
+def _reasons(report: PlanReport) -> dict[str, str]:
+    return {layer.name: layer.dense_reason for layer in report.layers}
+
+
+def test_what_stays_dense_says_why() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3, groups=4), nn.Conv2d(32, 32, 1), nn.Conv2d(32, 64, 1)
+    )
+    model[2].requires_grad_(False)
+    images = torch.randn(2, 3, 12, 12)
+    reasons = _reasons(plan(model, images, filter_fn=lambda module, name: name != "3"))
+    assert reasons == {"0": "3 inputs", "1": "grouped", "2": "", "3": "filtered"}
+    assert plan(model, images).layers[2].work.passes == ("grad_input",)
+    paper = SDGPConfig(grad_weight="dense")
+    assert {p for layer in plan(model, images, config=paper).layers for p in layer.work.sparse_passes} == {"grad_input"}
+    assert _reasons(plan(model, images, config=SDGPConfig(n=4, m=8)))["3"] == "4:8"
+    assert _reasons(plan(model, images, config=SDGPConfig(n=2, m=8)))["3"] == ""
+    off = plan(model, images, config=SDGPConfig(grad_input="dense", grad_weight="dense"))
+    assert _reasons(off)["3"] == "no pass pruned"
+    assert off.saving("fused") == 0.0
+
+
+def test_model_without_layers() -> None:
+    report = plan(nn.ReLU(), torch.randn(2, 3))
+    assert report.saving("fused") == 0.0
+    assert "0 calls" in str(report)
+
+
+def test_forward_that_reads_values_is_explained() -> None:
+    class Reads(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum().item() > 0 else -x
+
+    with pytest.raises(RuntimeError, match="Reads cannot run on shapes alone"):
+        plan(Reads(), torch.randn(2, 3))
+
+
+def test_bad_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(inputs, targets\); got 3 items"):
+        plan(nn.Linear(3, 3), (torch.ones(2, 3),) * 3)
+    with pytest.raises(TypeError, match="batch must be a tensor"):
+        plan(nn.Linear(3, 3), 7)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    arguments = ["plan", "resnet9", "--batch", "512", "--gpu", "h100", "--sparse-speedup", "1.5", "--json", str(path)]
+    result = CliRunner().invoke(main, arguments, env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    assert "features.1.0" in result.output
+    assert "not a measurement" in " ".join(result.output.split())
+    data = json.loads(path.read_text())
+    assert data["kind"] == "prediction"
+    assert data["two_pass"]["saving"] == pytest.approx(0.163, abs=0.0006)
+    assert data["gpu"]["sparse_speedup"] == 1.5
+    assert len(data["layers"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_model"], "no_such_model"),
+        (["resnet9", "--gpu", "v100"], "v100"),
+        (["resnet9", "--pattern", "2-4"], "must look like 2:4"),
+        (["resnet9", "--pattern", "5:4"], "n must be between 1 and m = 4"),
+        (["resnet9", "--sparse-speedup", "9"], "sparse_speedup must be between 1 and 2"),
+    ],
+)
+def test_command_line_errors(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(main, ["plan", *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code != 0
+    assert message in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+def test_runs_as_a_program() -> None:
+    program = "import sys; from sdgp_accel.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "plan", "digits", "--batch", "8"], capture_output=True, text=True, check=True
+    )
+    assert "Prediction for a100, batch 8" in done.stdout
