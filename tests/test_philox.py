@@ -1,0 +1,75 @@
+"""Philox against Random123's published vectors and a pure-Python version; seeds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdgp_accel.philox import Rng, draw, group_words, philox4x32
+from tests import oracle
+
+ONES = 0xFFFFFFFF
+# Random123, examples/kat_vectors, philox4x32 with 10 rounds.
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES, ONES, ONES, ONES), (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+def lanes(values: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor(v, dtype=torch.int64) for v in values)
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
+def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], words: tuple[int, ...]) -> None:
+    assert tuple(int(w) for w in philox4x32(lanes(counter), lanes(key))) == words
+    assert tuple(oracle.philox(counter, key)) == words
+
+
+@given(
+    seed=st.tuples(*[st.integers(-(2**63), 2**63 - 1)] * 2),
+    rank=st.integers(0, 2**20),
+    pass_index=st.integers(0, 1),
+    groups=st.lists(st.integers(0, 2**56 - 1), min_size=1, max_size=5),
+    count=st.integers(1, 32),
+)
+def test_group_words(seed: tuple[int, int], rank: int, pass_index: int, groups: list[int], count: int) -> None:
+    words = group_words(Rng(torch.tensor(seed), rank, pass_index), torch.tensor(groups), count)
+    expected = [[oracle.group_word(seed, rank, pass_index, g, i) for g in groups] for i in range(count)]
+    assert torch.stack(words).tolist() == expected
+
+
+def test_draw_follows_the_generator() -> None:
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first, second = draw("cpu"), draw("cpu")
+    assert first.shape == (2,)
+    assert first.dtype == torch.int64
+    assert not torch.equal(first, second)
+    torch.set_rng_state(state)
+    assert torch.equal(draw("cpu"), first)
+    generator = torch.Generator().manual_seed(3)
+    assert torch.equal(draw("cpu", generator), first)
+
+
+def test_words_are_uniform() -> None:
+    words = group_words(Rng(draw("cpu")), torch.arange(1 << 16), 4)
+    for word in words:
+        counts = torch.bincount(word >> 24, minlength=256).double()
+        # chi-squared with 255 degrees of freedom: mean 255, standard deviation 22.6
+        assert ((counts - 256) ** 2 / 256).sum() < 255 + 7 * 22.6
+
+
+def test_ranks_and_passes_differ() -> None:
+    seed, index = torch.tensor([5, 7]), torch.arange(100)
+    streams = [group_words(Rng(seed, rank, p), index, 1)[0] for rank in range(3) for p in range(2)]
+    for i, a in enumerate(streams):
+        for b in streams[:i]:
+            assert not torch.equal(a, b)
