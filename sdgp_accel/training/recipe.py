@@ -49,9 +49,7 @@ class Resolution:
             if getattr(self, name) < 32 or getattr(self, name) % 32:
                 raise ValueError(f"resolution.{name} must be a positive multiple of 32; got {getattr(self, name)}")
         if self.ramp_start >= self.ramp_end:
-            raise ValueError(
-                f"resolution.ramp_start must be below ramp_end; got {self.ramp_start} and {self.ramp_end}"
-            )
+            raise ValueError(f"resolution.ramp_start must be below ramp_end; got {self.ramp_start} and {self.ramp_end}")
 
 
 @dataclass(frozen=True)

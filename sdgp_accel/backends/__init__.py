@@ -1,0 +1,172 @@
+"""Who computes a layer's pruned backward, and how that is decided.
+
+A backend is one module in this package that defines ``BACKEND``, an object with the methods of `Backend`;
+its module name is its name in ``SDGPConfig(backend=...)``. `decide` chooses for one layer shape, once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sdgp_accel.config import PruneSpec
+from sdgp_accel.geometry import Geometry, LinearGeometry
+from sdgp_accel.layer_plan import LayerPlan, decode
+from sdgp_accel.philox import Rng
+
+KERNELS = "cutlass"
+FIRST_SPARSE_CAPABILITY = (8, 0)  # NVIDIA Ampere
+BUILD_COMMAND = "SDGP_CUDA=1 pip install --no-cache-dir ."
+
+
+class Needs(NamedTuple):
+    """Which pruned operands and by-products one backward asks for."""
+
+    dgrad: bool
+    wgrad: bool
+    bias: bool
+
+
+class Operands(NamedTuple):
+    """What `Backend.prune_compress` hands to the two passes: the backend's own types, None where not needed."""
+
+    dgrad: Any
+    wgrad: Any
+    bias: Tensor | None
+
+
+class Backend(Protocol):
+    """One implementation of the pruned backward of Linear and Conv2d layers."""
+
+    name: str
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on `device` at all, with the command that helps; None where it can."""
+
+    def unsupported(self, geometry: Geometry, plan: LayerPlan, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why this backend cannot take this layer; None where it can. Must not depend on anything else."""
+
+    def prune_compress(
+        self, dy2d: Tensor, plan: LayerPlan, rng: Rng | None, positions_per_sample: int, needs: Needs
+    ) -> Operands:
+        """Prune dY [T, C] (any strides) along C for dgrad and along T for wgrad, as `needs` says.
+
+        `rng` carries this backward's seed and rank, with pass_index 0: dgrad uses it as it is, wgrad with
+        ``pass_index=1``; None where no function of the plan draws. The bias gradient [C] is the sum of the
+        unpruned dY over T.
+        """
+
+    def dgrad(self, operand: Any, weight: Tensor, geometry: Geometry) -> Tensor:
+        """dX: [T, C_in], or [N, C_in, H, W] for a convolution, in the dtype of `weight`."""
+
+    def wgrad(self, operand: Any, x: Tensor, geometry: Geometry) -> Tensor:
+        """dW [C_out, C_in (/ groups, R, S)] from x [T, C_in] or [N, C_in, H, W], in the dtype of `x`."""
+
+
+class Decision(NamedTuple):
+    """The backend of one layer (None: the ordinary dense backward), its resolved plan, and why."""
+
+    backend: Backend | None
+    plan: LayerPlan
+    reason: str
+
+    @property
+    def name(self) -> str:
+        """The backend's name, ``"dense"`` for None."""
+        return "dense" if self.backend is None else self.backend.name
+
+
+def load(name: str) -> Backend | None:
+    """The backend called `name`, or None where this installation has no such module."""
+    module = f"{__name__}.{name}"
+    if importlib.util.find_spec(module) is None:
+        return None
+    backend: Backend = importlib.import_module(module).BACKEND
+    return backend
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def decide(plan_text: str, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Decision:
+    """Which backend runs the backward of a layer of this shape, dtype and device.
+
+    Raises RuntimeError where the plan asks for kernels on a device without sparse tensor cores, or where
+    ``fallback="error"`` and the kernels cannot take the layer. Warns once for each reason that concerns the
+    device as a whole.
+    """
+    plan = _resolve_scope(decode(plan_text), geometry)
+    if not plan.prunes:
+        return Decision(None, plan, "both passes are dense")
+    if plan.backend == "reference":
+        return Decision(_reference(), plan, "backend='reference'")
+    missing = _no_sparse_tensor_cores(device)
+    if missing is not None:
+        if plan.backend != "auto":
+            raise RuntimeError(
+                f"backend={plan.backend!r} needs a CUDA device of compute capability 8.0 or later; {missing}; "
+                "accepted here: backend='auto' or backend='reference'"
+            )
+        warn_once(f"{missing}: gradients are pruned by the reference backend, and nothing is accelerated here")
+        return Decision(_reference(), plan, missing)
+    return _decide_on_gpu(plan, geometry, dtype, device)
+
+
+def _decide_on_gpu(plan: LayerPlan, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Decision:
+    name = KERNELS if plan.backend == "auto" else plan.backend
+    backend = load(name)
+    problem = f"the {name} kernels are not built; build them with: {BUILD_COMMAND}"
+    if backend is not None:
+        unavailable = backend.unavailable(device)
+        if unavailable is None:
+            unsupported = backend.unsupported(geometry, plan, dtype, device)
+            if unsupported is None:
+                return Decision(backend, plan, f"backend={plan.backend!r}")
+            return _fall_back(plan, unsupported)
+        problem = unavailable
+    warn_once(f"{device}: {problem}; until then fallback={plan.fallback!r} applies")
+    return _fall_back(plan, problem)
+
+
+def _fall_back(plan: LayerPlan, reason: str) -> Decision:
+    if plan.fallback == "error":
+        raise RuntimeError(f"fallback='error' and {reason}; accepted: fallback='dense' or fallback='emulate'")
+    return Decision(_reference() if plan.fallback == "emulate" else None, plan, reason)
+
+
+def _reference() -> Backend:
+    backend = load("reference")
+    assert backend is not None
+    return backend
+
+
+def _no_sparse_tensor_cores(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"device {device.type!r} has no sparse tensor cores"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FIRST_SPARSE_CAPABILITY:
+        return f"{torch.cuda.get_device_name(device)} (compute capability {capability}) has no sparse tensor cores"
+    return None
+
+
+def _resolve_scope(plan: LayerPlan, geometry: Geometry) -> LayerPlan:
+    """On a 2-D input of a Linear layer each row is its own sample, over which there is nothing to sum."""
+    if not isinstance(geometry, LinearGeometry) or geometry.positions_per_sample > 1:
+        return plan
+
+    def resolved(spec: PruneSpec | None) -> PruneSpec | None:
+        if spec is None or spec.scope != "sample_channel":
+            return spec
+        return PruneSpec(spec.function, spec.n, spec.m, "group", spec.eps)
+
+    return plan._replace(grad_input=resolved(plan.grad_input), grad_weight=resolved(plan.grad_weight))
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Emit `message` as a UserWarning, the first time it is given."""
+    warnings.warn(message, stacklevel=3)

@@ -1,0 +1,41 @@
+"""The two backward GEMMs as dense ops on a gradient that may or may not have been pruned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdgp_accel.geometry import Geometry, LinearGeometry
+
+
+def dgrad(dy: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """dX from dY: [T, C_out] → [T, C_in] for Linear, [N, C_out, P, Q] → [N, C_in, H, W] for Conv2d."""
+    if isinstance(geometry, LinearGeometry):
+        return dy @ weight
+    # Only the shape and the memory format of the input matter to its own gradient.
+    memory_format = _memory_format(geometry.channels_last)
+    x = torch.empty(geometry.input_shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format)
+    dx, _, _ = torch.ops.aten.convolution_backward.default(
+        dy, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
+        (True, False, False),
+    )  # fmt: skip
+    result: Tensor = dx.contiguous(memory_format=memory_format)
+    return result
+
+
+def wgrad(dy: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    """dW from dY [T, C_out] and x [T, C_in] for Linear, [N, C_out, P, Q] and [N, C_in, H, W] for Conv2d."""
+    if isinstance(geometry, LinearGeometry):
+        return dy.t() @ x
+    memory_format = _memory_format(geometry.channels_last)
+    weight = torch.empty(geometry.weight_shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format)
+    _, dw, _ = torch.ops.aten.convolution_backward.default(
+        dy, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
+        (False, True, False),
+    )  # fmt: skip
+    result: Tensor = dw.contiguous(memory_format=memory_format)
+    return result
+
+
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format

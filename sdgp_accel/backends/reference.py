@@ -1,0 +1,59 @@
+"""The numbers of the method on any device, without its speed: prune, then dense ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdgp_accel.backends import Needs, Operands, dense
+from sdgp_accel.geometry import Geometry, LinearGeometry
+from sdgp_accel.layer_plan import LayerPlan
+from sdgp_accel.philox import Rng
+from sdgp_accel.pruning import prune_matrix
+
+
+class ReferenceBackend:
+    """Operands are pruned dense [T, C] matrices. Takes every device, dtype, pattern and geometry."""
+
+    name = "reference"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Never: it is made of ordinary tensor ops."""
+        return None
+
+    def unsupported(self, geometry: Geometry, plan: LayerPlan, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Never: see `unavailable`."""
+        return None
+
+    def prune_compress(
+        self, dy2d: Tensor, plan: LayerPlan, rng: Rng | None, positions_per_sample: int, needs: Needs
+    ) -> Operands:
+        """Prune dY [T, C] once per needed pass."""
+        dgrad = wgrad = bias = None
+        if needs.dgrad and plan.grad_input is not None:
+            dgrad = prune_matrix(dy2d, plan.grad_input, 1, positions_per_sample, rng)
+        if needs.wgrad and plan.grad_weight is not None:
+            rng = rng and rng._replace(pass_index=1)
+            wgrad = prune_matrix(dy2d, plan.grad_weight, 0, positions_per_sample, rng)
+        if needs.bias:
+            bias = dy2d.sum(0)
+        return Operands(dgrad, wgrad, bias)
+
+    def dgrad(self, operand: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        """Dense dgrad of the pruned gradient."""
+        return dense.dgrad(_layer_view(operand, geometry), weight, geometry)
+
+    def wgrad(self, operand: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+        """Dense wgrad of the pruned gradient."""
+        return dense.wgrad(_layer_view(operand, geometry), x, geometry)
+
+
+def _layer_view(dy2d: Tensor, geometry: Geometry) -> Tensor:
+    """[T, C] as the layer's own output shape: itself for Linear, [N, C, P, Q] for Conv2d."""
+    if isinstance(geometry, LinearGeometry):
+        return dy2d
+    shape = (geometry.batch, geometry.out_height, geometry.out_width, geometry.out_channels)
+    return dy2d.view(shape).permute(0, 3, 1, 2)
+
+
+BACKEND = ReferenceBackend()

@@ -1,0 +1,267 @@
+"""`accelerate_` and `restore_`: exchange the classes of a model's layers in place.
+
+Only ``module.__class__`` changes (and one attribute is added), so the module object, its Parameters, hooks,
+names, buffers, dtype, device, memory format and training flag are the ones it had.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from sdgp_accel.backends import Decision, decide
+from sdgp_accel.config import PruneSpec, SDGPConfig
+from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
+from sdgp_accel.layer_plan import LayerKind, decode, plan_string
+from sdgp_accel.nn import SDGPConv2d, SDGPLinear
+from sdgp_accel.report import LayerReport, SwapReport
+
+Filter = Callable[[nn.Module, str], bool] | str | Iterable[str] | None
+
+_SWAPS: dict[type[Any], type[nn.Module]] = {nn.Linear: SDGPLinear, nn.Conv2d: SDGPConv2d}
+_ORIGINALS: dict[type[Any], type[nn.Module]] = {SDGPLinear: nn.Linear, SDGPConv2d: nn.Conv2d}
+
+
+class _Step(NamedTuple):
+    """What `accelerate_` will do to one module; `config` None: make (or leave) it an ordinary layer."""
+
+    module: nn.Module
+    config: SDGPConfig | None
+    report: LayerReport
+
+
+def accelerate_(model: nn.Module, config: SDGPConfig | None = None, filter_fn: Filter = None) -> SwapReport:
+    """Give every eligible Linear and Conv2d of `model`, in place, a backward that prunes by `config`.
+
+    filter_fn: ``(module, name) -> bool``, or one or several glob patterns of names (``"blocks.*.mlp.*"``);
+        None takes every layer. A shared module counts as selected where any of its names is. Layers that are
+        not selected are left alone, so several calls can give several configurations to parts of a model.
+
+    Idempotent; calling it again with another configuration replaces the old one. All or nothing: whatever it
+    raises, it raises before the first layer changes. Exact `nn.Linear` and `nn.Conv2d` only: subclasses may
+    compute something else. Warns where no layer is eligible.
+
+    Returns a `SwapReport` of every layer with weights. Raises TypeError for wrong argument types, and
+    RuntimeError where ``fallback="error"`` and a layer cannot run on the kernels.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    config = SDGPConfig() if config is None else config
+    if not isinstance(config, SDGPConfig):
+        raise TypeError(f"config must be an SDGPConfig or None; got {type(config).__name__}")
+    select = _selector(filter_fn)
+    steps = [_plan_step(module, names, config, select) for module, names in _layers(model)]
+    for step in steps:
+        _apply(step)
+    report = SwapReport(tuple(step.report for step in steps))
+    if not report.swapped:
+        warnings.warn("accelerate_ found no layer to swap in this model; see the returned report", stacklevel=2)
+    return report
+
+
+def restore_(model: nn.Module) -> nn.Module:
+    """Turn every SDGP layer of `model` back into `nn.Linear` or `nn.Conv2d`, in place, and return `model`.
+
+    Raises RuntimeError, before changing anything, where a wrapper (FSDP2, parametrizations) has derived its
+    own class from an SDGP layer: undo the wrapping first.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    layers = [module for module in model.modules() if isinstance(module, (SDGPLinear, SDGPConv2d))]
+    derived = {type(module).__name__ for module in layers if type(module) not in _ORIGINALS}
+    if derived:
+        raise RuntimeError(f"cannot restore layers whose class was derived from an SDGP layer: {', '.join(derived)}")
+    for module in layers:
+        _to_original(module)
+    return model
+
+
+def _apply(step: _Step) -> None:
+    if step.config is None:
+        if type(step.module) in _ORIGINALS and not step.report.swapped:
+            _to_original(step.module)
+        return
+    if type(step.module) in _SWAPS:
+        step.module.__class__ = _SWAPS[type(step.module)]
+    assert isinstance(step.module, (SDGPLinear, SDGPConv2d))
+    step.module.sdgp_config = step.config
+
+
+def _to_original(module: nn.Module) -> None:
+    original = _ORIGINALS[type(module)]
+    del module._sdgp_config, module._sdgp_plan
+    module.__class__ = original
+
+
+def _selector(filter_fn: Filter) -> Callable[[nn.Module, str], bool]:
+    if filter_fn is None:
+        return lambda module, name: True
+    if callable(filter_fn):
+        return filter_fn
+    patterns = [filter_fn] if isinstance(filter_fn, str) else list(filter_fn) if isinstance(filter_fn, Iterable) else []
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"filter_fn must be a callable (module, name) -> bool or name patterns; got {filter_fn!r}")
+    return lambda module, name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _layers(model: nn.Module) -> Iterable[tuple[nn.Module, list[str]]]:
+    """Every module with weights to multiply by, once, with all its names."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if _has_weights(module):
+            names.setdefault(module, []).append(name)
+    return names.items()
+
+
+def _has_weights(module: nn.Module) -> bool:
+    if isinstance(module, (nn.Linear, _ConvNd)):
+        return True  # parametrized ones own no parameter called weight
+    own = module.named_parameters(recurse=False)
+    return any("weight" in name and (_is_lazy(p) or p.dim() >= 2) for name, p in own)
+
+
+def _is_lazy(parameter: object) -> bool:
+    return isinstance(parameter, nn.parameter.UninitializedParameter)
+
+
+def _plan_step(
+    module: nn.Module, names: list[str], config: SDGPConfig, select: Callable[[nn.Module, str], bool]
+) -> _Step:
+    """Decide about one module without touching it."""
+    if not any(select(module, name) for name in names):
+        if isinstance(module, (SDGPLinear, SDGPConv2d)):
+            kept = module.sdgp_config
+            return _Step(module, kept, _swapped_report(module, names, kept, "not selected: keeps its configuration"))
+        return _Step(module, None, _skipped_report(module, names, "not selected by filter_fn"))
+    reason = _why_not(module, config)
+    if reason is not None:
+        return _Step(module, None, _skipped_report(module, names, reason))
+    assert isinstance(module, (nn.Linear, nn.Conv2d))
+    return _Step(module, config, _swapped_report(module, names, config, None))
+
+
+def _why_not(module: nn.Module, config: SDGPConfig) -> str | None:
+    """The reason why `module` stays an ordinary layer, or None where it can be swapped."""
+    kind = type(module)
+    if kind not in _SWAPS and kind not in _ORIGINALS:
+        return _why_not_class(module)
+    assert isinstance(module, (nn.Linear, nn.Conv2d))
+    if module.weight.is_complex() or not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}, not real floating point"
+    in_channels = _in_channels(module)
+    if in_channels < config.min_in_channels:
+        return f"{in_channels} input channels < min_in_channels = {config.min_in_channels}"
+    if not decode(plan_string(_kind(module), config)).prunes:
+        return "the configuration prunes neither pass"
+    return None
+
+
+def _why_not_class(module: nn.Module) -> str:
+    kind = type(module)
+    if any(_is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+        return "its parameters are not initialized yet: run one batch first"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "parametrized: its class belongs to torch.nn.utils.parametrize; accelerate before parametrizing"
+    if kind.__name__.startswith("FSDP"):
+        return "its class belongs to fully_shard; accelerate before wrapping"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "its owner (nn.MultiheadAttention) uses the weight without calling the layer"
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return "transposed convolutions are not supported"
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        return f"{kind.__name__} is a subclass of nn.{_base_name(module)} and may compute something else"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "an embedding has no GEMM in its backward"
+    return f"{kind.__name__} is neither nn.Linear nor nn.Conv2d"
+
+
+def _base_name(module: nn.Linear | nn.Conv2d) -> str:
+    return "Linear" if isinstance(module, nn.Linear) else "Conv2d"
+
+
+def _kind(module: nn.Linear | nn.Conv2d) -> LayerKind:
+    return "linear" if isinstance(module, nn.Linear) else "conv2d"
+
+
+def _in_channels(module: nn.Linear | nn.Conv2d) -> int:
+    return module.in_features if isinstance(module, nn.Linear) else module.in_channels
+
+
+def _skipped_report(module: nn.Module, names: list[str], reason: str) -> LayerReport:
+    return LayerReport(names[0], _class_name(module), _shape(module), False, "dense", "dense", "dense", reason,
+                       tuple(names[1:]))  # fmt: skip
+
+
+def _swapped_report(
+    module: nn.Linear | nn.Conv2d, names: list[str], config: SDGPConfig, reason: str | None
+) -> LayerReport:
+    plan_text = plan_string(_kind(module), config)
+    decision, remark = _preview(plan_text, module)
+    dense = decision.backend is None
+    return LayerReport(
+        name=names[0],
+        kind=_class_name(module),
+        shape=_shape(module),
+        swapped=True,
+        dgrad=_describe(None if dense else decision.plan.grad_input),
+        wgrad=_describe(None if dense else decision.plan.grad_weight),
+        backend=decision.name,
+        reason="; ".join(filter(None, (reason, decision.reason, remark))),
+        aliases=tuple(names[1:]),
+    )
+
+
+def _preview(plan_text: str, module: nn.Linear | nn.Conv2d) -> tuple[Decision, str | None]:
+    """What `decide` says for the layer's weight as it is now, on the smallest batch; shapes may still change it.
+
+    A float32 weight is judged as autocast would present it, since that is how such layers meet the kernels.
+    """
+    device, dtype = module.weight.device, module.weight.dtype
+    geometry = _smallest_geometry(module)
+    if dtype == torch.float32 and device.type == "cuda":
+        plain = decide(plan_text, geometry, dtype, device)
+        mixed = decide(plan_text, geometry, torch.bfloat16, device)
+        return mixed, None if plain.name == mixed.name else f"under autocast; without it: {plain.reason}"
+    return decide(plan_text, geometry, dtype, device), None
+
+
+def _smallest_geometry(module: nn.Linear | nn.Conv2d) -> Geometry:
+    if isinstance(module, nn.Linear):
+        return LinearGeometry(2, module.in_features, module.out_features, 2)
+    kernel, stride, dilation = _pair(module.kernel_size), _pair(module.stride), _pair(module.dilation)
+    height, width = (d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
+    return Conv2dGeometry(
+        1, module.in_channels, height, width, module.out_channels, 1, 1, kernel, stride, (0, 0), dilation,
+        module.groups, True,
+    )  # fmt: skip
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def _describe(spec: PruneSpec | None) -> str:
+    return "dense" if spec is None else f"{spec.function} {spec.n}:{spec.m}"
+
+
+def _class_name(module: nn.Module) -> str:
+    return _ORIGINALS.get(type(module), type(module)).__name__
+
+
+def _shape(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear):
+        return f"{module.in_features}→{module.out_features}"
+    if isinstance(module, _ConvNd):
+        text = f"{module.in_channels}→{module.out_channels} {'x'.join(map(str, module.kernel_size))}"
+        strides = set(module.stride)
+        if strides != {1}:
+            text += f" /{'x'.join(map(str, strides if len(strides) == 1 else module.stride))}"
+        return text + (f" groups {module.groups}" if module.groups > 1 else "")
+    shapes = [tuple(p.shape) for n, p in module.named_parameters(recurse=False) if "weight" in n and not _is_lazy(p)]
+    return ", ".join("x".join(map(str, shape)) for shape in shapes)
