@@ -71,17 +71,19 @@ class _Linear(torch.autograd.Function):
     # forward and setup_context in one: the split form costs 14 µs more per call.
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, plan: str) -> Tensor:
-        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        needs_dx, needs_dw, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(input if needs_dw else None, weight if needs_dx else None)
         ctx.plan = plan
         return F.linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        input, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        gradients = torch.ops.sdgp.linear_backward.default(dy, input, weight, needs[2], ctx.plan)
-        return *_place(gradients, needs), None
+        x, weight = ctx.saved_tensors
+        needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
+        if not (needs_dx or needs_dw):
+            return None, None, dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy, None
+        gradients = torch.ops.sdgp.linear_backward.default(dy, x, weight, needs_db, ctx.plan)
+        return *_place(_once(gradients, dy, x, weight), ctx.needs_input_grad[:3]), None
 
 
 class _Conv2d(torch.autograd.Function):
@@ -99,19 +101,49 @@ class _Conv2d(torch.autograd.Function):
     ) -> Tensor:
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         ctx.save_for_backward(input if needs_dw else None, weight if needs_dx else None)
+        absent_shape = input.shape if not needs_dw else weight.shape if not needs_dx else ()
         channels_last = _is_channels_last(input) or _is_channels_last(weight)
-        ctx.arguments = input.shape, weight.shape, stride, padding, dilation, groups, channels_last, plan
+        ctx.arguments = absent_shape, (*stride, *padding, *dilation, groups), channels_last, plan
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        input, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        gradients = torch.ops.sdgp.conv2d_backward.default(dy, input, weight, needs[2], *ctx.arguments)
-        return *_place(gradients, needs), None, None, None, None, None
+        x, weight = ctx.saved_tensors
+        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
+        if not (needs_dx or needs_dw):
+            return None, None, dy.sum((0, 2, 3)), None, None, None, None, None
+        gradients = torch.ops.sdgp.conv2d_backward.default(dy, x, weight, needs_db, *ctx.arguments)
+        return *_place(_once(gradients, dy, x, weight), ctx.needs_input_grad[:3]), None, None, None, None, None
 
 
-def _place(gradients: list[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
+class _Once(torch.autograd.Function):
+    """Passes gradients through and stands in their graph as what cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(gradient.detach() for gradient in tensors[:count] if gradient is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            "double backward through an SDGP layer is not supported (pruning is not differentiable); "
+            "accelerate_ only layers that are differentiated once, or call sdgp_accel.restore_(model)"
+        )
+
+
+def _once(gradients: list[Tensor], *inputs: Tensor | None) -> Sequence[Tensor]:
+    """The gradients; with ``create_graph=True``, made to depend on `inputs` through `_Once`.
+
+    Done here because an autograd rule of the op would cost every backward 4 µs. A compiled backward has no
+    graph of its own, and torch.compile refuses double backward by itself.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    result: tuple[Tensor, ...] = _Once.apply(len(gradients), *gradients, *inputs)
+    return result
+
+
+def _place(gradients: Sequence[Tensor], needs: tuple[bool, ...]) -> list[Tensor | None]:
     """Put the gradients that were computed where autograd expects them."""
     position = iter(gradients)
     return [next(position) if need else None for need in needs]

@@ -388,8 +388,7 @@ def test_opcheck(name: str) -> None:
     else:
         x, weight = torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last), torch.randn(8, 8, 3, 3)
         arguments = (
-            torch.randn(2, 8, 2, 2), x, weight, True, x.shape, weight.shape, (2, 2), (0, 0), (1, 1), 1, True,
-            plan_string("conv2d", config),
+            torch.randn(2, 8, 2, 2), x, weight, True, (), (2, 2, 0, 0, 1, 1, 1), True, plan_string("conv2d", config),
         )  # fmt: skip
         op = torch.ops.sdgp.conv2d_backward.default
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
