@@ -1,0 +1,157 @@
+"""From finished runs to the table, the plot and the JSON that the README refers to."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.learning.cells import DENSE, OTHER_PATTERNS, PRUNED, Cell
+from bench.learning.tasks import TASKS, Task
+
+FUNCTIONS = ("mvue", "rescale_magnitude", "magnitude", "random")
+PATTERNS = sorted({(2, 4), *OTHER_PATTERNS}, key=lambda pattern: (pattern[0] / pattern[1], pattern))
+TITLES = {"grad_input": "grad_input only", "grad_weight": "grad_weight only", "both": "both passes"}
+
+
+class Entry(NamedTuple):
+    """One cell: its score over the seeds, and the difference to the dense run of the same seed."""
+
+    cell: Cell
+    seeds: int
+    mean: float
+    std: float
+    delta: float
+    delta_std: float
+    curve: list[tuple[int, float]]  # step, mean validation score
+
+    def __str__(self) -> str:
+        digits = 3 if abs(self.mean) < 10 else 2
+        return f"{self.mean:.{digits}f} ± {self.std:.{digits}f}"
+
+
+def summarise(task: Task, lines: Sequence[dict[str, Any]]) -> dict[Cell, Entry]:
+    """One entry per cell of `task` that has a dense run of the same seed to compare with.
+
+    Raises ValueError where runs on different data are mixed: their scores cannot be compared.
+    """
+    lines = [line for line in lines if line["task"] == task.name and line["setup"] == task.setup()]
+    data = {line["data_sha256"] for line in lines}
+    if len(data) > 1:
+        raise ValueError(f"runs of {task.name!r} on {len(data)} different data sets (Python versions): {sorted(data)}")
+    runs: dict[Cell, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for line in lines:
+        runs[Cell(**line["cell"])][line["seed"]] = line
+    entries = {}
+    for cell, by_seed in runs.items():
+        seeds = sorted(by_seed.keys() & runs[DENSE].keys()) if DENSE in runs else []
+        if not seeds:
+            continue
+        scores = [by_seed[seed]["final"][task.score] for seed in seeds]
+        deltas = [score - runs[DENSE][seed]["final"][task.score] for score, seed in zip(scores, seeds, strict=True)]
+        curves = [by_seed[seed]["curve"] for seed in seeds]
+        curve = [
+            (points[0]["step"], statistics.fmean(point[task.score] for point in points))
+            for points in zip(*curves, strict=True)
+        ]
+        entries[cell] = Entry(cell, len(seeds), *_mean_std(scores), *_mean_std(deltas), curve)
+    return entries
+
+
+def write(lines: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write convergence.json, convergence.md and convergence.png into `folder`."""
+    tables = {task: summarise(task, lines) for task in TASKS.values()}
+    tables = {task: entries for task, entries in tables.items() if entries}
+    (folder / "convergence.json").write_text(json.dumps(as_json(tables, lines), indent=1) + "\n")
+    (folder / "convergence.md").write_text("\n".join(markdown(task, entries) for task, entries in tables.items()))
+    plot(tables, folder / "convergence.png")
+
+
+def as_json(tables: dict[Task, dict[Cell, Entry]], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    environments = {json.dumps(line["environment"], sort_keys=True) for line in lines}
+    return {
+        "environments": [json.loads(text) for text in sorted(environments)],
+        "tasks": {
+            task.name: {
+                "title": task.title,
+                "score": task.score,
+                "setup": task.settings(),
+                "cells": [{**entry._asdict(), "cell": str(entry.cell)} for entry in entries.values()],
+            }
+            for task, entries in tables.items()
+        },
+    }
+
+
+def markdown(task: Task, entries: dict[Cell, Entry]) -> str:
+    """Two tables: 2:4 by pruned pass, and the other patterns with both passes pruned."""
+    measure = "validation loss, nats per byte (lower is better)" if task.score == "loss" else "test accuracy, %"
+    seeds = {entry.seeds for entry in entries.values()}
+    lines = [
+        f"### {task.title}",
+        "",
+        f"{measure}; mean ± std of {' to '.join(map(str, sorted({min(seeds), max(seeds)})))} seeds, {task.steps} steps; "
+        f"in brackets the mean difference to dense with the same seed. Dense: **{entries[DENSE]}**.",
+        "",
+    ]
+    two_four = [[_cell(entries, Cell(function, pruned, 2, 4)) for pruned in PRUNED] for function in FUNCTIONS]
+    lines += _table("2:4", [TITLES[pruned] for pruned in PRUNED], FUNCTIONS, two_four)
+    patterns = [f"{n}:{m}" for n, m in PATTERNS]
+    others = [[_cell(entries, Cell(function, "both", n, m)) for function in FUNCTIONS] for n, m in PATTERNS]
+    lines += _table("both passes", FUNCTIONS, patterns, others)
+    return "\n".join(lines)
+
+
+def _cell(entries: dict[Cell, Entry], cell: Cell) -> str:
+    return f"{entries[cell]} ({entries[cell].delta:+.3f})" if cell in entries else "—"
+
+
+def _table(corner: str, columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table; rows without any result are left out."""
+    filled = [[row, *values] for row, values in zip(rows, cells, strict=True) if any(value != "—" for value in values)]
+    table = [[corner, *columns], ["---"] * (len(columns) + 1), *filled]
+    return [f"| {' | '.join(row)} |" for row in table] + [""] if filled else []
+
+
+def plot(tables: dict[Task, dict[Cell, Entry]], path: Path) -> None:
+    """A row per task: learning curves, 2:4 by pruned pass, and the other patterns; differences are to dense."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(tables), 3, figsize=(15, 4 * len(tables)), squeeze=False, layout="constrained")
+    for (curves, passes, patterns), (task, entries) in zip(axes, tables.items(), strict=True):
+        curves.plot(*zip(*entries[DENSE].curve, strict=True), color="black", label="dense")
+        for index, function in enumerate(FUNCTIONS):
+            color, shift = f"C{index}", (index - 1.5) / 8
+            both = entries.get(Cell(function, "both", 2, 4))
+            if both is not None:
+                curves.plot(*zip(*both.curve, strict=True), color=color, label=function)
+            _dots(passes, [entries.get(Cell(function, pruned, 2, 4)) for pruned in PRUNED], shift, color)
+            _dots(patterns, [entries.get(Cell(function, "both", n, m)) for n, m in PATTERNS], shift, color)
+        curves.set(title=task.title, xlabel="step", ylabel=f"{task.score}, both passes pruned 2:4")
+        curves.legend()
+        passes.set(title="2:4, by pruned pass", ylabel=f"{task.score} minus dense")
+        passes.set_xticks(range(len(PRUNED)), [TITLES[pruned] for pruned in PRUNED])
+        patterns.set(title="N:M, both passes pruned", ylabel=f"{task.score} minus dense")
+        patterns.set_xticks(range(len(PATTERNS)), [f"{n}:{m}" for n, m in PATTERNS])
+        for axis in (passes, patterns):
+            axis.axhline(0, color="black", linewidth=0.8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _dots(axis: Any, entries: Sequence[Entry | None], shift: float, color: str) -> None:
+    """Mean difference to dense with the seeds' standard deviation, beside its position."""
+    points = [(position + shift, entry) for position, entry in enumerate(entries) if entry is not None]
+    positions = [position for position, _ in points]
+    deltas, stds = [entry.delta for _, entry in points], [entry.delta_std for _, entry in points]
+    axis.errorbar(positions, deltas, stds, fmt="o", color=color, capsize=3, markersize=4)
+
+
+def _mean_std(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
