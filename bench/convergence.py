@@ -22,11 +22,18 @@ from typing import Any, NamedTuple
 import click
 import torch
 
-from bench.learning import summary, training
+from bench.learning import large_ops, summary, training
 from bench.learning.cells import Cell, by_value
 from bench.learning.tasks import TASKS, Task
+from sdgp_accel.backends import reference
+from sdgp_accel.pruning import prune_matrix
 
 RESULTS = Path(__file__).parent / "results"
+PRUNING = {
+    "package": lambda: prune_matrix,
+    "large_ops": lambda: large_ops.prune_matrix,
+    "compiled": lambda: torch.compile(large_ops.prune_matrix, dynamic=False),
+}
 
 
 class Work(NamedTuple):
@@ -36,30 +43,39 @@ class Work(NamedTuple):
     cell: Cell
     seeds: tuple[int, ...]
     device: str
+    pruning: str
     deadline: float
 
 
 def run_work(work: Work) -> list[dict[str, Any]]:
     """The results of `work`, ready to be written as lines; none where the time box closed first."""
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for dense and pruned runs alike
     if work.deadline <= time.time():
         return []
     device = torch.device(work.device)
+    use_pruning(work.pruning)
     try:
         results = training.train(work.task, work.cell, work.seeds, device, work.deadline)
     except training.DeadlinePassed:
         return []
     identity = {"task": work.task.name, "setup": work.task.setup(), "cell": asdict(work.cell)}
-    return [{**identity, **result, "environment": environment(device)} for result in results]
+    return [{**identity, **result, "environment": environment(device, work.pruning)} for result in results]
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where a run took place."""
+def use_pruning(name: str) -> None:
+    """Let the reference backend of this process prune with `name` of `PRUNING`."""
+    reference.prune_matrix = PRUNING[name]()
+
+
+def environment(device: torch.device, pruning: str) -> dict[str, Any]:
+    """Where and how a run took place."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": name,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "pruning": pruning,
         "matmul_precision": torch.get_float32_matmul_precision(),
         "revision": revision(),
     }
@@ -78,6 +94,7 @@ def outstanding(
     seeds: int,
     finished: Sequence[dict[str, Any]],
     device: str,
+    pruning: str,
     deadline: float,
 ) -> Iterator[Work]:
     """The work that `finished` leaves, in the order of `cells`, tasks taking turns.
@@ -90,7 +107,7 @@ def outstanding(
             left = [seed for seed in range(seeds) if (task.name, task.setup(), cell, seed) not in known]
             for group in [left] if device == "cuda" else [[seed] for seed in left]:
                 if group:
-                    yield Work(task, cell, tuple(group), device, deadline)
+                    yield Work(task, cell, tuple(group), device, pruning, deadline)
 
 
 def run_key(line: dict[str, Any]) -> tuple[str, str, Cell, int]:
@@ -120,14 +137,23 @@ def main() -> None:
 @click.option("--minutes", default=60.0, show_default=True, help="Stop starting and abandon runs after so long.")
 @click.option("--jobs", default=1, show_default=True, help="Processes side by side.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
+@click.option("--pruning", type=click.Choice(sorted(PRUNING)), help="Default: package on a CPU, large_ops on a GPU.")
 @click.option("--lines", type=click.Path(path_type=Path), default=RESULTS / "convergence.jsonl", show_default=True)
 def run(
-    names: Sequence[str], seeds: int, cell_count: int | None, minutes: float, jobs: int, device: str, lines: Path
+    names: Sequence[str],
+    seeds: int,
+    cell_count: int | None,
+    minutes: float,
+    jobs: int,
+    device: str,
+    pruning: str | None,
+    lines: Path,
 ) -> None:
     """Train what is not in LINES yet and append to it."""
     deadline = time.time() + 60 * minutes
     tasks = [task for name, task in TASKS.items() if not names or name in names]
-    work = list(outstanding(tasks, by_value()[:cell_count], seeds, read_lines(lines), device, deadline))
+    pruning = pruning or ("package" if device == "cpu" else "large_ops")
+    work = list(outstanding(tasks, by_value()[:cell_count], seeds, read_lines(lines), device, pruning, deadline))
     click.echo(f"{sum(len(item.seeds) for item in work)} runs to do, {jobs} at a time, at most {minutes:g} minutes")
     lines.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork

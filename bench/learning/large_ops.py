@@ -1,9 +1,9 @@
 """The prune functions in a few large tensor operations: for many small training runs on a GPU.
 
-`sdgp_accel.pruning` fixes every bit and its random numbers, at the price of hundreds of small operations per gradient;
-on a GPU their launches, not the arithmetic, would set how many runs fit into an hour. Here are the same rules by sorting
-and prefix sums, with torch's own random numbers: equal up to rounding where the random numbers are (tests compare them).
-Groups are whole, values finite.
+`sdgp_accel.pruning` fixes every bit and its random numbers, at the price of hundreds of small operations per
+gradient; on a GPU their launches, not the arithmetic, would set how many runs fit into an hour. Here are the same
+rules by pairwise comparisons and prefix sums, with torch's own random numbers. Given the same random numbers both
+agree up to rounding (tests compare them). Groups must be whole and values finite.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.learning.cells import DENSE, OTHER_PATTERNS, PRUNED, Cell
+from bench.learning.cells import DENSE, OTHER_PATTERNS, PRUNED, Cell, by_value
 from bench.learning.tasks import TASKS, Task
 
 FUNCTIONS = ("mvue", "rescale_magnitude", "magnitude", "random")
@@ -46,7 +46,8 @@ def summarise(task: Task, lines: Sequence[dict[str, Any]]) -> dict[Cell, Entry]:
     for line in lines:
         runs[Cell(**line["cell"])][line["seed"]] = line
     entries = {}
-    for cell, by_seed in runs.items():
+    for cell in filter(runs.__contains__, by_value()):
+        by_seed = runs[cell]
         seeds = sorted(by_seed.keys() & runs[DENSE].keys()) if DENSE in runs else []
         if not seeds:
             continue
@@ -89,12 +90,12 @@ def as_json(tables: dict[Task, dict[Cell, Entry]], lines: Sequence[dict[str, Any
 def markdown(task: Task, entries: dict[Cell, Entry]) -> str:
     """Two tables: 2:4 by pruned pass, and the other patterns with both passes pruned."""
     measure = "validation loss, nats per byte (lower is better)" if task.score == "loss" else "test accuracy, %"
-    seeds = {entry.seeds for entry in entries.values()}
+    seeds = sorted({entry.seeds for entry in entries.values()})
     lines = [
         f"### {task.title}",
         "",
-        f"{measure}; mean ± std of {' to '.join(map(str, sorted({min(seeds), max(seeds)})))} seeds, {task.steps} steps; "
-        f"in brackets the mean difference to dense with the same seed. Dense: **{entries[DENSE]}**.",
+        f"{measure}; mean ± std of {' or '.join(map(str, seeds))} seeds, {task.steps} steps; in brackets "
+        f"the mean difference to dense with the same seed. Dense: **{entries[DENSE]}**.",
         "",
     ]
     two_four = [[_cell(entries, Cell(function, pruned, 2, 4)) for pruned in PRUNED] for function in FUNCTIONS]

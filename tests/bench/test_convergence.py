@@ -1,0 +1,147 @@
+"""The convergence harness at toy size on a CPU: it trains, resumes, stops on time and reports."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from bench import convergence
+from bench.learning import large_ops, summary
+from bench.learning.cells import DENSE, OTHER_PATTERNS, Cell, by_value
+from bench.learning.tasks import TASKS
+from sdgp_accel import pruning
+from sdgp_accel.config import FUNCTIONS, SCOPES, PruneSpec
+from sdgp_accel.philox import Rng, draw, group_words
+
+TINY = {
+    "transformer": replace(
+        TASKS["transformer"],
+        options={"layers": 1, "width": 32, "heads": 2, "context": 32},
+        steps=4,
+        batch=4,
+        window=32,
+        evaluations=2,
+    ),
+    "conv_lm": replace(
+        TASKS["conv_lm"], options={"width": 32, "layers": 2}, steps=4, batch=4, window=32, evaluations=2
+    ),
+    "digits": replace(TASKS["digits"], steps=4, evaluations=2),
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Tasks of a few steps, run in this process instead of in a pool."""
+    monkeypatch.setattr(convergence, "TASKS", TINY)
+    monkeypatch.setattr(summary, "TASKS", TINY)
+    monkeypatch.setattr(convergence.concurrent.futures, "ProcessPoolExecutor", InProcess)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    convergence.use_pruning("package")
+
+
+class InProcess:
+    """The executor's interface without its processes."""
+
+    def __init__(self, jobs, mp_context):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, *arguments):
+        future = convergence.concurrent.futures.Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+def run(lines, *arguments):
+    result = CliRunner().invoke(convergence.main, ["run", "--lines", str(lines), "--device", "cpu", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_matrix_has_every_cell_once_and_the_telling_ones_first():
+    cells = by_value()
+    assert len(cells) == len(set(cells)) == 1 + 4 * 3 * (1 + len(OTHER_PATTERNS))
+    assert cells[:3] == [DENSE, Cell("mvue", "both", 2, 4), Cell("rescale_magnitude", "both", 2, 4)]
+    for cell in cells[1:]:
+        config = cell.config()
+        assert (config.grad_input == "sparse") == (cell.pruned in ("grad_input", "both"))
+        assert (config.grad_weight == "sparse") == (cell.pruned in ("grad_weight", "both"))
+
+
+def test_runs_are_resumed_and_reported(tiny, tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    assert "12 runs to do" in run(lines, "--seeds", "2", "--cells", "2")
+    written = lines.read_text()
+    first, *_ = results = [json.loads(line) for line in written.splitlines()]
+    assert len(results) == 12
+    assert [point["step"] for point in first["curve"]] == [2, 4]
+    assert first["environment"]["torch"] == torch.__version__
+
+    assert "0 runs to do" in run(lines, "--seeds", "2", "--cells", "2")
+    assert lines.read_text() == written
+
+    lines.write_text(written[:-30])  # a crash while writing
+    assert "1 runs to do" in run(lines, "--seeds", "2", "--cells", "2")
+    assert len(lines.read_text().splitlines()) == 12
+
+    report = CliRunner().invoke(convergence.main, ["report", "--lines", str(lines), "--out", str(tmp_path)])
+    assert report.exit_code == 0, report.output
+    assert {path.name for path in tmp_path.iterdir()} >= {"convergence.json", "convergence.md", "convergence.png"}
+    cells = json.loads((tmp_path / "convergence.json").read_text())["tasks"]["digits"]["cells"]
+    assert [(cell["cell"], cell["seeds"]) for cell in cells] == [("dense", 2), ("mvue 2:4 both", 2)]
+    assert "| mvue |" in (tmp_path / "convergence.md").read_text()
+
+
+def test_same_seed_means_same_start_and_same_batches_for_every_cell():
+    device = torch.device("cpu")
+    task = TINY["transformer"]
+    data = task.data(device)
+    dense, pruned = (convergence.training.Run(task, cell, 7, data, device) for cell in (DENSE, by_value()[1]))
+    assert torch.equal(dense.batches, pruned.batches)
+    for a, b in zip(dense.model.parameters(), pruned.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_closed_time_box_leaves_nothing_half_done(tiny, tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    run(lines, "--cells", "1", "--minutes", "0")
+    assert lines.read_text() == ""
+
+
+def test_mixing_data_of_different_python_versions_is_refused(tiny, tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    run(lines, "--seeds", "1", "--cells", "1", "--task", "digits")
+    line = json.loads(lines.read_text())
+    other = line | {"data_sha256": "another"}
+    with pytest.raises(ValueError, match="2 different data sets"):
+        summary.summarise(TINY["digits"], [line, other])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 8), (4, 16), (16, 32)])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_large_ops_prune_as_the_package_does(function, n, m, axis):
+    x = torch.randn(128, 64)
+    x[torch.rand_like(x) < 0.5] = 0
+    rng = Rng(draw("cpu"), 0, axis)
+    grid = (128, 64 // m) if axis == 1 else (128 // m, 64)
+    words = group_words(rng, torch.arange(grid[0] * grid[1]).view(grid), m)
+    if function == "mvue":
+        uniform = (words[0] >> 8).unsqueeze(axis + 1) / 2**24
+    else:
+        uniform = torch.stack(words, axis + 1).double()
+    for scope in SCOPES:
+        spec = PruneSpec(function, n, m, scope)
+        expected = pruning.prune_matrix(x, spec, axis, 32, rng)
+        actual = large_ops.prune_matrix(x, spec, axis, 32, rng, uniform)
+        # One group in thousands may round to the other side of its random number.
+        assert torch.isclose(actual, expected, rtol=1e-4).float().mean() > 0.999
