@@ -1,0 +1,106 @@
+"""The simulator as an engine for kernel tests: torch tensors in simulated device memory, libraries bound to the
+simulated runtime.
+
+engine = SimEngine()
+library = engine.load(path)                  # a C shared library linked with -cudart shared
+x, y = engine.put(torch.randn(8)), engine.empty(8)
+with engine.checked():
+    status = library.some_launcher(pointer(x), pointer(y), None)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from .machine import Counters
+from .memory import READY
+from .runtime import Runtime
+
+
+class SimEngine:
+    """Each tensor is an allocation of its own between guard bytes; bytes that nothing has written are known as such."""
+
+    name = "sim"
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.runtime = Runtime.get()
+
+    def load(self, path: Path | str) -> ctypes.CDLL:
+        return self.runtime.load(Path(path))
+
+    def load_module(self, path: Path | str, name: str) -> ModuleType:
+        return self.runtime.load_module(Path(path), name)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """An uninitialised contiguous tensor: reading it in a kernel before writing it is a fault."""
+        count = torch.Size(shape).numel()
+        size = count * dtype.itemsize
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        address = self.runtime.memory.allocate(size)
+        buffer = (ctypes.c_uint8 * size).from_address(address)
+        ctypes.memset(address, 0xFF, size)
+        weakref.finalize(buffer, self.runtime.memory.free, address)
+        return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
+
+    def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy in simulated device memory."""
+        out = self.empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+        self.initialised(out)
+        return out
+
+    def initialised(self, tensor: torch.Tensor) -> None:
+        """Declares all of a tensor written (by host code)."""
+        if tensor.numel():
+            self.runtime.memory.mark(tensor.data_ptr(), tensor.numel() * tensor.itemsize, READY)
+
+    def register(self, tensor: torch.Tensor) -> None:
+        """Makes an ordinary CPU tensor's storage accessible to kernels, as initialised memory."""
+        storage = tensor.untyped_storage()
+        self.runtime.memory.register(storage.data_ptr(), storage.nbytes())
+
+    def unregister(self, tensor: torch.Tensor) -> None:
+        self.runtime.memory.unregister(tensor.untyped_storage().data_ptr())
+
+    def check(self) -> None:
+        """Raises the fault of a launch that failed since the last check."""
+        self.runtime.check()
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """Raises a kernel's fault in place of whatever the host code made of the failed launch."""
+        try:
+            yield
+        except Exception:
+            self.check()
+            raise
+        self.check()
+
+    @contextmanager
+    def poisoned_shared(self) -> Iterator[None]:
+        """Within: loads of never-written shared memory give NaN patterns instead of a fault."""
+        self.runtime.poison_shared = True
+        try:
+            yield
+        finally:
+            self.runtime.poison_shared = False
+
+    def counters(self) -> Counters:
+        """Traffic of all launches since the last call."""
+        total = Counters()
+        for launch in self.runtime.launches:
+            total.add(launch.counters)
+        self.runtime.launches.clear()
+        return total
+
+
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
