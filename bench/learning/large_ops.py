@@ -3,12 +3,13 @@
 `sdgp_accel.pruning` fixes every bit and its random numbers, at the price of hundreds of small operations per
 gradient; on a GPU their launches, not the arithmetic, would set how many runs fit into an hour. Here are the same
 rules by pairwise comparisons and prefix sums, with torch's own random numbers. Given the same random numbers both
-agree up to rounding (tests compare them). Groups must be whole and values finite.
+agree up to rounding (tests compare them).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sdgp_accel.config import PruneSpec
@@ -23,23 +24,46 @@ def prune_matrix(
     rng: Rng | None,
     uniform: Tensor | None = None,
 ) -> Tensor:
-    """As `sdgp_accel.pruning.prune_matrix` on dY [T, C], T and C multiples of m along `axis`.
+    """As `sdgp_accel.pruning.prune_matrix` on dY [T, C], for finite values.
 
-    `uniform` replaces the random numbers: the groups' u for ``mvue``, the elements' keys for ``random``; group layout,
-    [T, C / m, m] or [T / m, m, C], with m or 1 along the group. `rng` is ignored but for being in the signature.
+    `uniform` replaces the random numbers: for ``mvue`` each group's u, [T, ceil(C / m), 1] or [ceil(T / m), 1, C]; for
+    ``random`` each element's key, [T, C]. `rng` is ignored but for being in the signature.
     """
-    x = dy2d.unflatten(axis, (-1, spec.m))
     dim = axis + 1
+    x = groups(dy2d, axis, spec.m)
     a = x.abs()
     if spec.function == "mvue":
-        return mvue(x, a, spec.n, dim, uniform).flatten(axis, dim)
+        return matrix(mvue(x, a, spec.n, dim, uniform), dy2d, axis)
     order = a
     if spec.function == "random":
-        order = torch.rand_like(a) if uniform is None else uniform.expand_as(a)
+        order = groups(torch.rand_like(dy2d) if uniform is None else uniform, axis, spec.m, padding=-1)
     kept = torch.where(rank(order, dim) < spec.n, x, 0)
-    if spec.function == "rescale_magnitude":
-        kept = kept * rescaling(a, kept.abs(), spec, axis, dim, positions_per_sample)
-    return kept.flatten(axis, dim)
+    if spec.function == "rescale_magnitude" and spec.scope == "group":
+        kept = kept * ratio(a.sum(dim, keepdim=True), kept.abs().sum(dim, keepdim=True), spec.eps)
+    result = matrix(kept, dy2d, axis)
+    if spec.function == "rescale_magnitude" and spec.scope != "group":
+        positions = positions_per_sample if spec.scope == "sample_channel" else len(dy2d)
+        over = 1 if spec.scope == "sample_channel" else (1, 2)
+        x, kept = (t.unflatten(0, (-1, positions)) for t in (dy2d, result))
+        total, kept_total = (t.abs().sum(over, keepdim=True) for t in (x, kept))
+        result = (kept * ratio(total, kept_total, spec.eps)).flatten(0, 1)
+    return result
+
+
+def groups(dy2d: Tensor, axis: int, m: int, padding: float = 0) -> Tensor:
+    """[T, ceil(C / m), m] for axis 1, [ceil(T / m), m, C] for axis 0; a last partial group is padded."""
+    missing = -dy2d.shape[axis] % m
+    return F.pad(dy2d, (0, missing) if axis == 1 else (0, 0, 0, missing), value=padding).unflatten(axis, (-1, m))
+
+
+def matrix(grouped: Tensor, dy2d: Tensor, axis: int) -> Tensor:
+    """The inverse of `groups`."""
+    return grouped.flatten(axis, axis + 1).narrow(axis, 0, dy2d.shape[axis])
+
+
+def ratio(total: Tensor, kept_total: Tensor, eps: float) -> Tensor:
+    """The factor of ``rescale_magnitude``."""
+    return torch.where(kept_total == 0, 1, total / (kept_total + eps))
 
 
 def mvue(x: Tensor, a: Tensor, n: int, dim: int, uniform: Tensor | None) -> Tensor:
@@ -58,19 +82,6 @@ def mvue(x: Tensor, a: Tensor, n: int, dim: int, uniform: Tensor | None) -> Tens
     u = torch.rand_like(total) if uniform is None else uniform
     sampled = (reached - u).ceil() > (before - u).ceil()
     return torch.where(capped, x, torch.where(sampled, x / (reached - before), 0))
-
-
-def rescaling(a: Tensor, kept: Tensor, spec: PruneSpec, axis: int, dim: int, positions_per_sample: int) -> Tensor:
-    """sum |x| / sum |kept| over the spec's scope, broadcastable to the groups' layout."""
-    if spec.scope == "group":
-        total, kept_total = (t.sum(dim, keepdim=True) for t in (a, kept))
-    elif spec.scope == "sample_channel":
-        matrices = (t.flatten(axis, dim).unflatten(0, (-1, positions_per_sample)) for t in (a, kept))
-        spread = (t.sum(1, keepdim=True).expand(-1, positions_per_sample, -1).flatten(0, 1) for t in matrices)
-        total, kept_total = (t.unflatten(axis, (-1, spec.m)) for t in spread)
-    else:
-        total, kept_total = a.sum(), kept.sum()
-    return torch.where(kept_total == 0, 1, total / (kept_total + spec.eps))
 
 
 def rank(a: Tensor, dim: int) -> Tensor:
