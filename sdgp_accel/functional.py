@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdgp_accel import ops as _ops  # noqa: F401  (registers the ops used below)
+from sdgp_accel.backends import decide
 from sdgp_accel.config import SDGPConfig
-from sdgp_accel.layer_plan import LayerKind, decode, plan_string
+from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
+from sdgp_accel.layer_plan import LayerKind, plan_string
 
 _DEFAULT = SDGPConfig()
 
@@ -28,11 +30,16 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
 
     Raises TypeError for an input that is not floating point, and RuntimeError on double backward.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or input.dim() == 0:  # the latter for torch's own error
         return F.linear(input, weight, bias)
     _check_floating(input)
     input, weight, bias = _autocast(input, weight, bias)
-    result: Tensor = _Linear.apply(input, weight, bias, _encoded(plan, "linear"))
+    plan = _encoded(plan, "linear")
+    if not torch.compiler.is_compiling():
+        geometry = LinearGeometry.of(input.shape, weight.shape[0])
+        if decide(plan, geometry, input.dtype, input.device).backend is None:
+            return F.linear(input, weight, bias)
+    result: Tensor = _Linear.apply(input, weight, bias, plan)
     return result
 
 
@@ -52,7 +59,7 @@ def conv2d(
     point, any memory format (channels_last gradients are pruned without a copy). `padding` may be ``"same"``
     or ``"valid"``. For `plan`, the numbers and the errors see `linear`; T runs over (n, p, q).
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or input.dim() not in (3, 4) or weight.dim() != 4:  # torch's own errors
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     _check_floating(input)
     if input.dim() == 3:
@@ -61,9 +68,14 @@ def conv2d(
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
         input, padding = _pad(input, weight, padding, stride, dilation)
-    result: Tensor = _Conv2d.apply(
-        input, weight, bias, stride, _pair(padding), dilation, groups, _encoded(plan, "conv2d")
-    )
+    padding, plan = _pair(padding), _encoded(plan, "conv2d")
+    window = (*stride, *padding, *dilation, groups)
+    channels_last = _is_channels_last(input) or _is_channels_last(weight)
+    if not torch.compiler.is_compiling():
+        geometry = Conv2dGeometry.of(input.shape, weight.shape, window, channels_last)
+        if decide(plan, geometry, input.dtype, input.device).backend is None:
+            return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    result: Tensor = _Conv2d.apply(input, weight, bias, window, channels_last, plan)
     return result
 
 
@@ -93,27 +105,24 @@ class _Conv2d(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        groups: int,
+        window: tuple[int, ...],
+        channels_last: bool,
         plan: str,
     ) -> Tensor:
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         ctx.save_for_backward(input if needs_dw else None, weight if needs_dx else None)
         absent_shape = input.shape if not needs_dw else weight.shape if not needs_dx else ()
-        channels_last = _is_channels_last(input) or _is_channels_last(weight)
-        ctx.arguments = absent_shape, (*stride, *padding, *dilation, groups), channels_last, plan
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        ctx.arguments = absent_shape, window, channels_last, plan
+        return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
         if not (needs_dx or needs_dw):
-            return None, None, dy.sum((0, 2, 3)), None, None, None, None, None
+            return None, None, dy.sum((0, 2, 3)), None, None, None
         gradients = torch.ops.sdgp.conv2d_backward.default(dy, x, weight, needs_db, *ctx.arguments)
-        return *_place(_once(gradients, dy, x, weight), ctx.needs_input_grad[:3]), None, None, None, None, None
+        return *_place(_once(gradients, dy, x, weight), ctx.needs_input_grad[:3]), None, None, None
 
 
 class _Once(torch.autograd.Function):
@@ -156,8 +165,6 @@ def _check_floating(input: Tensor) -> None:
 
 def _encoded(plan: str | SDGPConfig, kind: LayerKind) -> str:
     if isinstance(plan, str):
-        if not torch.compiler.is_compiling():
-            decode(plan)  # a wrong string fails here, not in backward
         return plan
     if not isinstance(plan, SDGPConfig):
         raise TypeError(f"plan must be an SDGPConfig or a plan string; got {plan!r}")

@@ -5,6 +5,8 @@ T counts the output positions (n-major, then p, then q; for Linear: tokens), C t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -18,6 +20,12 @@ class LinearGeometry(NamedTuple):
     in_channels: int
     out_channels: int
     positions_per_sample: int = 1
+
+    @classmethod
+    def of(cls, input_shape: Sequence[int], out_features: int) -> LinearGeometry:
+        """From the shape of an input [..., in_features]."""
+        per_sample = input_shape[-2] if len(input_shape) > 2 else 1
+        return cls(math.prod(input_shape[:-1]), input_shape[-1], out_features, per_sample)
 
     @property
     def positions(self) -> int:
@@ -51,6 +59,24 @@ class Conv2dGeometry(NamedTuple):
     dilation: tuple[int, int]
     groups: int
     channels_last: bool
+
+    @classmethod
+    def of(
+        cls, input_shape: Sequence[int], weight_shape: Sequence[int], window: Sequence[int], channels_last: bool
+    ) -> Conv2dGeometry:
+        """From the shapes of x [N, C_in, H, W] and W [C_out, C_in / groups, R, S].
+
+        window: stride, padding and dilation (two each, vertical first) and groups.
+        """
+        n, c_in, h, w = input_shape
+        c_out, _, r, s = weight_shape
+        stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups = window
+        p = (h + 2 * pad_h - dilation_h * (r - 1) - 1) // stride_h + 1
+        q = (w + 2 * pad_w - dilation_w * (s - 1) - 1) // stride_w + 1
+        return cls(
+            n, c_in, h, w, c_out, p, q, (r, s), (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w),
+            groups, channels_last,
+        )  # fmt: skip
 
     @property
     def positions(self) -> int:

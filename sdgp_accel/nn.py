@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdgp_accel import functional
+from sdgp_accel.backends import warn_once
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.layer_plan import plan_string
 
@@ -32,6 +33,11 @@ class SDGPLinear(nn.Linear):
 
     @sdgp_config.setter
     def sdgp_config(self, config: SDGPConfig) -> None:
+        if config.scope == "sample_channel" and "rescale_magnitude" in config.functions:
+            warn_once(
+                "scope='sample_channel' sums over the tokens of [..., T, C]; on a 2-D input, where each row is its own "
+                "sample, a Linear layer uses scope='group'"
+            )
         self._sdgp_config = config
         self._sdgp_plan = plan_string("linear", config)
 

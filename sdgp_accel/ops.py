@@ -37,11 +37,11 @@ def _linear_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: 
     rows = dy.unsqueeze(0) if dy.dim() == 1 else dy.flatten(0, -2)
     if x is not None:
         x = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-    in_channels = _in_features(x, weight)
-    geometry = LinearGeometry(rows.shape[0], in_channels, rows.shape[1], dy.shape[-2] if dy.dim() > 2 else 1)
+    input_shape = (*dy.shape[:-1], _in_features(x, weight))
+    geometry = LinearGeometry.of(input_shape, dy.shape[-1])
     gradients = _backward(rows, rows, x, weight, bias, geometry, plan)
     if weight is not None and dy.dim() != 2:
-        gradients[0] = gradients[0].view(*dy.shape[:-1], in_channels)
+        gradients[0] = gradients[0].view(input_shape)
     return gradients
 
 
@@ -60,13 +60,9 @@ def _conv2d_backward(
     absent_shape: the shape of whichever of x and weight is not given. window: stride, padding, dilation (two each)
     and groups. channels_last: the memory format of dX and dW.
     """
-    n, c_in, h, w = absent_shape if x is None else x.shape
-    c_out, _, r, s = absent_shape if weight is None else weight.shape
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups = window
-    geometry = Conv2dGeometry(
-        n, c_in, h, w, c_out, dy.shape[2], dy.shape[3], (r, s), (stride_h, stride_w), (pad_h, pad_w),
-        (dilation_h, dilation_w), groups, channels_last,
-    )  # fmt: skip
+    geometry = Conv2dGeometry.of(
+        absent_shape if x is None else x.shape, absent_shape if weight is None else weight.shape, window, channels_last
+    )
     return _backward(dy, None, x, weight, bias, geometry, plan)
 
 

@@ -234,16 +234,14 @@ def _preview(plan_text: str, module: nn.Linear | nn.Conv2d) -> tuple[Decision, s
 def _smallest_geometry(module: nn.Linear | nn.Conv2d) -> Geometry:
     if isinstance(module, nn.Linear):
         return LinearGeometry(2, module.in_features, module.out_features, 2)
-    kernel, stride, dilation = _pair(module.kernel_size), _pair(module.stride), _pair(module.dilation)
+    dilation, kernel = module.dilation, module.kernel_size
     height, width = (d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
-    return Conv2dGeometry(
-        1, module.in_channels, height, width, module.out_channels, 1, 1, kernel, stride, (0, 0), dilation,
-        module.groups, True,
-    )  # fmt: skip
-
-
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    return values[0], values[1]
+    return Conv2dGeometry.of(
+        (1, module.in_channels, height, width),
+        (module.out_channels, module.in_channels // module.groups, *kernel),
+        (*module.stride, 0, 0, *dilation, module.groups),
+        channels_last=True,
+    )
 
 
 def _describe(spec: PruneSpec | None) -> str:

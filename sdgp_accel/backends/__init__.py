@@ -111,7 +111,8 @@ def decide(plan_text: str, geometry: Geometry, dtype: torch.dtype, device: torch
                 f"backend={plan.backend!r} needs a CUDA device of compute capability 8.0 or later; {missing}; "
                 "accepted here: backend='auto' or backend='reference'"
             )
-        warn_once(f"{missing}: gradients are pruned by the reference backend, and nothing is accelerated here")
+        if device.type != "meta":  # shapes only: nothing runs
+            warn_once(f"{missing}: gradients are pruned by the reference backend, and nothing is accelerated here")
         return Decision(_reference(), plan, missing)
     return _decide_on_gpu(plan, geometry, dtype, device)
 
