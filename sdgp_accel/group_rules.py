@@ -1,15 +1,19 @@
 """The prune functions on groups laid out as planes.
 
-A batch of groups is one contiguous tensor [m, b]: plane ``i`` holds element ``i`` of each of the ``b`` groups,
-so that everything below is an elementwise operation between planes, and vectorises whatever m is. Comparisons
-work on the values' bit patterns: as integers, the magnitudes order NaN > inf > finite > 0.
+A batch of groups is one contiguous tensor [m, b]: plane ``i`` holds element ``i`` of each of the ``b`` groups, so
+that everything below is a few long elementwise operations, whatever m is. Magnitudes are compared as integers, by
+their bit patterns, which order NaN > inf > finite > 0.
+
+Two habits come from measurements on a CPU: buffers are reused (page faults cost more than arithmetic), and masks
+are 0 and 1 in the dtype they are next multiplied with (`torch.where`, `masked_fill` and bool outputs are not
+vectorised there: 3 ns per element instead of 0.1).
 
 Nothing here looks at a value from the host on CUDA (no synchronisation, safe inside a CUDA graph).
 """
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,29 +21,27 @@ from torch import Tensor
 
 BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 _INF_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000, torch.float64: 0x7FF0 << 48}
-# Random words: int64 tensors [b] with values < 2^32; the argument says how many per group.
-Words = Callable[[int], "list[Tensor]"]
 UNIT = 1 << 24  # probabilities and uniforms are integers in units of 2^-24
 SMALLEST_SUM = 2.0**-100
 
+# The first `count` random words of each group: int64 tensors [b], values < 2^32.
+Words = Callable[[int], "list[Tensor]"]
+
 
 class Scratch:
-    """Reused buffers, by name: on a CPU, fresh memory costs more (page faults) than most of the arithmetic."""
+    """Uninitialised buffers by name; on a CPU one name is one piece of memory, used again and again."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor; on the CPU it shares memory with earlier ones of this name."""
         if self.device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=self.device)
-        count = 1
-        for size in shape:
-            count *= size
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < count or buffer.dtype != dtype:
-            buffer = self._buffers[name] = torch.empty(count, dtype=dtype)
+        count = math.prod(shape)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < count:
+            buffer = self._buffers[name, dtype] = torch.empty(count, dtype=dtype)
         return buffer[:count].view(shape)
 
 
@@ -49,59 +51,47 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def magnitude(x: Tensor, n: int, scratch: Scratch) -> Tensor:
-    """Keep the n largest |x| of each group, ties to the lower index. x: [m, b]; may share memory with the result."""
-    return _masked(x, select_largest(_order_keys(x, scratch), n, scratch), scratch)
+    """Keep the n largest |x| of each group, ties to the lower index. x: [m, b]."""
+    return _masked(x, select_largest(_order_keys(x, scratch), n, BITS[x.dtype], scratch))
 
 
 def random(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
-    """Keep the n elements with the largest random keys, unscaled; non-finite groups by magnitude."""
-    m, b = x.shape
-    keys = scratch("random_keys", (m, b), torch.int32)
-    for plane, word in zip(keys.unbind(), words(m), strict=True):
-        plane.copy_(word - (1 << 31))  # the signed order of the result is the unsigned order of the words
-    keep = select_largest(keys, n, scratch)
-    order = _order_keys(x, scratch)
-    bad = _non_finite(order, x.dtype, scratch)
-    if _maybe_any(bad):
-        keep = torch.where(bad, select_largest(order, n, scratch, name="keep_bad"), keep)
-    return _masked(x, keep, scratch)
+    """Keep the n elements with the largest random keys, unscaled; non-finite groups by `magnitude`."""
+    keys = scratch("random_keys", tuple(x.shape), torch.int32)
+    for plane, word in zip(keys.unbind(), words(x.shape[0]), strict=True):
+        plane.copy_(word.sub_(1 << 31))  # the signed order of the keys is the unsigned order of the words
+    result = _masked(x, select_largest(keys, n, BITS[x.dtype], scratch))
+    return _with_non_finite(result, x, n, _largest_magnitude(x, scratch))
 
 
 def rescale_magnitude(x: Tensor, n: int, eps: float, scratch: Scratch) -> Tensor:
-    """As `magnitude`, then times s = sum |x| / (sum |kept| + eps) over the group; s = 1 where sum |kept| = 0.
+    """As `magnitude`, then times s = sum |x| / (sum |kept| + eps) over the group.
 
-    Both sums run from 0 in index order in the accumulation dtype. Non-finite groups stay unscaled.
+    Both sums run from 0 in index order in the accumulation dtype. Non-finite groups stay unscaled. (Where
+    sum |kept| is 0 there is nothing to scale: zeros stay zeros.)
     """
     dtype = accumulate_dtype(x.dtype)
-    m, b = x.shape
-    order = _order_keys(x, scratch)
-    bad = _non_finite(order, x.dtype, scratch)
-    wide = scratch("wide", (m, b), dtype)
-    total = _ordered_sum(torch.abs(wide.copy_(x), out=wide), scratch("total", (b,), dtype))
-    kept = _masked(x, select_largest(order, n, scratch), scratch)
-    kept_total = _ordered_sum(torch.abs(wide.copy_(kept), out=wide), scratch("kept_total", (b,), dtype))
-    scale = rescale_factor(total, kept_total, eps)
-    scale = torch.where(bad, torch.ones((), dtype=dtype, device=x.device), scale)
-    return scale_nonzero(kept, scale, kept, scratch)
-
-
-def rescale_factor(total: Tensor, kept_total: Tensor, eps: float) -> Tensor:
-    """total / (kept_total + eps), 1 where kept_total is 0."""
-    one = torch.ones((), dtype=total.dtype, device=total.device)
-    return torch.where(kept_total == 0, one, total / (kept_total + eps))
+    full, plane = tuple(x.shape), (x.shape[1],)
+    magnitudes = torch.abs(x, out=scratch("magnitudes", full, x.dtype))
+    total = _ordered_sum(magnitudes, scratch("total", plane, dtype))
+    kept = _masked(x, select_largest(_order_keys(x, scratch), n, BITS[x.dtype], scratch))
+    torch.abs(kept, out=magnitudes)
+    kept_total = _ordered_sum(magnitudes, scratch("kept_total", plane, dtype))
+    scale = torch.div(total, kept_total.add_(eps), out=total)
+    result = scale_nonzero(kept, scale, scratch("scaled", full, x.dtype), scratch)
+    return _with_non_finite(result, x, n, _largest_magnitude(x, scratch))
 
 
 def scale_nonzero(x: Tensor, scale: Tensor, out: Tensor, scratch: Scratch) -> Tensor:
-    """out = round(x * scale), the product in scale's dtype; zeros stay +0 even where the scale is inf or NaN.
+    """out = round(x * scale), the product in scale's dtype; zeros become +0 even where the scale is inf or NaN.
 
     Without that rule one overflowing sum would fill the pruned positions with NaN and break the N:M pattern.
     """
     shape = tuple(x.shape)
-    nonzero = torch.ne(x, 0, out=scratch("nonzero", shape, torch.uint8))
-    mask = scratch("nonzero_mask", shape, BITS[x.dtype]).copy_(nonzero)
+    nonzero = torch.ne(x, 0, out=scratch("nonzero", shape, BITS[x.dtype]))
     product = torch.mul(x, scale, out=scratch("product", shape, scale.dtype))
     rounded = product if product.dtype == x.dtype else scratch("rounded", shape, x.dtype).copy_(product)
-    torch.mul(rounded.view(mask.dtype), mask, out=out.view(mask.dtype))
+    torch.mul(rounded.view(nonzero.dtype), nonzero, out=out.view(nonzero.dtype))
     return out
 
 
@@ -125,138 +115,86 @@ def mvue(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
     6. A kept element outside C becomes x_i / (w_i * 2^-24) (w_i rounded to the computing dtype), saturated at the
        largest finite value of x's dtype, rounded once to it. Elements of C are kept as they are.
     """
-    m, b = x.shape
     dtype = accumulate_dtype(x.dtype)
-    device = x.device
+    m, b = x.shape
     full, plane = (m, b), (b,)
-    order = _order_keys(x, scratch)
-    bad = _non_finite(order, x.dtype, scratch)
+    wide = x if x.dtype == dtype else scratch("wide", full, dtype).copy_(x)
+    a = torch.abs(wide, out=scratch("magnitudes", full, dtype))
+    largest = _plane_maximum(a, scratch("largest", plane, dtype))
 
-    magnitudes = scratch("magnitudes", full, dtype)
-    torch.abs(magnitudes.copy_(x), out=magnitudes)
-    nonzero = torch.ne(magnitudes, 0, out=scratch("nonzero", full, torch.uint8))
-    few = _ordered_sum(nonzero, scratch("few", plane, torch.uint8)) <= n
-    torch.mul(magnitudes, _normaliser(magnitudes, scratch), out=magnitudes)
-
-    # Step 3. `free` marks what is outside C; magnitudes inside C are set to 0.
-    free = nonzero.clone()
-    remaining = torch.full(plane, float(n), dtype=dtype, device=device)
+    # Steps 1 and 2. Groups that keep all they have become groups in which everything is capped.
+    nonzero = torch.ne(a, 0, out=scratch("nonzero", full, dtype))
     total = scratch("total", plane, dtype)
+    many = torch.gt(_ordered_sum(nonzero, total), n, out=scratch("many", plane, dtype))
+    free = torch.mul(nonzero, many, out=scratch("free", full, dtype))
+    torch.mul(a, _power_of_two(largest, scratch).mul_(many), out=a)
+
+    # Step 3. Capped elements get magnitude 0.
     p = scratch("p", full, dtype)
-    below_one = scratch("below_one", full, torch.uint8)
+    k = scratch("k", plane, dtype).fill_(n)
+    below_one = scratch("below_one", full, dtype)
     for round_index in range(n + 1):
-        torch.clamp_min(_ordered_sum(magnitudes, total), SMALLEST_SUM, out=total)
-        torch.mul(magnitudes, torch.div(remaining, total, out=total), out=p)
+        torch.clamp_min(_ordered_sum(a, total), SMALLEST_SUM, out=total)
+        torch.mul(a, torch.div(k, total, out=total), out=p)
         if round_index == n:
             break
-        torch.ge(p, 1, out=below_one)  # for now: what this round caps
-        capped_now = _ordered_sum(below_one, scratch("count", plane, torch.uint8))
-        if not _maybe_any(capped_now):
+        torch.lt(p, 1, out=below_one)
+        uncapped = _ordered_sum(below_one, total)
+        if a.device.type == "cpu" and uncapped.amin() == m:
             break
-        remaining.sub_(capped_now)
-        torch.eq(below_one, 0, out=below_one)
-        torch.mul(magnitudes, below_one, out=magnitudes)
-        torch.mul(free, below_one, out=free)
+        k.add_(uncapped).sub_(m)
+        a.mul_(below_one)
+        free.mul_(below_one)
 
-    # Step 4, on integers: units of 2^-24.
-    torch.mul(p, UNIT, out=p)
-    q = scratch("q", full, torch.int32).copy_(p)
-    limit = scratch("limit", plane, torch.int32).copy_(remaining).mul_(UNIT)
-    seen = torch.zeros(plane, dtype=torch.uint8, device=device)
+    # Step 4. q becomes w.
+    w = scratch("w", full, torch.int32).copy_(p.mul_(UNIT))
+    end = scratch("end", plane, torch.int32).copy_(k).mul_(UNIT)
+    after = scratch("after", plane, dtype).zero_()  # 1 where a later element is free
+    last = scratch("last", plane, torch.int32)
     for i in reversed(range(m)):
-        last = torch.gt(free[i], seen)
-        q[i].masked_fill_(last, n * UNIT)  # anything >= the limit
-        torch.maximum(seen, free[i], out=seen)
+        w[i].add_(torch.gt(free[i], after, out=last), alpha=n * UNIT)  # enough to reach the end
+        torch.maximum(after, free[i], out=after)
 
-    # Steps 4 and 5: passed(R) = how many of the points u + j * 2^24 (j = 0, 1, ..) lie below R.
-    uniform = words(1)[0] >> 8
-    shift = scratch("shift", plane, torch.int32).copy_(UNIT - 1 - uniform)
-    running = torch.zeros(plane, dtype=torch.int32, device=device)
-    passed = (running + shift) >> 24
-    keep = scratch("keep", full, torch.uint8)
+    # Steps 4 and 5. `points` counts the j with j * 2^24 + u < R.
+    offset = scratch("offset", plane, torch.int32).copy_(words(1)[0].bitwise_right_shift_(8)).neg_().add_(UNIT - 1)
+    running, points = (scratch(name, plane, torch.int32).zero_() for name in ("running", "points"))
+    next_running, next_points = (scratch(name, plane, torch.int32) for name in ("next_running", "next_points"))
+    keep = scratch("keep", full, dtype)
     for i in range(m):
-        previous_running, previous_passed = running, passed
-        running = torch.minimum(running + q[i], limit)
-        passed = (running + shift) >> 24
-        torch.ne(passed, previous_passed, out=keep[i])
-        q[i] = running - previous_running
+        torch.minimum(torch.add(running, w[i], out=next_running), end, out=next_running)
+        torch.sub(next_running, running, out=w[i])
+        torch.add(next_running, offset, out=next_points).bitwise_right_shift_(24)
+        torch.ne(next_points, points, out=keep[i])
+        running, next_running = next_running, running
+        points, next_points = next_points, points
 
-    # Step 6. Weight 1 for what is kept as it is: capped, or in a group with at most n non-zeros.
-    as_is = torch.maximum(torch.gt(nonzero, free), torch.mul(nonzero, few), out=scratch("as_is", full, torch.uint8))
-    weight = p.copy_(q)
-    torch.mul(weight, 1 / UNIT, out=weight)
-    weight.masked_fill_(as_is.bool(), 1.0)
-    result = scratch("result", full, dtype).copy_(x)
-    torch.div(result, weight, out=result)
-    largest = torch.finfo(x.dtype).max
-    torch.clamp(result, -largest, largest, out=result)
-    rounded = result if result.dtype == x.dtype else scratch("rounded", full, x.dtype).copy_(result)
-    pruned = _masked(rounded, torch.maximum(keep * ~few, as_is), scratch)
-    if _maybe_any(bad):
-        by_magnitude = select_largest(order, n, scratch, name="keep_bad")
-        pruned = torch.where(bad, torch.where(by_magnitude.bool(), x, x.new_zeros(())), pruned)
-    return pruned
+    # Step 6. Capped elements have w = 0 so far; the others that are kept do not.
+    capped = torch.sub(nonzero, free, out=nonzero)
+    weight = p.copy_(w).mul_(1 / UNIT).add_(capped)
+    largest_finite = torch.finfo(x.dtype).max
+    scaled = torch.div(wide, weight, out=weight).clamp_(-largest_finite, largest_finite)
+    rounded = scaled if x.dtype == dtype else scratch("rounded", full, x.dtype).copy_(scaled)
+    mask = scratch("mask", full, BITS[x.dtype]).copy_(keep.add_(capped))
+    return _with_non_finite(_masked(rounded, mask), x, n, largest)
 
 
-def select_largest(keys: Tensor, n: int, scratch: Scratch, name: str = "keep") -> Tensor:
-    """1 where an element is among the n largest of its group, ties to the lower index. keys: [m, b] int -> uint8."""
-    m, b = keys.shape
-    keep = scratch(name, (m, b), torch.uint8)
-    if n >= m:
-        return keep.fill_(1)
-    threshold = _nth_largest(keys, n, scratch)
-    torch.gt(keys, threshold, out=keep)
-    equal = torch.eq(keys, threshold, out=scratch("equal", (m, b), torch.uint8))
-    vacant = n - _ordered_sum(keep, scratch("count", (b,), torch.uint8))
-    for i in range(m):
-        taken = torch.minimum(equal[i], vacant)
-        keep[i].add_(taken)
-        vacant.sub_(taken)
-    return keep
+def select_largest(keys: Tensor, n: int, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    """1 (in `dtype`) where an element is among the n largest of its group, ties to the lower index, else 0.
 
-
-def _nth_largest(keys: Tensor, n: int, scratch: Scratch) -> Tensor:
-    m, b = keys.shape
-    values = list(keys.unbind())
-    free = list(scratch("network", (m + 2, b), keys.dtype).unbind())
-    borrowed = [False] * m
-    for high, low, needs_high, needs_low in selection_network(m, n - 1):
-        old = [values[i] for i in (high, low) if borrowed[i]]
-        first, second = values[high], values[low]
-        if needs_high:
-            values[high] = torch.maximum(first, second, out=free.pop())
-        if needs_low:
-            values[low] = torch.minimum(first, second, out=free.pop())
-        borrowed[high], borrowed[low] = needs_high, needs_low
-        free.extend(old)
-    return values[n - 1]
-
-
-@functools.cache
-def selection_network(m: int, rank: int) -> tuple[tuple[int, int, bool, bool], ...]:
-    """Comparators (high, low, needs_high, needs_low) after which position `rank` of m holds that rank, largest first.
-
-    Batcher's odd-even merge sort (Knuth, TAOCP 3, 5.2.2, algorithm M), less every comparator and every half of a
-    comparator that position `rank` does not depend on.
+    keys: integers [m, b]. An element is kept if fewer than n others beat it; the lower index beats an equal key.
+    All pairs are compared, one distance at a time: for m <= 32 that is cheaper than any sort made of torch operations.
     """
-    comparators = []
-    size = 1 << max(m - 1, 1).bit_length()
-    p = size // 2
-    while p > 0:
-        q, r, d = size // 2, 0, p
-        while True:
-            comparators += [(i, i + d) for i in range(m - d) if i & p == r]
-            if q == p:
-                break
-            d, q, r = q - p, q // 2, p
-        p //= 2
-    needed = {rank}
-    useful = []
-    for high, low in reversed(comparators):
-        if high in needed or low in needed:
-            useful.append((high, low, high in needed, low in needed))
-            needed |= {high, low}
-    return tuple(reversed(useful))
+    m = keys.shape[0]
+    # (later elements it beats) - (earlier elements that beat it), shifted so that kept elements end at 0 or above.
+    score = scratch("score", tuple(keys.shape), torch.int8)
+    for i in range(m):
+        score[i].fill_(i + n - m)
+    for distance in range(1, m):
+        earlier, later = keys[:-distance], keys[distance:]
+        beats = torch.ge(earlier, later, out=scratch("beats", tuple(earlier.shape), torch.int8))
+        score[:-distance].add_(beats)
+        score[distance:].sub_(beats)
+    return torch.ge(score, 0, out=scratch("selected", tuple(keys.shape), dtype))
 
 
 def _order_keys(x: Tensor, scratch: Scratch) -> Tensor:
@@ -267,43 +205,44 @@ def _order_keys(x: Tensor, scratch: Scratch) -> Tensor:
     return torch.clamp_max(keys, _INF_BITS[x.dtype] + 1, out=keys)
 
 
-def _non_finite(order_keys: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
-    """Which groups hold a NaN or an inf: bool [b]."""
-    largest = scratch("largest", tuple(order_keys.shape[1:]), order_keys.dtype).copy_(order_keys[0])
-    for plane in order_keys.unbind()[1:]:
-        torch.maximum(largest, plane, out=largest)
-    return largest >= _INF_BITS[dtype]
+def _with_non_finite(pruned: Tensor, x: Tensor, n: int, largest: Tensor) -> Tensor:
+    """`pruned`, but `magnitude` for groups whose `largest` magnitude is NaN or inf."""
+    finite = largest < math.inf
+    if x.device.type == "cpu" and bool(finite.all()):
+        return pruned
+    return torch.where(finite, pruned, magnitude(x, n, Scratch(x.device)))  # `pruned` lives in the other scratch
 
 
-def _normaliser(magnitudes: Tensor, scratch: Scratch) -> Tensor:
-    """The power of two that brings the largest magnitude of each group near 1 (step 2 of `mvue`)."""
-    bits = BITS[magnitudes.dtype]
+def _power_of_two(largest: Tensor, scratch: Scratch) -> Tensor:
+    """The power of two that brings `largest` near 1 (step 2 of `mvue`)."""
+    bits = BITS[largest.dtype]
     mantissa, fields = (23, 254) if bits == torch.int32 else (52, 2046)
-    largest = scratch("largest_magnitude", tuple(magnitudes.shape[1:]), magnitudes.dtype).copy_(magnitudes[0])
-    for plane in magnitudes.unbind()[1:]:
-        torch.maximum(largest, plane, out=largest)
-    exponent = largest.view(bits)
-    exponent >>= mantissa
-    torch.clamp(exponent.neg_().add_(fields), 1, fields, out=exponent)
-    exponent <<= mantissa
-    return largest
+    exponent = scratch("exponent", tuple(largest.shape), bits)
+    torch.bitwise_right_shift(largest.view(bits), mantissa, out=exponent)
+    exponent.neg_().add_(fields).clamp_(1, fields).bitwise_left_shift_(mantissa)
+    return exponent.view(largest.dtype)
+
+
+def _largest_magnitude(x: Tensor, scratch: Scratch) -> Tensor:
+    magnitudes = torch.abs(x, out=scratch("magnitudes", tuple(x.shape), x.dtype))
+    return _plane_maximum(magnitudes, scratch("largest", (x.shape[1],), x.dtype))
+
+
+def _plane_maximum(planes: Tensor, out: Tensor) -> Tensor:
+    out.copy_(planes[0])
+    for plane in planes.unbind()[1:]:
+        torch.maximum(out, plane, out=out)
+    return out
 
 
 def _ordered_sum(planes: Tensor, out: Tensor) -> Tensor:
-    """((plane 0 + plane 1) + plane 2) + ..: the order is part of the rules."""
+    """((plane 0 + plane 1) + plane 2) + .. in out's dtype: the order is part of the rules."""
     out.copy_(planes[0])
     for plane in planes.unbind()[1:]:
         torch.add(out, plane, out=out)
     return out
 
 
-def _masked(x: Tensor, keep: Tensor, scratch: Scratch) -> Tensor:
-    """x where keep is 1, +0 where it is 0; on the bits, because inf * 0 is NaN."""
-    bits = BITS[x.dtype]
-    mask = scratch("mask", tuple(x.shape), bits).copy_(keep)
-    return torch.mul(x.view(bits), mask, out=mask).view(x.dtype)
-
-
-def _maybe_any(flags: Tensor) -> bool:
-    """False only if no flag is set. On CUDA always True: looking would synchronise."""
-    return flags.device.type != "cpu" or bool(flags.any())
+def _masked(x: Tensor, mask: Tensor) -> Tensor:
+    """x where mask is 1, +0 where it is 0, in mask's memory; on the bits, because inf * 0 is NaN."""
+    return torch.mul(x.view(mask.dtype), mask, out=mask).view(x.dtype)

@@ -60,32 +60,47 @@ def data_parallel_rank() -> int:
     return 0
 
 
-def group_words(rng: Rng, index: Tensor, count: int) -> list[Tensor]:
-    """Words 0 .. count-1 of each group in `index` (int64, any shape): int64 tensors of that shape, values < 2^32.
+def group_words(rng: Rng, index: Tensor, count: int, total: int = 1 << 56) -> list[Tensor]:
+    """Words 0 .. count-1 of each group in `index` (int64 [b]): int64 tensors [b] with values < 2^32.
 
-    Word ``i`` is word ``i % 4`` of block ``i // 4``.
+    Word ``i`` is word ``i % 4`` of block ``i // 4``. All indices are below `total` (knowing it saves time).
     """
     key, offset = rng.seed.unbind()
     keys = (key & MASK32, (key >> 32) & MASK32)
-    low = index & MASK32
-    high = (index >> 32) & 0xFFFFFF
+    low, high = index, torch.zeros_like(offset)
+    if total > 1 << 32:
+        low, high = index & MASK32, (index >> 32) & 0xFFFFFF
     c3 = torch.full_like(offset, (2 * rng.rank + rng.pass_index) & MASK32)
     words: list[Tensor] = []
     for block in range((count + 3) // 4):
         counter = (low, high | (block << 24), offset & MASK32, c3)
-        words.extend(philox4x32(counter, keys)[: count - 4 * block])
+        words += philox4x32(counter, keys, min(4, count - 4 * block))
     return words
 
 
-def philox4x32(counter: Lanes, key: tuple[Tensor, Tensor]) -> Lanes:
-    """The four words of each counter under `key`; all lanes are int64 tensors of 32-bit values, broadcastable."""
+def philox4x32(counter: Lanes, key: tuple[Tensor, Tensor], count: int = 4) -> list[Tensor]:
+    """The first `count` words of each counter under `key`.
+
+    Lanes are int64 tensors of 32-bit values, each either 0-dim or of one common shape [b].
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(ROUNDS):
+    # A new odd lane is the low half of a product; its high half is only masked away where that matters.
+    for _ in range(ROUNDS - 1):
         p0, p1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
-        # >> is arithmetic and the products wrap to signed 64 bits: the mask restores the unsigned high word.
-        c0 = ((p1 >> 32) ^ c1 ^ k0) & MASK32
-        c2 = ((p0 >> 32) ^ c3 ^ k1) & MASK32
-        c1, c3 = p1 & MASK32, p0 & MASK32
+        c0, c1 = _mix(p1, c1, k0), p1
+        c2, c3 = _mix(p0, c3, k1), p0
         k0, k1 = (k0 + WEYL_0) & MASK32, (k1 + WEYL_1) & MASK32
-    return c0, c1, c2, c3
+    p1 = c2 * MULTIPLIER_1
+    words = [_mix(p1, c1, k0)]
+    if count > 1:
+        p0 = c0 * MULTIPLIER_0
+        words += [p1.bitwise_and_(MASK32), _mix(p0, c3, k1), p0.bitwise_and_(MASK32)]
+    return words[:count]
+
+
+def _mix(product: Tensor, lane: Tensor, key: Tensor) -> Tensor:
+    """(high half of product) ^ lane ^ key, as a 32-bit value."""
+    high = product >> 32
+    mixed = high.bitwise_xor_(lane) if high.ndim >= lane.ndim else high ^ lane
+    return mixed.bitwise_and_(MASK32).bitwise_xor_(key)

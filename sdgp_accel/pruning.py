@@ -7,6 +7,7 @@ here a tensor is cut into groups, and on a CPU into pieces that fit the cache.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -154,7 +155,8 @@ def _prune(x: Tensor, spec: PruneSpec, dim: int, sum_dims: tuple[int, ...] | Non
     source, target = x.permute(order), out.permute(order)
     size, m = x.shape[dim], spec.m
     grid_shape = [-(-size // m) if i == dim else s for i, s in enumerate(x.shape)]
-    index_strides = [_product(grid_shape[d + 1 :]) for d in order]
+    index_strides = [math.prod(grid_shape[d + 1 :]) for d in order]
+    total = math.prod(grid_shape)
     scratch = rules.Scratch(x.device)
     full_groups, rest = divmod(size, m)
     for first_group, groups, length in ((0, full_groups, m), (full_groups, 1, rest)):
@@ -165,10 +167,11 @@ def _prune(x: Tensor, spec: PruneSpec, dim: int, sum_dims: tuple[int, ...] | Non
         first_index = [first_group if d == dim_in_order else 0 for d in range(x.ndim)]
         for piece in _pieces(planes_in.shape[1:], length, x.device):
             starts = [s.start + f for s, f in zip(piece, first_index, strict=True)]
-            part_in, part_out = planes_in[(slice(None), *piece)], planes_out[(slice(None), *piece)]
+            box = (slice(None), *piece)
+            part_in, part_out = planes_in[box], planes_out[box]
             values = scratch("values", (length, part_in[0].numel()), x.dtype)
             _copy_planes(values.view(part_in.shape), part_in)
-            words = partial(_words, rng, starts, part_in.shape[1:], index_strides)
+            words = partial(_words, rng, total, starts, part_in.shape[1:], index_strides)
             result = _apply(spec, values, words, scratch)
             _copy_planes(part_out, result.view(part_out.shape))
     return out
@@ -186,22 +189,22 @@ def _apply(spec: PruneSpec, values: Tensor, words: rules.Words, scratch: rules.S
 
 
 def _words(
-    rng: Rng | None, starts: Sequence[int], shape: Sequence[int], strides: Sequence[int], count: int
+    rng: Rng | None, total: int, starts: Sequence[int], shape: Sequence[int], strides: Sequence[int], count: int
 ) -> list[Tensor]:
-    """Random words of the groups at `starts` + [0, shape) of the grid, whose group index has these strides."""
+    """Random words of the groups at `starts` + [0, shape) of the grid of `total` groups with these index strides."""
     assert rng is not None
     device = rng.seed.device
     index = torch.zeros((), dtype=torch.int64, device=device)
     for start, size, stride in zip(starts, shape, strides, strict=True):
         index = index.unsqueeze(-1) + torch.arange(start, start + size, dtype=torch.int64, device=device) * stride
-    return group_words(rng, index.view(-1), count)
+    return group_words(rng, index.view(-1), count, total)
 
 
 def _rescale_scopes(x: Tensor, kept: Tensor, dims: tuple[int, ...], eps: float) -> None:
     """kept *= sum |x| / (sum |kept| + eps), in place; sums over `dims`, in float64, each rounded once."""
     dtype = rules.accumulate_dtype(x.dtype)
     total, kept_total = (_absolute_sum(t, dims).to(dtype) for t in (x.detach(), kept))
-    scale = rules.rescale_factor(total, kept_total, eps).expand(x.shape)
+    scale = (total / (kept_total + eps)).expand(x.shape)
     order = _memory_order(kept)
     kept, scale = kept.permute(order), scale.permute(order)
     scratch = rules.Scratch(x.device)
@@ -246,9 +249,9 @@ def _copy_planes(target: Tensor, source: Tensor) -> None:
 
 def _pieces(shape: Sequence[int], depth: int, device: torch.device) -> Iterator[tuple[slice, ...]]:
     """Boxes that cover a grid of `shape`; on a CPU each of at most about CPU_PIECE / depth cells, else just one."""
-    limit = max(1, CPU_PIECE // depth) if device.type == "cpu" else _product(shape)
+    limit = max(1, CPU_PIECE // depth) if device.type == "cpu" else math.prod(shape)
     steps = []
-    inner = _product(shape)
+    inner = math.prod(shape)
     for size in shape:
         inner //= max(size, 1)
         steps.append(max(1, min(size, limit // max(inner, 1))))
@@ -258,10 +261,3 @@ def _pieces(shape: Sequence[int], depth: int, device: torch.device) -> Iterator[
             for size, step in zip(shape, steps, strict=True)
         )
     )
-
-
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

@@ -1,0 +1,177 @@
+"""What pruning costs on this machine, as a multiple of `clone()` of the same tensor.
+
+    python bench/pruning.py                     the paper's patterns on a 64 x 256 x 28 x 28 gradient
+    python bench/pruning.py --quick             only 2:4
+
+Each prune call is timed right next to a clone, in one process, and the median of the ratios of such pairs is
+reported: on a shared machine both sides of a pair meet the same weather. Results go to bench/results/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import sdgp_accel
+from sdgp_accel.config import PruneSpec, SDGPConfig
+from sdgp_accel.philox import Rng, draw
+from sdgp_accel.pruning import prune, prune_matrix
+
+SHAPE = (64, 256, 28, 28)
+PAPER_PATTERNS = [(1, 4), (2, 4), (1, 8), (2, 8), (4, 8), (2, 16), (4, 16), (8, 16), (4, 32), (8, 32), (16, 32)]
+# At most so many clones (float32, channels_last, groups along the channels).
+LIMITS = {"magnitude": 2.0, "rescale_magnitude": 4.0, "mvue": 8.0}
+LIMIT_OTHER = 16.0
+
+
+def limit(function: str, n: int, m: int) -> float:
+    return LIMITS.get(function, LIMIT_OTHER) if (n, m) == (2, 4) else LIMIT_OTHER
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], torch.Tensor], device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    synchronize(device)
+    elapsed = time.perf_counter() - start
+    del result
+    return elapsed
+
+
+def extra_peak(call: Callable[[], torch.Tensor], device: str) -> float:
+    """Bytes that a call holds at its peak beyond what was held before it, its result included."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return float(torch.cuda.max_memory_allocated() - before)
+    # The high-water mark of resident memory, in a child process: this one has had higher ones.
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        Path("/proc/self/clear_refs").write_text("5")
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        call()
+        status = Path("/proc/self/status").read_text()
+        peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+        os.write(writer, str(peak - before).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    return float(os.read(reader, 64))
+
+
+def provenance(device: str) -> dict[str, object]:
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+        revision = commit.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = "unknown"
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "sdgp_accel": sdgp_accel.__version__,
+        "revision": revision,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "load_average": os.getloadavg(),
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+@click.command(help=__doc__)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=15, show_default=True, help="Pairs of prune and clone.")
+@click.option("--quick", is_flag=True, help="Only 2:4.")
+@click.option("--output", type=click.Path(path_type=Path), default=None, help="JSON file [default: bench/results/…].")
+def main(device: str, dtype: str, repeats: int, quick: bool, output: Path | None) -> None:
+    x = torch.randn(SHAPE, device=device).to(getattr(torch, dtype)).contiguous(memory_format=torch.channels_last)
+    matrix = x.permute(0, 2, 3, 1).reshape(-1, SHAPE[1])
+    positions = SHAPE[2] * SHAPE[3]
+    calls: list[tuple[str, int, int, str, Callable[[], torch.Tensor]]] = []
+    for n, m in [(2, 4)] if quick else PAPER_PATTERNS:
+        for function in ("magnitude", "random", "rescale_magnitude", "mvue"):
+            for scope in ("sample_channel", "group") if function == "rescale_magnitude" else ("group",):
+                config = SDGPConfig(prune=function, n=n, m=m, scope=scope)
+                spec = PruneSpec(function, n, m, scope)
+                label = f"{function}, {scope}" if function == "rescale_magnitude" else function
+                calls.append((label, n, m, "channels", lambda config=config: prune(x, config, 1)))  # type: ignore[misc]
+                if (n, m) == (2, 4):
+                    calls.append(
+                        (
+                            label,
+                            n,
+                            m,
+                            "positions",
+                            lambda spec=spec: prune_matrix(matrix, spec, 0, positions, Rng(draw(device))),  # type: ignore[misc]
+                        )
+                    )
+    table = Table(title=f"Pruning {'x'.join(map(str, SHAPE))} {dtype} channels_last on {device}, in clones")
+    for column in ("function", "N:M", "groups along", "median", "quartiles", "limit", "ms", "peak / input"):
+        table.add_column(column, justify="left" if column in ("function", "groups along") else "right")
+    rows = []
+    size = x.numel() * x.element_size()
+    for label, n, m, axis, call in calls:
+        call()
+        pairs = [(seconds(call, device), seconds(x.clone, device)) for _ in range(repeats)]
+        ratios = sorted(a / b for a, b in pairs)
+        row = {
+            "function": label,
+            "n": n,
+            "m": m,
+            "axis": axis,
+            "ratio": statistics.median(ratios),
+            "ratio_quartiles": [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]],
+            "limit": limit(label.split(",")[0], n, m),
+            "milliseconds": 1e3 * statistics.median(a for a, _ in pairs),
+            "clone_milliseconds": 1e3 * statistics.median(b for _, b in pairs),
+            "peak_extra_per_input": extra_peak(call, device) / size,
+        }
+        rows.append(row)
+        low, high = row["ratio_quartiles"]
+        colour = "green" if row["ratio"] <= row["limit"] else "red"
+        table.add_row(
+            label,
+            f"{n}:{m}",
+            axis,
+            f"[{colour}]{row['ratio']:.2f}[/]",
+            f"{low:.2f}–{high:.2f}",
+            f"{row['limit']:.0f}",
+            f"{row['milliseconds']:.1f}",
+            f"{row['peak_extra_per_input']:.2f}",
+        )
+    Console().print(table)
+    output = output or Path(__file__).parent / "results" / f"pruning_{device}_{dtype}.json"
+    output.write_text(json.dumps({"provenance": provenance(device), "shape": SHAPE, "rows": rows}, indent=1) + "\n")
+    click.echo(f"written to {output}")
+
+
+if __name__ == "__main__":
+    main()
