@@ -1,0 +1,257 @@
+// The prune functions on one pair of groups held in registers (sdgp_accel/group_rules.py has the same rules as
+// vectorised torch; both give the same bits). Every float operation is an explicitly rounded intrinsic: a fused
+// multiply-add would change the result.
+#pragma once
+
+#include "sdgp/element.cuh"
+#include "sdgp/philox.cuh"
+
+namespace sdgp {
+
+// Two groups along one axis: their row-major indices in the grid of groups and how many of their elements exist
+// (fewer than M at the end of the axis; elements beyond are +0).
+struct GroupPair {
+  uint64_t index[2];
+  int length[2];
+};
+
+struct RuleParameters {
+  Stream stream;  // random, mvue
+  float eps;      // rescale_magnitude
+};
+
+// Sets x to +0 outside the N largest keys of one group; a tie goes to the lower index.
+template <int N, int M>
+__device__ __forceinline__ uint32_t largest_two(const uint32_t (&keys)[M]) {
+  static_assert(N == 1 || N == 2);
+  uint32_t best = keys[0], second = 0;
+  int best_index = 0, second_index = -1;
+#pragma unroll
+  for (int i = 1; i < M; ++i) {
+    if (keys[i] > best) {
+      second = best, second_index = best_index;
+      best = keys[i], best_index = i;
+    } else if (second_index < 0 || keys[i] > second) {
+      second = keys[i], second_index = i;
+    }
+  }
+  return N == 1 ? 1u << best_index : 1u << best_index | 1u << second_index;
+}
+
+// Bit i: element i of the group in half kHalf is among the N largest magnitudes.
+template <typename Element, int N, int M, int kHalf>
+__device__ __forceinline__ uint32_t largest_magnitudes(const uint32_t (&x)[M]) {
+  uint32_t keys[M];
+#pragma unroll
+  for (int i = 0; i < M; ++i) keys[i] = half_of<kHalf>(magnitude_keys<Element>(x[i]));
+  return largest_two<N, M>(keys);
+}
+
+// Masks of the two largest magnitudes of both quads.
+template <typename Element>
+__device__ __forceinline__ void two_largest_of_four(const uint32_t (&x)[4], uint32_t (&keep)[4]) {
+  uint32_t key[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) key[i] = magnitude_keys<Element>(x[i]);
+  const uint32_t beats01 = at_least(key[0], key[1]), beats02 = at_least(key[0], key[2]);
+  const uint32_t beats03 = at_least(key[0], key[3]), beats12 = at_least(key[1], key[2]);
+  const uint32_t beats13 = at_least(key[1], key[3]), beats23 = at_least(key[2], key[3]);
+  keep[0] = spread_top_bits(majority(beats01, beats02, beats03));
+  keep[1] = spread_top_bits(majority(~beats01, beats12, beats13));
+  keep[2] = spread_top_bits(majority(~beats02, ~beats12, beats23));
+  keep[3] = spread_top_bits(majority(~beats03, ~beats13, ~beats23));
+}
+
+template <typename Element, int M, int kHalf>
+__device__ __forceinline__ bool is_finite_group(const uint32_t (&x)[M]) {
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < M; ++i) finite = finite && (half_of<kHalf>(x[i]) & 0x7fffu) < ElementTraits<Element>::kInfinity;
+  return finite;
+}
+
+template <int kHalf>
+__device__ __forceinline__ void replace_half(uint32_t& pair, uint32_t bits) {
+  pair = kHalf == 0 ? (pair & 0xffff0000u) | bits : (pair & 0xffffu) | bits << 16;
+}
+
+// kept value * scale, rounded; a zero stays +0 even where the scale is not finite.
+template <typename Element>
+__device__ __forceinline__ uint32_t scale_nonzero(uint32_t bits, float scale) {
+  using Traits = ElementTraits<Element>;
+  return (bits & 0x7fffu) == 0 ? 0u : Traits::from_float(__fmul_rn(Traits::to_float(bits), scale));
+}
+
+// total / (kept + eps), 1 where kept is 0.
+__device__ __forceinline__ float rescale_factor(float total, float kept, float eps) {
+  return kept == 0.0f ? 1.0f : __fdiv_rn(total, __fadd_rn(kept, eps));
+}
+
+// Each rule: static prune(x, groups, parameters) sets the dropped elements of both groups to +0 and scales the kept.
+
+template <typename Element, int N, int M>
+struct Magnitude {
+  static constexpr bool kIsRandom = false;
+
+  static __device__ __forceinline__ void prune(uint32_t (&x)[M], const GroupPair&, const RuleParameters&) {
+    if constexpr (N == 2 && M == 4) {
+      uint32_t keep[4];
+      two_largest_of_four<Element>(x, keep);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] &= keep[i];
+    } else {
+      const uint32_t keep0 = largest_magnitudes<Element, N, M, 0>(x), keep1 = largest_magnitudes<Element, N, M, 1>(x);
+#pragma unroll
+      for (int i = 0; i < M; ++i) x[i] &= (keep0 >> i & 1 ? 0xffffu : 0u) | (keep1 >> i & 1 ? 0xffff0000u : 0u);
+    }
+  }
+};
+
+template <typename Element, int N, int M>
+struct RescaleMagnitude {
+  static constexpr bool kIsRandom = false;
+
+  static __device__ __forceinline__ void prune(uint32_t (&x)[M], const GroupPair& groups,
+                                               const RuleParameters& parameters) {
+    uint32_t kept[M];
+#pragma unroll
+    for (int i = 0; i < M; ++i) kept[i] = x[i];
+    Magnitude<Element, N, M>::prune(kept, groups, parameters);
+    rescale<0>(x, kept, parameters.eps);
+    rescale<1>(x, kept, parameters.eps);
+#pragma unroll
+    for (int i = 0; i < M; ++i) x[i] = kept[i];
+  }
+
+ private:
+  template <int kHalf>
+  static __device__ __forceinline__ void rescale(const uint32_t (&x)[M], uint32_t (&kept)[M], float eps) {
+    using Traits = ElementTraits<Element>;
+    float total = 0.0f, kept_total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+      total = __fadd_rn(total, fabsf(Traits::to_float(half_of<kHalf>(x[i]))));
+      kept_total = __fadd_rn(kept_total, fabsf(Traits::to_float(half_of<kHalf>(kept[i]))));
+    }
+    if (!is_finite_group<Element, M, kHalf>(x)) return;
+    const float scale = rescale_factor(total, kept_total, eps);
+#pragma unroll
+    for (int i = 0; i < M; ++i) replace_half<kHalf>(kept[i], scale_nonzero<Element>(half_of<kHalf>(kept[i]), scale));
+  }
+};
+
+template <typename Element, int N, int M>
+struct Random {
+  static constexpr bool kIsRandom = true;
+
+  static __device__ __forceinline__ void prune(uint32_t (&x)[M], const GroupPair& groups,
+                                               const RuleParameters& parameters) {
+    const uint32_t keep0 = choose<0>(x, groups, parameters.stream), keep1 = choose<1>(x, groups, parameters.stream);
+#pragma unroll
+    for (int i = 0; i < M; ++i) x[i] &= (keep0 >> i & 1 ? 0xffffu : 0u) | (keep1 >> i & 1 ? 0xffff0000u : 0u);
+  }
+
+ private:
+  template <int kHalf>
+  static __device__ __forceinline__ uint32_t choose(const uint32_t (&x)[M], const GroupPair& groups,
+                                                    const Stream& stream) {
+    uint32_t keys[M];
+#pragma unroll
+    for (int block = 0; block < M / 4; ++block) {
+      const uint4 words = philox(stream, groups.index[kHalf], block);
+      keys[4 * block] = words.x, keys[4 * block + 1] = words.y;
+      keys[4 * block + 2] = words.z, keys[4 * block + 3] = words.w;
+    }
+    const bool finite = is_finite_group<Element, M, kHalf>(x);
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+      if (!finite) keys[i] = half_of<kHalf>(magnitude_keys<Element>(x[i]));
+      if (i >= groups.length[kHalf]) keys[i] = 0;  // loses every tie, having the higher index
+    }
+    return largest_two<N, M>(keys);
+  }
+};
+
+template <typename Element, int N, int M>
+struct Mvue {
+  static constexpr bool kIsRandom = true;
+  static constexpr int kUnit = 1 << 24;  // probabilities and uniforms are integers in units of 2^-24
+
+  static __device__ __forceinline__ void prune(uint32_t (&x)[M], const GroupPair& groups,
+                                               const RuleParameters& parameters) {
+    estimate<0>(x, philox(parameters.stream, groups.index[0], 0).x >> 8);
+    estimate<1>(x, philox(parameters.stream, groups.index[1], 0).x >> 8);
+  }
+
+ private:
+  template <int kHalf>
+  static __device__ __forceinline__ void estimate(uint32_t (&x)[M], int uniform) {
+    using Traits = ElementTraits<Element>;
+    uint32_t bits[M];
+    float value[M], size[M];
+    float largest = 0.0f;
+    int nonzeros = 0;
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+      bits[i] = half_of<kHalf>(x[i]);
+      value[i] = Traits::to_float(bits[i]);
+      nonzeros += value[i] != 0.0f;
+      largest = fmaxf(largest, fabsf(value[i]));
+    }
+    if (!is_finite_group<Element, M, kHalf>(x)) {
+      const uint32_t keep = largest_magnitudes<Element, N, M, kHalf>(x);
+#pragma unroll
+      for (int i = 0; i < M; ++i) replace_half<kHalf>(x[i], keep >> i & 1 ? bits[i] : 0u);
+      return;
+    }
+    if (nonzeros <= N) return;
+
+    const int exponent = min(max(254 - static_cast<int>(__float_as_uint(largest) >> 23), 1), 254);
+    const float normaliser = __uint_as_float(static_cast<uint32_t>(exponent) << 23);
+#pragma unroll
+    for (int i = 0; i < M; ++i) size[i] = __fmul_rn(fabsf(value[i]), normaliser);
+
+    // The N rounds of capping, then the probabilities of what is left; a capped element has size 0.
+    float probability[M];
+    uint32_t capped = 0;
+    int remaining = N;
+#pragma unroll
+    for (int round = 0; round <= N; ++round) {
+      float total = 0.0f;
+#pragma unroll
+      for (int i = 0; i < M; ++i) total = __fadd_rn(total, size[i]);
+      const float factor = __fdiv_rn(static_cast<float>(remaining), fmaxf(total, 0x1p-100f));
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+        probability[i] = __fmul_rn(factor, size[i]);
+        if (round < N && probability[i] >= 1.0f) {
+          capped |= 1u << i;
+          size[i] = 0.0f;
+          --remaining;
+        }
+      }
+    }
+
+    // Systematic sampling on integer running sums; from the last free non-zero on, the sum is the limit exactly.
+    int last = -1;
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+      if (value[i] != 0.0f && !(capped >> i & 1)) last = i;
+    }
+    const int limit = remaining * kUnit, shift = kUnit - 1 - uniform;
+    int running = 0;
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+      const int next = i >= last ? limit : min(running + static_cast<int>(probability[i] * kUnit), limit);
+      const int weight = next - running;
+      const bool hit = (next + shift) >> 24 != (running + shift) >> 24;
+      running = next;
+      if (capped >> i & 1) continue;
+      const float estimate = __fdiv_rn(value[i], __fmul_rn(static_cast<float>(weight), 0x1p-24f));
+      const float saturated = fminf(fmaxf(estimate, -Traits::kLargest), Traits::kLargest);
+      replace_half<kHalf>(x[i], hit ? Traits::from_float(saturated) : 0u);
+    }
+  }
+};
+
+}  // namespace sdgp

@@ -1,0 +1,39 @@
+// Host interface of the prune+compress kernels: plain C, raw device pointers and a stream.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Prunes dY [t, c] along its channels (dgrad operand) and its positions (wgrad operand) and compresses both, in one pass
+// over dY. An output whose pointers are null is not computed. The operands' layout is in sdgp_accel/semi_structured.py
+// ("row_major").
+struct SdgpPruneCompress {
+  const void* dy;  // 16-bit, row_stride elements from one position to the next, channels contiguous
+  int64_t t, c, row_stride;
+  void* dgrad_values;    // [t, dgrad_k / 2]
+  void* dgrad_metadata;  // 16-bit words [t, dgrad_k / 16]
+  int64_t dgrad_k;       // c padded to a multiple of 16 or more
+  void* wgrad_values;    // [wgrad_k / 2, c]
+  void* wgrad_metadata;  // 16-bit words [wgrad_k / 16, c]
+  int64_t wgrad_k;       // t padded to a multiple of 16 or more
+  float* bias_partials;  // [sdgp_bias_rows(..), c]: the bias gradient, summed over blocks of positions
+  const int64_t* seed;   // device, [2]; for random and mvue
+  uint32_t rank;
+  float eps;  // rescale_magnitude
+  // rescale_magnitude over more than one group: a factor per (sample, channel), [samples, c], or a single one where
+  // positions_per_sample is 0. Null for the scope of one group.
+  const float* dgrad_scale;
+  const float* wgrad_scale;
+  int64_t positions_per_sample;
+  void* stream;
+};
+
+// Returns a cudaError_t; nothing is synchronised.
+typedef int SdgpPruneCompressFunction(const struct SdgpPruneCompress*);
+
+#ifdef __cplusplus
+}
+#endif
