@@ -1,0 +1,305 @@
+"""`benchmark`: the training step, dense and SDGP, interleaved in one process and split into its parts."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdgp_accel import batch as batches
+from sdgp_accel.benchmark_report import BenchmarkReport, ContenderResult
+from sdgp_accel.config import SDGPConfig
+from sdgp_accel.memory import step_peak_bytes
+from sdgp_accel.plan import plan
+from sdgp_accel.provenance import gpu_state, provenance
+from sdgp_accel.roofline import GPU
+from sdgp_accel.stages import StageRecorder
+from sdgp_accel.swap import Filter, accelerate_
+from sdgp_accel.timing import Clock, HostClock, Stats, clock_for
+
+OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+# A small learning rate: the model is to stay in the range of activations it started in, whatever it is fed.
+_SGD: OptimizerFn = functools.partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
+
+# Steps issued back to back before the other contender's turn. A GPU's queue must stay full, as in training, and the
+# first step after a turn, which starts on an empty queue, is not counted.
+_TURN = {"cuda": (1, 5), "cpu": (0, 1)}  # uncounted, counted
+
+# Autograd's names for the nodes of aten ops end in a digit, those of Python functions (SDGP's layers) do not.
+_GEMM_NODES = {"AddmmBackward0", "MmBackward0", "LinearBackward0", "ConvolutionBackward0"}
+_SHAPE_NODES = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ToCopyBackward0"}
+
+
+def benchmark(
+    model: nn.Module,
+    batch: Any,
+    config: SDGPConfig | None = None,
+    *,
+    filter_fn: Filter = None,
+    loss_fn: batches.LossFn | None = None,
+    optimizer: OptimizerFn = _SGD,
+    autocast: torch.dtype | None = None,
+    compile: bool = False,
+    peers: bool = False,
+    steps: int = 30,
+    warmup: int = 3,
+    gpu: str | GPU | None = None,
+    name: str | None = None,
+) -> BenchmarkReport:
+    """Time the training step of `model` on `batch`, dense and with SDGP, in turns, on the model's device.
+
+    model: copied for every contender; the original is left alone.
+    batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets).
+    config, filter_fn: as for `accelerate_`.
+    loss_fn: ``(output, targets) -> scalar``; None takes the output's own loss or cross-entropy (`batch.loss`).
+    optimizer: makes one from parameters.
+    autocast: dtype of `torch.autocast` around forward and loss; float16 brings a GradScaler along.
+    compile: compile both contenders. peers: also time dense the other way, eager or compiled.
+    steps, warmup: counted and uncounted steps of each contender.
+    gpu: whose roofline the prediction uses; None for this GPU where it is a known one, else an A100.
+    name: what the report calls the model.
+
+    Raises ValueError or TypeError for bad arguments. Nothing is accelerated on a CPU; the report says so.
+    """
+    for argument, value, least in (("steps", steps, 1), ("warmup", warmup, 0)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{argument} must be an int >= {least}; got {value!r}")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16; got {autocast!r}")
+    device = _device_of(model)
+    config = config or SDGPConfig()
+    batch = batches.to(batch, device)
+    make = functools.partial(_Contender, model, batch, loss_fn=loss_fn, optimizer=optimizer, autocast=autocast)
+    contenders = [make(compiled=compile), make(compiled=compile, sdgp=(config, filter_fn))]
+    if peers:
+        contenders.append(make(compiled=not compile))
+    clock = clock_for(device)
+    with _cudnn_benchmark():
+        for contender in contenders:
+            for _ in range(warmup):
+                contender.step(clock)
+        if device.type == "cuda":
+            _settle(contenders, clock)
+        samples = _take_turns(contenders, clock, steps, *_TURN[device.type])
+        origin = provenance(device)
+        if device.type == "cuda":
+            origin["gpu"]["state_under_load"] = _state_under_load(contenders[0], clock, device)
+        results = [
+            _result(contender, sample, _stages(contender, clock, device, max(3, steps // 6)), device)
+            for contender, sample in zip(contenders, samples, strict=True)
+        ]
+    swap = contenders[1].swap
+    assert swap is not None
+    where = gpu or known_gpu(origin["gpu"]["name"] if origin["gpu"] else "")
+    filters = None if filter_fn is None else lambda module, layer: swap[layer].swapped
+    return BenchmarkReport(
+        name=name or type(model).__name__,
+        batch=batches.size(batch),
+        accelerated=any(layer.backend == "cutlass" for layer in swap.swapped),
+        contenders=tuple(results),
+        swap=swap,
+        prediction=plan(model, batch, where, config, filters),
+        settings={
+            "config": asdict(config),
+            "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
+            "parameters": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "optimizer": type(contenders[0].optimizer).__name__,
+            "steps": steps,
+            "warmup": warmup,
+        },
+        provenance=origin,
+    )
+
+
+def known_gpu(device_name: str) -> str:
+    """The name in `roofline.GPUS` of the GPU that torch calls `device_name`; "a100" for others."""
+    for part, name in (
+        ("H100", "h100"),
+        ("H200", "h200"),
+        ("A100-SXM4-40", "a100-40"),
+        ("A100-PCIE-40", "a100-40"),
+        ("A100", "a100-80"),
+        ("L40S", "l40s"),
+        ("RTX 4090", "rtx4090"),
+    ):
+        if part in device_name:
+            return name
+    return "a100"
+
+
+class _Contender:
+    """One way to train the model: its own copy, optimizer and step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        *,
+        loss_fn: batches.LossFn | None,
+        optimizer: OptimizerFn,
+        autocast: torch.dtype | None,
+        compiled: bool,
+        sdgp: tuple[SDGPConfig, Filter] | None = None,
+    ) -> None:
+        self.model = copy.deepcopy(model).train()
+        self.swap = accelerate_(self.model, *sdgp) if sdgp is not None else None
+        self.compiled = compiled
+        self.name = ("dense" if sdgp is None else "SDGP") + (", compiled" if compiled else "")
+        self.optimizer = optimizer(self.model.parameters())
+        self._batch, self._loss_fn, self._autocast = batch, loss_fn, autocast
+        self._forward = torch.compile(self.model) if compiled else self.model
+        self._device_type = next(model.parameters()).device.type
+        self._scaler = torch.amp.GradScaler(self._device_type, enabled=autocast == torch.float16)
+        self._last_loss: Tensor | None = None
+
+    def step(self, clock: Clock) -> tuple[Any, Any, Any, Any]:
+        """One training step; the moments of its start and of the ends of forward, backward and optimizer."""
+        start = clock.mark()
+        with torch.autocast(self._device_type, self._autocast, enabled=self._autocast is not None):
+            loss = batches.loss(batches.forward(self._forward, self._batch), self._batch, self._loss_fn)
+        forward = clock.mark()
+        self._scaler.scale(loss).backward()
+        backward = clock.mark()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        end = clock.mark()
+        self._last_loss = loss.detach()
+        return start, forward, backward, end
+
+    def last_loss(self) -> float:
+        """Of the latest step; waits for it."""
+        return float("nan") if self._last_loss is None else float(self._last_loss)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type not in _TURN:
+        found = ", ".join(sorted(map(str, devices))) or "no parameters"
+        raise ValueError(f"model must be on one CPU or CUDA device; found {found}")
+    return devices.pop()
+
+
+@contextlib.contextmanager
+def _cudnn_benchmark() -> Iterator[None]:
+    """Let cuDNN search for its fastest algorithms, as a careful user of the dense model would."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _settle(contenders: list[_Contender], clock: Clock) -> None:
+    """Run until two rounds in a row take the same time within 1 %, at most 20: clocks and allocator have settled."""
+    previous = float("inf")
+    for _ in range(20):
+        marks = [contender.step(clock) for contender in contenders for _ in range(3)]
+        clock.synchronize()
+        took = clock.seconds(marks[0][0], marks[-1][-1])
+        if abs(took - previous) < 0.01 * previous:
+            return
+        previous = took
+
+
+Sample = list[tuple[float, float, float]]  # seconds of forward, backward, optimizer of each counted step
+
+
+def _take_turns(contenders: list[_Contender], clock: Clock, steps: int, uncounted: int, counted: int) -> list[Sample]:
+    """`steps` counted steps of each contender; the order is reversed from round to round."""
+    samples: list[Sample] = [[] for _ in contenders]
+    order = list(range(len(contenders)))
+    while len(samples[0]) < steps:
+        for index in order:
+            marks = [contenders[index].step(clock) for _ in range(uncounted + counted)][uncounted:]
+            clock.synchronize()
+            for start, forward, backward, end in marks[: steps - len(samples[index])]:
+                spans = ((start, forward), (forward, backward), (backward, end))
+                samples[index].append(tuple(clock.seconds(*span) for span in spans))  # type: ignore[arg-type]
+        order.reverse()
+    return samples
+
+
+def _stages(contender: _Contender, clock: Clock, device: torch.device, steps: int) -> dict[str, float]:
+    """Median seconds per step of each stage of the layers' backward, from steps of their own."""
+    recorded: dict[str, list[float]] = {}
+    for _ in range(steps):
+        recorder = StageRecorder(device)
+        # Hooks inside a compiled graph would break it; the stages of SDGP's own ops are recorded there all the same.
+        dense = contextlib.nullcontext([]) if contender.compiled else _dense_layers(contender.model, clock)
+        with recorder, dense as spans:
+            contender.step(clock)
+            clock.synchronize()
+        stages = recorder.seconds()
+        if spans:
+            stages["dense_layers"] = sum(clock.seconds(*span) for span in spans)
+        for stage, seconds in stages.items():
+            recorded.setdefault(stage, []).append(seconds)
+    return {stage: Stats.of(seconds).median for stage, seconds in recorded.items()}
+
+
+@contextlib.contextmanager
+def _dense_layers(model: nn.Module, clock: Clock) -> Iterator[list[tuple[Any, Any]]]:
+    """Collect the start and end of the backward of every Linear and Conv2d that is an ordinary dense one.
+
+    Hooks on the autograd node rather than on the module: they bracket exactly dgrad and wgrad, and do not mind what
+    is done in place to the layer's output.
+    """
+    spans: list[tuple[Any, Any]] = []
+
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        node = _gemm_node(output.grad_fn)
+        if node is not None:
+            starts: list[Any] = []
+            node.register_prehook(lambda gradients: starts.append(clock.mark()))
+            node.register_hook(lambda inputs, outputs: spans.append((starts.pop(), clock.mark())))
+
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    handles = [layer.register_forward_hook(watch) for layer in layers]
+    try:
+        yield spans
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gemm_node(node: Any) -> Any:
+    """The node behind a layer's output that multiplies, past the views and casts around it; None for SDGP layers."""
+    while node is not None and node.name() in _SHAPE_NODES:
+        node = node.next_functions[0][0]
+    return node if node is not None and node.name() in _GEMM_NODES else None
+
+
+def _state_under_load(contender: _Contender, clock: Clock, device: torch.device) -> dict[str, str]:
+    """Clocks and power while steps are queued, not when the GPU has gone idle."""
+    for _ in range(20):
+        contender.step(clock)
+    return gpu_state(device)
+
+
+def _result(
+    contender: _Contender, sample: Sample, stages: dict[str, float], device: torch.device
+) -> ContenderResult:
+    forward, backward, optimizer = (Stats.of(part) for part in zip(*sample, strict=True))
+    steps = tuple(sum(parts) for parts in sample)
+    return ContenderResult(
+        name=contender.name,
+        sdgp=contender.swap is not None,
+        compiled=contender.compiled,
+        step=Stats.of(steps),
+        forward=forward,
+        backward=backward,
+        optimizer=optimizer,
+        stages=stages,
+        peak_bytes=step_peak_bytes(lambda: contender.step(HostClock()), device),
+        loss=contender.last_loss(),
+        samples=steps,
+    )

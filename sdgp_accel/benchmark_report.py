@@ -1,0 +1,192 @@
+"""What `benchmark` found: as a table, as JSON and (with `html_report`) as a page to look at."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from sdgp_accel.plan import PlanReport
+from sdgp_accel.report import SwapReport
+from sdgp_accel.timing import Stats
+
+SCHEMA = 1
+
+# Parts of a step in the order in which they happen, with what to call them.
+PARTS = {
+    "forward": "forward",
+    "prune_compress": "prune + compress",
+    "dgrad": "dgrad",
+    "wgrad": "wgrad",
+    "dense_layers": "dense dgrad + wgrad",
+    "other_backward": "other backward",
+    "optimizer": "optimizer",
+}
+
+
+@dataclass(frozen=True)
+class ContenderResult:
+    """One contender's step in seconds and bytes.
+
+    stages: median seconds per step of stages of the backward, measured in steps of their own. samples: every counted
+    step, in the order in which they ran; those of two contenders at the same index ran in the same round. peak_bytes:
+    the step's highest allocation beyond what was there when it began. loss: of the last step.
+    """
+
+    name: str
+    sdgp: bool
+    compiled: bool
+    step: Stats
+    forward: Stats
+    backward: Stats
+    optimizer: Stats
+    stages: dict[str, float]
+    peak_bytes: int
+    loss: float
+    samples: tuple[float, ...]
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Median seconds of each of `PARTS` that this step has; what no stage accounts for is "other_backward"."""
+        other = max(0.0, self.backward.median - sum(self.stages.values()))
+        known = {
+            "forward": self.forward.median,
+            **self.stages,
+            "other_backward": other,
+            "optimizer": self.optimizer.median,
+        }
+        return {part: known[part] for part in PARTS if part in known}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for JSON."""
+        return {**asdict(self), "samples": list(self.samples), "parts": self.parts}
+
+
+@dataclass(frozen=True)
+class BenchmarkReport:
+    """A benchmark of one model. Printable by `rich` and `print`; saved by `save_json` and `save_html`.
+
+    accelerated: whether any layer ran on sparse tensor cores. Where it is false, the times are those of an emulation
+    and no saving is stated anywhere. contenders: dense, SDGP, then dense peers.
+    """
+
+    name: str
+    batch: int
+    accelerated: bool
+    contenders: tuple[ContenderResult, ...]
+    swap: SwapReport
+    prediction: PlanReport
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @property
+    def sdgp(self) -> ContenderResult:
+        """The contender with SDGP layers."""
+        return next(contender for contender in self.contenders if contender.sdgp)
+
+    @property
+    def fastest_dense(self) -> ContenderResult:
+        """The dense contender with the shortest median step."""
+        return min((c for c in self.contenders if not c.sdgp), key=lambda contender: contender.step.median)
+
+    def ratio(self, dense: ContenderResult) -> Stats:
+        """SDGP's step over that of `dense`, paired by round: below 1 where SDGP is faster."""
+        return Stats.of([ours / theirs for ours, theirs in zip(self.sdgp.samples, dense.samples, strict=True)])
+
+    @property
+    def machine(self) -> str:
+        """The GPU's or CPU's name."""
+        gpu = self.provenance["gpu"]
+        return str(gpu["name"] if gpu else self.provenance["cpu"]["name"])
+
+    @property
+    def verdict(self) -> str:
+        """What the numbers say, in words."""
+        if not self.accelerated:
+            where = "a GPU that runs no layer sparse" if self.provenance["gpu"] else "a CPU"
+            return (
+                f"Nothing is accelerated here: this is {where} ({self.machine}), where gradients are pruned and then "
+                f"multiplied by the ordinary dense operations. The times are the cost of that emulation and say nothing "
+                f"about savings. What {self.prediction.gpu.name} could save is predicted below."
+            )
+        ratio = self.ratio(self.fastest_dense)
+        change = f"{abs(1 - ratio.median):.1%} {'shorter' if ratio.median < 1 else 'longer'}"
+        return (
+            f"The SDGP step is {change} than {self.fastest_dense.name} (middle half of the paired steps: "
+            f"{1 - ratio.high:+.1%} to {1 - ratio.low:+.1%} saved), measured on {self.machine}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON-ready values; times in seconds."""
+        ratios = {c.name: asdict(self.ratio(c)) for c in self.contenders if not c.sdgp} if self.accelerated else {}
+        return {
+            "schema": SCHEMA,
+            "kind": "measurement" if self.accelerated else "emulation",
+            "model": self.name,
+            "batch": self.batch,
+            "machine": self.machine,
+            "verdict": self.verdict,
+            "contenders": [contender.to_dict() for contender in self.contenders],
+            "sdgp_over_dense": ratios,
+            "swap": self.swap.to_dict(),
+            "prediction": self.prediction.to_dict(),
+            "settings": self.settings,
+            "provenance": self.provenance,
+        }
+
+    def save_json(self, path: str | Path) -> None:
+        """Write `to_dict` to `path`."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    def save_html(self, path: str | Path) -> None:
+        """Write a self-contained page to `path`. ModuleNotFoundError without the ``report`` extra."""
+        from sdgp_accel.html_report import render  # needs jinja2, which only this needs
+
+        Path(path).write_text(render(self.to_dict()))
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=140).print(self)
+        return text.getvalue()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._table()
+        yield Panel(Text(self.verdict), border_style="green" if self.accelerated else "yellow", expand=False)
+        if not self.accelerated:
+            yield self.prediction
+
+    def _table(self) -> Table:
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            title=f"{self.name}, batch {self.batch}: ms per step on {self.machine}",
+            caption=f"medians of {self.settings['steps']} steps, in turns",
+        )
+        table.add_column("")
+        for contender in self.contenders:
+            emulated = contender.sdgp and not self.accelerated
+            table.add_column(contender.name + ("\n(emulated)" if emulated else ""), justify="right", no_wrap=True)
+        for part, title in PARTS.items():
+            seconds = [contender.parts.get(part) for contender in self.contenders]
+            if any(value is not None for value in seconds):
+                table.add_row(title, *("" if value is None else _ms(value) for value in seconds))
+        table.add_section()
+        steps = [contender.step for contender in self.contenders]
+        table.add_row("step", *(_ms(step.median) for step in steps), style="bold")
+        table.add_row("middle half", *(f"{_ms(step.low)} … {_ms(step.high)}" for step in steps), style="dim")
+        if self.accelerated:
+            ratios = ["" if c.sdgp else f"{self.ratio(c).median:.3f}" for c in self.contenders]
+            table.add_row("SDGP / this", *ratios)
+        table.add_row("peak MiB of a step", *(f"{c.peak_bytes / 2**20:,.1f}" for c in self.contenders))
+        return table
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3f}" if seconds < 0.1 else f"{seconds * 1e3:,.1f}"
