@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sdgp_accel import models
@@ -27,7 +27,7 @@ def split(batch: Any) -> tuple[Any, Any]:
     return batch, None
 
 
-def forward(model: nn.Module, batch: Any) -> Any:
+def forward(model: Callable[..., Any], batch: Any) -> Any:
     """Call `model` on the inputs of `batch`: a mapping as keyword arguments, a tuple as positional ones."""
     inputs, _ = split(batch)
     if isinstance(inputs, Mapping):

@@ -154,7 +154,7 @@ class _Contender:
         self.name = ("dense" if sdgp is None else "SDGP") + (", compiled" if compiled else "")
         self.optimizer = optimizer(self.model.parameters())
         self._batch, self._loss_fn, self._autocast = batch, loss_fn, autocast
-        self._forward = torch.compile(self.model) if compiled else self.model
+        self._forward: Callable[..., Any] = torch.compile(self.model) if compiled else self.model
         self._device_type = next(model.parameters()).device.type
         self._scaler = torch.amp.GradScaler(self._device_type, enabled=autocast == torch.float16)
         self._last_loss: Tensor | None = None
@@ -165,7 +165,7 @@ class _Contender:
         with torch.autocast(self._device_type, self._autocast, enabled=self._autocast is not None):
             loss = batches.loss(batches.forward(self._forward, self._batch), self._batch, self._loss_fn)
         forward = clock.mark()
-        self._scaler.scale(loss).backward()
+        torch.autograd.backward(self._scaler.scale(loss))
         backward = clock.mark()
         self._scaler.step(self.optimizer)
         self._scaler.update()
@@ -210,6 +210,7 @@ def _settle(contenders: list[_Contender], clock: Clock) -> None:
         previous = took
 
 
+Spans = list[tuple[Any, Any]]  # moments between which something happened
 Sample = list[tuple[float, float, float]]  # seconds of forward, backward, optimizer of each counted step
 
 
@@ -234,6 +235,7 @@ def _stages(contender: _Contender, clock: Clock, device: torch.device, steps: in
     for _ in range(steps):
         recorder = StageRecorder(device)
         # Hooks inside a compiled graph would break it; the stages of SDGP's own ops are recorded there all the same.
+        dense: contextlib.AbstractContextManager[Spans]
         dense = contextlib.nullcontext([]) if contender.compiled else _dense_layers(contender.model, clock)
         with recorder, dense as spans:
             contender.step(clock)
@@ -247,13 +249,13 @@ def _stages(contender: _Contender, clock: Clock, device: torch.device, steps: in
 
 
 @contextlib.contextmanager
-def _dense_layers(model: nn.Module, clock: Clock) -> Iterator[list[tuple[Any, Any]]]:
+def _dense_layers(model: nn.Module, clock: Clock) -> Iterator[Spans]:
     """Collect the start and end of the backward of every Linear and Conv2d that is an ordinary dense one.
 
     Hooks on the autograd node rather than on the module: they bracket exactly dgrad and wgrad, and do not mind what
     is done in place to the layer's output.
     """
-    spans: list[tuple[Any, Any]] = []
+    spans: Spans = []
 
     def watch(module: nn.Module, args: Any, output: Any) -> None:
         node = _gemm_node(output.grad_fn)
@@ -285,9 +287,7 @@ def _state_under_load(contender: _Contender, clock: Clock, device: torch.device)
     return gpu_state(device)
 
 
-def _result(
-    contender: _Contender, sample: Sample, stages: dict[str, float], device: torch.device
-) -> ContenderResult:
+def _result(contender: _Contender, sample: Sample, stages: dict[str, float], device: torch.device) -> ContenderResult:
     forward, backward, optimizer = (Stats.of(part) for part in zip(*sample, strict=True))
     steps = tuple(sum(parts) for parts in sample)
     return ContenderResult(

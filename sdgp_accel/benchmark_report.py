@@ -28,8 +28,11 @@ PARTS = {
     "wgrad": "wgrad",
     "dense_layers": "dense dgrad + wgrad",
     "other_backward": "other backward",
+    "backward": "backward, not split",
     "optimizer": "optimizer",
 }
+
+_COLOURS = {"faster": "green", "slower": "red", "even": "yellow", "emulated": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,15 @@ class ContenderResult:
     @property
     def parts(self) -> dict[str, float]:
         """Median seconds of each of `PARTS` that this step has; what no stage accounts for is "other_backward"."""
-        other = max(0.0, self.backward.median - sum(self.stages.values()))
-        known = {
-            "forward": self.forward.median,
-            **self.stages,
-            "other_backward": other,
-            "optimizer": self.optimizer.median,
-        }
+        known = {"forward": self.forward.median, **self.stages, "optimizer": self.optimizer.median}
+        rest = max(0.0, self.backward.median - sum(self.stages.values()))
+        known["other_backward" if self.stages else "backward"] = rest
         return {part: known[part] for part in PARTS if part in known}
+
+    @property
+    def layers_backward(self) -> float | None:
+        """Median seconds of prune + compress, dgrad and wgrad of all layers; None where they were not told apart."""
+        return sum(self.stages.values()) if self.stages and not self.compiled else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON."""
@@ -108,21 +112,35 @@ class BenchmarkReport:
         return str(gpu["name"] if gpu else self.provenance["cpu"]["name"])
 
     @property
+    def outcome(self) -> str:
+        """ "faster" or "slower" than the fastest dense contender, "even" where 1 lies in the middle half of the paired
+        ratios, or "emulated"."""
+        if not self.accelerated:
+            return "emulated"
+        ratio = self.ratio(self.fastest_dense)
+        return "even" if ratio.low <= 1 <= ratio.high else "faster" if ratio.median < 1 else "slower"
+
+    @property
     def verdict(self) -> str:
         """What the numbers say, in words."""
-        if not self.accelerated:
+        if self.outcome == "emulated":
             where = "a GPU that runs no layer sparse" if self.provenance["gpu"] else "a CPU"
             return (
                 f"Nothing is accelerated here: this is {where} ({self.machine}), where gradients are pruned and then "
-                f"multiplied by the ordinary dense operations. The times are the cost of that emulation and say nothing "
-                f"about savings. What {self.prediction.gpu.name} could save is predicted below."
+                "multiplied by the ordinary dense operations. The times are the cost of that emulation and say "
+                f"nothing about savings. What the {self.prediction.gpu.title} could save is predicted below."
             )
-        ratio = self.ratio(self.fastest_dense)
-        change = f"{abs(1 - ratio.median):.1%} {'shorter' if ratio.median < 1 else 'longer'}"
-        return (
-            f"The SDGP step is {change} than {self.fastest_dense.name} (middle half of the paired steps: "
-            f"{1 - ratio.high:+.1%} to {1 - ratio.low:+.1%} saved), measured on {self.machine}."
+        ratio, dense = self.ratio(self.fastest_dense), self.fastest_dense.name
+        measured = (
+            f"{1 - ratio.median:+.1%} saved per step, {1 - ratio.high:+.1%} to {1 - ratio.low:+.1%} in the middle half "
+            f"of the paired steps, measured on {self.machine}."
         )
+        claims = {
+            "faster": f"The SDGP step is faster than {dense}: ",
+            "slower": f"The SDGP step is slower than {dense}: ",
+            "even": f"SDGP and {dense} take equally long as far as these steps can tell: ",
+        }
+        return claims[self.outcome] + measured
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values; times in seconds."""
@@ -133,13 +151,26 @@ class BenchmarkReport:
             "model": self.name,
             "batch": self.batch,
             "machine": self.machine,
+            "outcome": self.outcome,
             "verdict": self.verdict,
             "contenders": [contender.to_dict() for contender in self.contenders],
             "sdgp_over_dense": ratios,
             "swap": self.swap.to_dict(),
             "prediction": self.prediction.to_dict(),
+            "layers_backward": self._layers_backward(),
             "settings": self.settings,
             "provenance": self.provenance,
+        }
+
+    def _layers_backward(self) -> dict[str, dict[str, float]]:
+        """Measured against predicted seconds of the layers' backward; empty where that comparison has no meaning."""
+        dense, ours = self.contenders[0].layers_backward, self.sdgp.layers_backward
+        if not self.accelerated or dense is None or ours is None:
+            return {}
+        layers = self.prediction.layers
+        return {
+            "dense": {"measured": dense, "predicted": sum(layer.backward for layer in layers)},
+            "SDGP": {"measured": ours, "predicted": sum(layer.two_pass.seconds for layer in layers)},
         }
 
     def save_json(self, path: str | Path) -> None:
@@ -159,7 +190,7 @@ class BenchmarkReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._table()
-        yield Panel(Text(self.verdict), border_style="green" if self.accelerated else "yellow", expand=False)
+        yield Panel(Text(self.verdict), border_style=_COLOURS[self.outcome], expand=False)
         if not self.accelerated:
             yield self.prediction
 
@@ -184,7 +215,7 @@ class BenchmarkReport:
         if self.accelerated:
             ratios = ["" if c.sdgp else f"{self.ratio(c).median:.3f}" for c in self.contenders]
             table.add_row("SDGP / this", *ratios)
-        table.add_row("peak MiB of a step", *(f"{c.peak_bytes / 2**20:,.1f}" for c in self.contenders))
+        table.add_row("peak MiB in a step", *(f"{c.peak_bytes / 2**20:,.1f}" for c in self.contenders))
         return table
 
 

@@ -21,7 +21,7 @@ from sdgp_accel.trace import LayerCall, trace
 
 NOTE = (
     "A roofline prediction, not a measurement. Shares are of the forward and backward time of the Linear and Conv2d "
-    "layers; attention products, normalisation, activations and the optimizer are left out."
+    "layers; attention products, normalisation, activations, the optimizer and launch overheads are left out."
 )
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -90,7 +90,7 @@ class PlanReport:
         return {
             "kind": "prediction",
             "note": NOTE,
-            "gpu": asdict(self.gpu),
+            "gpu": {**asdict(self.gpu), "title": self.gpu.title},
             "batch": self.batch,
             "dense_seconds": self.dense,
             **totals,
@@ -107,48 +107,50 @@ class PlanReport:
         return text.getvalue()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self._table()
+        unit, scale = ("ms", 1e3) if self.dense >= 1e-3 else ("µs", 1e6)
+        yield self._table(unit, scale)
         layer_count = len({layer.name for layer in self.layers})
         for schedule in SCHEDULES:
+            times = f"{_number(self.dense * scale)} → {_number(self.sparse(schedule) * scale)} {unit}"
             yield Text(
                 f"{_title(schedule)}: {len(self.gaining(schedule))} of {layer_count} layers gain; forward + backward "
-                f"{_ms(self.dense)} ms → {_ms(self.sparse(schedule))} ms, {self.saving(schedule):.1%} less"
+                f"{times}, {self.saving(schedule):.1%} less"
             )
         yield Text(NOTE, style="dim")
 
-    def _table(self) -> Table:
+    def _table(self, unit: str, scale: float) -> Table:
         gpu = self.gpu
         table = Table(
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
-            title=f"Prediction for {gpu.name}, batch {self.batch}",
+            title=f"Prediction for {gpu.title}, batch {self.batch}",
             caption=f"{gpu.tflops:g} TFLOP/s × {gpu.compute_efficiency:g}, {gpu.bandwidth:g} TB/s × "
             f"{gpu.memory_efficiency:g}, 2:4 speed-up {gpu.sparse_speedup:g}; "
             "saves: share of the backward",
         )
         table.add_column("layer", overflow="fold", min_width=10)
-        headers = ["T×K→C", "bound\nby", "backward\nms"]
+        headers = ["T×K→C", "bound\nby", f"backward\n{unit}"]
         for schedule in SCHEDULES:
-            headers += [f"{_title(schedule)}\nms", "\nsaves"]
+            headers += [f"{_title(schedule)}\n{unit}", "\nsaves"]
         for header in headers:
             table.add_column(header, justify="right", no_wrap=True)
         for group in self._groups():
             first, calls, work = group[0], len(group), group[0].work
             cells = [first.name if calls == 1 else f"{calls} × {first.name}"]
             cells += [f"{work.positions}×{work.reduction}→{work.out_channels}", _bound(work, gpu)]
-            cells.append(_ms(first.backward * calls))
+            cells.append(_number(first.backward * calls * scale))
             for schedule in SCHEDULES:
                 choice = first.choice(schedule)
-                cells.append(_ms(choice.seconds * calls))
+                cells.append(_number(choice.seconds * calls * scale))
                 cells.append(f"{first.saved(schedule) / first.backward:.1%}" if choice.sparse_passes else "–")
             if first.dense_reason:
                 cells[-1] = first.dense_reason
             table.add_row(*cells, style="" if first.fused.sparse_passes else "dim")
         table.add_section()
-        total = [f"{len(self.layers)} calls", "", "", _ms(self._backward)]
+        total = [f"{len(self.layers)} calls", "", "", _number(self._backward * scale)]
         for schedule in SCHEDULES:
             backward = sum(layer.choice(schedule).seconds for layer in self.layers)
-            total += [_ms(backward), f"{1.0 - backward / self._backward if self._backward else 0.0:.1%}"]
+            total += [_number(backward * scale), f"{1.0 - backward / self._backward if self._backward else 0.0:.1%}"]
         table.add_row(*total, style="bold")
         return table
 
@@ -207,7 +209,7 @@ def _dense_reason(call: LayerCall, config: SDGPConfig, filter_fn: FilterFn | Non
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return "grouped"
     if in_channels < config.min_in_channels:
-        return f"{in_channels} inputs"
+        return f"{in_channels} input{'s' if in_channels > 1 else ''}"
     if filter_fn is not None and not filter_fn(module, name):
         return "filtered"
     if not any(getattr(config, p) == "sparse" for p in work.passes):
@@ -220,8 +222,8 @@ def _title(schedule: Schedule) -> str:
     return schedule.replace("_", "-")
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3f}" if seconds < 0.1 else f"{seconds * 1e3:.1f}"
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value < 100 else f"{value:.1f}"
 
 
 def _bound(work: Work, gpu: GPU) -> str:

@@ -83,9 +83,10 @@ def _git(folder: Path, *arguments: str) -> str:
 
 def _version(distribution: str) -> str | None:
     try:
-        return str(importlib.metadata.version(distribution))  # type: ignore[no-untyped-call,unused-ignore]
+        version: str = importlib.metadata.distribution(distribution).version
     except importlib.metadata.PackageNotFoundError:
         return None
+    return version
 
 
 def _cpu_name() -> str:
@@ -105,6 +106,6 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "state": gpu_state(device),
     }

@@ -55,6 +55,11 @@ class GPU:
             raise ValueError(f"sparse_speedup must be between 1 and 2; got {self.sparse_speedup!r}")
 
     @property
+    def title(self) -> str:
+        """The name as people write it."""
+        return self.name.upper() if self.name in GPUS else self.name
+
+    @property
     def flop_rate(self) -> float:
         """Reachable dense FLOP/s."""
         return self.tflops * 1e12 * self.compute_efficiency

@@ -182,4 +182,4 @@ def test_runs_as_a_program() -> None:
     done = subprocess.run(
         [sys.executable, "-c", program, "plan", "digits", "--batch", "8"], capture_output=True, text=True, check=True
     )
-    assert "Prediction for a100, batch 8" in done.stdout
+    assert "Prediction for A100, batch 8" in done.stdout

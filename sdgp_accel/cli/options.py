@@ -14,11 +14,10 @@ Command = Callable[..., Any]
 
 
 def model_options(command: Command) -> Command:
-    """MODEL, --batch, --image-size and --seq-len, passed on under those names."""
+    """MODEL, --image-size and --seq-len, passed on under those names."""
     for decorate in (
         click.option("--seq-len", type=click.IntRange(min=1), help="Tokens per sample of a language model."),
         click.option("--image-size", type=click.IntRange(min=1), help="Height and width of an image model's input."),
-        click.option("--batch", "-b", type=click.IntRange(min=1), default=64, help="Samples per step."),
         click.argument("model", default="resnet9"),
     ):
         command = decorate(command)

@@ -17,6 +17,7 @@ from sdgp_accel.roofline import GPUS
 
 @click.command("plan", context_settings={"show_default": True})
 @model_options
+@click.option("--batch", "-b", type=click.IntRange(min=1), default=64, help="Samples per step.")
 @click.option("--gpu", type=click.Choice(list(GPUS)), default="a100", help="Whose peaks to use.")
 @click.option("--tflops", type=float, help="Dense 16-bit tensor-core peak, TFLOP/s, instead of the GPU's.")
 @click.option("--bandwidth", type=float, help="Memory bandwidth, TB/s.")

@@ -1,0 +1,324 @@
+"""`benchmark`: turns, parts and statements. A fake clock makes every span between two marks one second."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+from sdgp_accel import benchmark as public_benchmark
+from sdgp_accel import models
+from sdgp_accel.benchmark import _TURN, _Contender, _dense_layers, benchmark, known_gpu
+from sdgp_accel.benchmark_report import PARTS, BenchmarkReport, ContenderResult
+from sdgp_accel.cli import main
+from sdgp_accel.config import SDGPConfig
+from sdgp_accel.plan import plan
+from sdgp_accel.report import LayerReport, SwapReport
+from sdgp_accel.timing import Stats
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*nothing is accelerated here")
+_MODULE = importlib.import_module("sdgp_accel.benchmark")  # the package's attribute of that name is the function
+DETERMINISTIC = SDGPConfig(prune="magnitude")
+
+
+class FakeClock:
+    """Every mark is one second after the last one."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.synchronized = 0
+
+    def mark(self) -> int:
+        self.now += 1
+        return self.now
+
+    def seconds(self, start: int, end: int) -> float:
+        assert self.synchronized >= end, "read before the work was waited for"
+        return float(end - start)
+
+    def synchronize(self) -> None:
+        self.synchronized = self.now
+
+
+@pytest.fixture
+def fake_clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    clock = FakeClock()
+    monkeypatch.setattr(_MODULE, "clock_for", lambda device: clock)
+    return clock
+
+
+def _small_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(inplace=True), nn.Linear(32, 8))
+
+
+def _small_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(64, 16), torch.randint(8, (64,))
+
+
+def test_steps_are_split_and_counted(fake_clock: FakeClock) -> None:
+    report = benchmark(_small_model(), _small_batch(), DETERMINISTIC, steps=7, warmup=2)
+    dense, sdgp = report.contenders
+    assert (dense.name, sdgp.name) == ("dense", "SDGP")
+    assert (dense.sdgp, sdgp.sdgp) == (False, True)
+    for contender in report.contenders:
+        assert contender.samples == (3.0,) * 7
+        assert contender.forward == contender.backward == contender.optimizer == Stats.of([1.0] * 7)
+        assert contender.peak_bytes > 0
+        assert list(contender.parts) == [part for part in PARTS if part in contender.parts]
+    # Two layers, one second each between the marks before and after their nodes.
+    assert dense.stages == {"dense_layers": 2.0}
+    assert set(sdgp.stages) >= {"prune_compress", "dgrad", "wgrad"}
+    assert "dense_layers" not in sdgp.stages
+
+
+def test_contenders_take_turns(fake_clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    real = _Contender.step
+    monkeypatch.setattr(_Contender, "step", lambda self, clock: (order.append(self.name), real(self, clock))[1])
+    monkeypatch.setitem(_TURN, "cpu", (1, 2))
+    report = benchmark(_small_model(), _small_batch(), DETERMINISTIC, steps=5, warmup=0)
+    turns = [name for index, name in enumerate(order) if index % 3 == 0][:6]
+    assert turns == ["dense", "SDGP", "SDGP", "dense", "dense", "SDGP"]
+    assert [len(contender.samples) for contender in report.contenders] == [5, 5]
+
+
+def test_model_is_left_alone_and_contenders_start_equal() -> None:
+    torch.manual_seed(0)
+    model = _small_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = benchmark(model, _small_batch(), DETERMINISTIC, steps=1, warmup=0)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [type(layer) for layer in model] == [nn.Linear, nn.ReLU, nn.Linear]
+    dense, sdgp = report.contenders
+    assert sdgp.loss == pytest.approx(dense.loss, rel=1e-3)
+
+
+def test_dense_layers_are_timed_around_their_nodes_only() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 1, bias=False),
+        nn.Flatten(2),
+        nn.Linear(16, 6),
+        nn.Linear(6, 6, bias=False),
+    )
+    clock = FakeClock()
+    with _dense_layers(model, clock) as spans:
+        for dtype in (None, torch.bfloat16):
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                loss = model(torch.randn(2, 4, 4, 4)).square().mean()
+            loss.backward()
+    assert len(spans) == 8
+    assert all(end == start + 1 for start, end in spans)
+    model(torch.randn(2, 4, 4, 4)).sum().backward()
+    assert len(spans) == 8  # the hooks are gone
+
+
+def test_a_dense_layer_beside_sdgp_layers_is_told_apart() -> None:
+    report = benchmark(_small_model(), _small_batch(), DETERMINISTIC, filter_fn="0", steps=2, warmup=0)
+    assert set(report.sdgp.stages) == {"prune_compress", "dgrad", "wgrad", "dense_layers"} - _unneeded(report)
+    assert [layer.dense_reason for layer in report.prediction.layers] == ["", "filtered"]
+
+
+def _unneeded(report: BenchmarkReport) -> set[str]:
+    # The first layer's input needs no gradient, so its dgrad may not run at all.
+    return set() if "dgrad" in report.sdgp.stages else {"dgrad"}
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast(autocast: torch.dtype) -> None:
+    report = benchmark(_small_model(), _small_batch(), DETERMINISTIC, autocast=autocast, steps=1, warmup=0)
+    assert report.settings["autocast"] == str(autocast).removeprefix("torch.")
+    assert report.to_dict()["settings"]["config"]["prune"] == "magnitude"
+
+
+def test_peers_are_compiled_when_the_contenders_are_not(fake_clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda model: (compiled.append(model), model)[1])
+    report = benchmark(_small_model(), _small_batch(), DETERMINISTIC, peers=True, steps=1, warmup=0)
+    assert [contender.name for contender in report.contenders] == ["dense", "SDGP", "dense, compiled"]
+    assert len(compiled) == 1
+    assert report.contenders[2].stages == {}
+    assert report.contenders[2].parts["backward"] == 1.0
+    report = benchmark(_small_model(), _small_batch(), DETERMINISTIC, peers=True, compile=True, steps=1, warmup=0)
+    assert [contender.name for contender in report.contenders] == ["dense, compiled", "SDGP, compiled", "dense"]
+
+
+def test_a_cpu_is_never_said_to_save(tmp_path: Path) -> None:
+    report = benchmark(models.build("digits"), models.example_batch("digits", 8), steps=2, warmup=0, gpu="h100")
+    assert not report.accelerated
+    assert report.outcome == "emulated"
+    data = report.to_dict()
+    assert data["kind"] == "emulation"
+    assert data["sdgp_over_dense"] == {}
+    assert data["layers_backward"] == {}
+    text = str(report)
+    assert "Nothing is accelerated here" in text
+    assert "say nothing about savings" in " ".join(text.replace("│", " ").split())
+    assert "Prediction for H100" in text
+    assert "SDGP / this" not in text
+    page = tmp_path / "page.html"
+    report.save_html(page)
+    assert "emulated" in page.read_text()
+    assert "× this" not in page.read_text()
+
+
+def _contender(name: str, sdgp: bool, samples: tuple[float, ...], stages: dict[str, float]) -> ContenderResult:
+    third = Stats.of([sample / 3 for sample in samples])
+    return ContenderResult(name, sdgp, False, Stats.of(samples), third, third, third, stages, 1024, 1.0, samples)
+
+
+def measured_report(sdgp: tuple[float, ...], dense: tuple[float, ...] = (1.0, 1.0, 1.0)) -> BenchmarkReport:
+    """A report as a GPU would give it, from invented numbers."""
+    layer = LayerReport("0", "Linear", "16→32", True, "mvue 2:4", "mvue 2:4", "cutlass", "fastest")
+    contenders = (
+        _contender("dense", False, dense, {"dense_layers": 0.2}),
+        _contender("SDGP", True, sdgp, {"prune_compress": 0.01, "dgrad": 0.05, "wgrad": 0.04}),
+        _contender("dense, compiled", False, tuple(1.1 * step for step in dense), {}),
+    )
+    provenance: dict[str, Any] = {
+        "time": "2026-01-01T00:00:00+00:00",
+        "sdgp_accel": "0",
+        "git_revision": None,
+        "versions": {"torch": "2"},
+        "gpu": {"name": "NVIDIA H100"},
+    }
+    prediction = plan(_small_model(), _small_batch(), "h100")
+    return BenchmarkReport(
+        "model", 64, True, contenders, SwapReport((layer,)), prediction, {"steps": len(sdgp)}, provenance
+    )
+
+
+@pytest.mark.parametrize(
+    ("sdgp", "outcome", "words"),
+    [
+        ((0.8, 0.81, 0.79), "faster", "faster than dense: +20.0% saved"),
+        ((1.2, 1.21, 1.19), "slower", "slower than dense: -20.0% saved"),
+        ((0.9, 1.0, 1.1), "even", "equally long"),
+    ],
+)
+def test_measured_outcomes(sdgp: tuple[float, ...], outcome: str, words: str) -> None:
+    report = measured_report(sdgp)
+    assert report.outcome == outcome
+    assert words in report.verdict
+    assert report.fastest_dense.name == "dense"
+    data = report.to_dict()
+    assert data["kind"] == "measurement"
+    assert data["sdgp_over_dense"]["dense"]["median"] == pytest.approx(sorted(sdgp)[1])
+    assert data["layers_backward"]["SDGP"]["measured"] == pytest.approx(0.1)
+    assert "SDGP / this" in str(report)
+
+
+def test_json_schema(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    report = benchmark(_small_model(), _small_batch(), DETERMINISTIC, steps=2, warmup=0, name="small")
+    report.save_json(path)
+    data = json.loads(path.read_text())
+    assert data == json.loads(json.dumps(report.to_dict()))
+    assert set(data) == {
+        "schema", "kind", "model", "batch", "machine", "outcome", "verdict", "contenders", "sdgp_over_dense", "swap",
+        "prediction", "layers_backward", "settings", "provenance",
+    }  # fmt: skip
+    assert (data["schema"], data["model"], data["batch"]) == (1, "small", 64)
+    for contender in data["contenders"]:
+        assert set(contender["step"]) == {"median", "low", "high", "minimum", "maximum", "count"}
+        assert len(contender["samples"]) == contender["step"]["count"] == 2
+        total = sum(contender["parts"].values())
+        assert total >= contender["forward"]["median"] + contender["optimizer"]["median"]
+    assert {"cpu", "gpu", "versions", "time", "git_revision", "settings"} <= set(data["provenance"])
+
+
+@pytest.mark.parametrize("output", ["mapping with loss", "tensor without targets", "custom loss"])
+def test_losses(output: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            y = self.layer(x)
+            return {"loss": y.abs().mean(), "logits": y} if output == "mapping with loss" else y
+
+    x = torch.randn(16, 8)
+    batch: Any = {"x": x} if output == "mapping with loss" else (x, torch.zeros(16, 8)) if "custom" in output else x
+    loss_fn = nn.functional.mse_loss if output == "custom loss" else None
+    report = benchmark(Model(), batch, DETERMINISTIC, loss_fn=loss_fn, steps=1, warmup=0)
+    assert report.contenders[0].loss > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps must be an int >= 1; got 0"),
+        ({"warmup": -1}, "warmup must be an int >= 0; got -1"),
+        ({"autocast": torch.float32}, "autocast must be None, torch.bfloat16 or torch.float16"),
+        ({"gpu": "v100"}, "gpu must be one of"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        benchmark(_small_model(), _small_batch(), **arguments)
+
+
+def test_models_without_a_device_are_refused() -> None:
+    with pytest.raises(ValueError, match="found no parameters"):
+        benchmark(nn.ReLU(), torch.randn(2))
+    with pytest.raises(ValueError, match="found meta"):
+        benchmark(_small_model().to("meta"), _small_batch())
+
+
+def test_known_gpus() -> None:
+    assert known_gpu("NVIDIA H100 80GB HBM3") == "h100"
+    assert known_gpu("NVIDIA A100-SXM4-40GB") == "a100-40"
+    assert known_gpu("NVIDIA A100 80GB PCIe") == "a100-80"
+    assert known_gpu("NVIDIA GeForce RTX 4090") == "rtx4090"
+    assert known_gpu("") == "a100"
+
+
+def test_public_name() -> None:
+    assert public_benchmark is benchmark
+
+
+def test_command_line(tmp_path: Path) -> None:
+    json_path, html_path = tmp_path / "r.json", tmp_path / "r.html"
+    arguments = ["bench", "gpt", "--batch", "2", "--seq-len", "16", "--steps", "2", "--warmup", "0"]
+    arguments += ["--optimizer", "adamw", "--precision", "amp-bf16", "--prune", "magnitude", "--device", "cpu"]
+    result = CliRunner().invoke(main, [*arguments, "--json", str(json_path), "--html", str(html_path)])
+    assert result.exit_code == 0, result.output
+    assert "Nothing is accelerated here" in result.output
+    data = json.loads(json_path.read_text())
+    assert data["model"] == "gpt"
+    assert data["settings"]["optimizer"] == "AdamW"
+    assert data["settings"]["config"]["prune"] == "magnitude"
+    assert html_path.read_text().startswith("<!doctype html>")
+
+
+def test_command_line_errors() -> None:
+    runner = CliRunner()
+    unknown = runner.invoke(main, ["bench", "no_such_model", "--device", "cpu"])
+    assert unknown.exit_code == 1
+    assert "no_such_model" in unknown.output
+    assert runner.invoke(main, ["bench", "digits", "--steps", "0"]).exit_code == 2
+
+
+def test_runs_as_a_program_in_the_memory_format_asked_for() -> None:
+    command = [sys.executable, "-m", "sdgp_accel", "bench", "digits", "--steps", "1", "--no-channels-last"]
+    done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=True)
+    assert "digits, batch 8" in done.stdout
+
+
+def test_step_time_script_lists_its_cases() -> None:
+    script = Path(__file__).parents[1] / "bench" / "step_time.py"
+    listed = subprocess.run([sys.executable, script, "--dry-run"], capture_output=True, text=True, check=True)
+    assert "sdgp_accel bench resnet9" in listed.stdout
+    unknown = subprocess.run([sys.executable, script, "--only", "nothing"], capture_output=True, text=True)
+    assert unknown.returncode == 2
+    assert "no case nothing" in unknown.stderr
