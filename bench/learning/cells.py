@@ -45,9 +45,6 @@ def by_value(patterns: tuple[tuple[int, int], ...] = OTHER_PATTERNS) -> list[Cel
     functions = sorted(FUNCTIONS, key=("mvue", "rescale_magnitude", "magnitude", "random").index)
     two_four = [Cell(function, pruned, 2, 4) for pruned in ("both", *PASSES) for function in functions]
     others = [
-        Cell(function, pruned, n, m)
-        for pruned in ("both", *PASSES)
-        for function in functions
-        for n, m in patterns
+        Cell(function, pruned, n, m) for pruned in ("both", *PASSES) for function in functions for n, m in patterns
     ]
     return [DENSE, *two_four, *others]

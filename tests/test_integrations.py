@@ -1,0 +1,329 @@
+"""SDGP layers under the rest of PyTorch: autocast, GradScaler, torch.compile, checkpointing, DDP, FSDP2."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+
+import sdgp_accel as sdgp
+
+pytestmark = pytest.mark.filterwarnings("ignore:device 'cpu' has no sparse tensor cores")
+
+MAGNITUDE = sdgp.SDGPConfig(prune="magnitude")
+RESCALE = sdgp.SDGPConfig(prune="rescale_magnitude")
+
+
+def conv_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(72, 6),
+    )
+
+
+def batch(size: int = 4) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(size, 4, 8, 8)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+# --- mixed precision -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_autocast_forward_has_the_dense_bits(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    dense = conv_net().to(memory_format=memory_format)
+    model = copy.deepcopy(dense)
+    sdgp.accelerate_(model)
+    x = batch().to(memory_format=memory_format)
+    with torch.autocast("cpu", dtype):
+        expected, got = dense(x), model(x)
+    assert got.dtype == dtype
+    assert torch.equal(got, expected)
+    got.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_autocast_leaves_float64_alone_and_backward_may_run_under_it() -> None:
+    layer = sdgp.SDGPLinear(8, 8, dtype=torch.float64, config=MAGNITUDE)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.randn(3, 8, dtype=torch.float64))
+    assert y.dtype == torch.float64
+    layer = sdgp.SDGPLinear(64, 64, config=MAGNITUDE)
+    x = torch.randn(3, 64)
+    plain = gradients(layer, layer(x).square().sum())
+    loss = layer(x).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(layer, loss), plain, strict=True))
+
+
+def test_weight_shared_with_a_dense_use_keeps_both_gradients_under_autocast() -> None:
+    """Autocast caches its copy of a weight; a copy made where gradients are off would cut the dense use's graph."""
+    layer = sdgp.SDGPLinear(8, 8, bias=False, config=MAGNITUDE)
+    x = torch.ones(4, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = layer(x)
+        second = nn.functional.linear(x, layer.weight)
+    (from_dense,) = torch.autograd.grad(second.float().sum(), layer.weight)
+    (from_sdgp,) = torch.autograd.grad(first.float().sum(), layer.weight)
+    assert from_dense.abs().sum() > 0
+    assert from_sdgp.abs().sum() > 0
+
+
+@pytest.mark.parametrize("function", ["magnitude", "random", "rescale_magnitude", "mvue"])
+def test_grad_scaler_sees_an_overflow(function: str) -> None:
+    model = conv_net()
+    sdgp.accelerate_(model, sdgp.SDGPConfig(prune=function))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = copy.deepcopy(model.state_dict())
+    with torch.autocast("cpu", torch.float16):
+        loss = (model(batch()) * 1e4).float().square().sum()  # overflows fp16 once scaled
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+    optimizer.zero_grad()
+    with torch.autocast("cpu", torch.float16):
+        loss = model(batch()).float().square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    assert any(not torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+# --- graphs that run in pieces ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_no_gradient(reentrant: bool) -> None:
+    model = conv_net()
+    sdgp.accelerate_(model)
+    x = batch().requires_grad_()
+    torch.manual_seed(3)
+    expected = gradients(model, model(x).square().sum())
+    torch.manual_seed(3)
+    y = checkpoint(model, x, use_reentrant=reentrant)
+    got = gradients(model, y.square().sum())
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_gradient_accumulation_adds_the_steps() -> None:
+    model = conv_net()
+    sdgp.accelerate_(model, RESCALE)
+    x = batch()
+    parts = [gradients(model, model(part).square().sum()) for part in x.split(2)]
+    model.zero_grad()
+    for part in x.split(2):
+        model(part).square().sum().backward()
+    for parameter, first, second in zip(model.parameters(), *parts, strict=True):
+        torch.testing.assert_close(parameter.grad, first + second)
+
+
+def test_a_layer_used_twice_accumulates_both_uses() -> None:
+    layer = sdgp.SDGPLinear(8, 8, config=MAGNITUDE)
+    x = torch.randn(4, 8)
+    got = gradients(layer, layer(layer(x)).sum())
+    inner = layer(x).detach().requires_grad_()
+    outer = gradients(layer, layer(inner).sum())
+    layer.zero_grad()
+    layer(x).backward(inner.grad)
+    assert all(torch.allclose(g, a + p.grad) for g, a, p in zip(got, outer, layer.parameters(), strict=True))
+
+
+def test_frozen_parts_get_no_gradient() -> None:
+    model = conv_net()
+    model[0].requires_grad_(False)
+    sdgp.accelerate_(model)
+    model(batch()).sum().backward()
+    assert model[0].weight.grad is None
+    assert model[2].weight.grad is not None
+
+
+def test_resumes_bit_identically_from_the_generator_state() -> None:
+    model = conv_net()
+    sdgp.accelerate_(model)
+    x = batch()
+    gradients(model, model(x).square().sum())
+    state = torch.get_rng_state()
+    expected = gradients(model, model(x).square().sum())
+    other = gradients(model, model(x).square().sum())
+    torch.set_rng_state(state)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, model(x).square().sum()), expected, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(other, expected, strict=True))
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------
+
+
+def test_compile_fullgraph_trains_as_eager_does() -> None:
+    """Inductor, forward and backward in one graph each; convolutions in channels_last and a 3-D Linear."""
+    model = conv_net().to(memory_format=torch.channels_last)
+    model.append(nn.Unflatten(1, (2, 3))).append(nn.Linear(3, 4, bias=False))
+    sdgp.accelerate_(model, sdgp.SDGPConfig(prune="rescale_magnitude", min_in_channels=1))
+    x = batch().to(memory_format=torch.channels_last).requires_grad_()
+    expected = gradients(model, model(x).square().sum())
+    got = gradients(model, torch.compile(model, fullgraph=True)(x).square().sum())
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_compile_under_autocast() -> None:
+    model = conv_net()
+    sdgp.accelerate_(model, MAGNITUDE)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, got = model(batch()), compiled(batch())
+    assert torch.equal(got, expected)
+    pairs = zip(gradients(model, got.float().sum()), gradients(model, expected.float().sum()), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_with_aot_autograd(dynamic: bool) -> None:
+    """Frozen weights and inputs without gradients; two batch sizes; no recompilation of the arithmetic needed."""
+    model = conv_net()
+    model[2].weight.requires_grad_(False)
+    sdgp.accelerate_(model, MAGNITUDE)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for size in (4, 3):
+        expected = torch.autograd.grad(model(batch(size)).square().sum(), trainable)
+        got = torch.autograd.grad(compiled(batch(size)).square().sum(), trainable)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_compiled_mvue_draws_anew_for_each_layer_and_step() -> None:
+    layer = sdgp.SDGPLinear(16, 16, bias=False)
+    compiled = torch.compile(lambda x: (layer(x), layer(x)), fullgraph=True, backend="aot_eager")
+    dy = torch.linspace(-1, 2, 128).view(8, 16)
+    x = torch.randn(8, 16, requires_grad=True)
+
+    def both() -> list[Tensor]:
+        first, second = compiled(x)
+        return [torch.autograd.grad(y, x, dy, retain_graph=True)[0] for y in (first, second)]
+
+    torch.manual_seed(0)
+    drawn = both() + both()
+    assert len({tuple(t.flatten().tolist()) for t in drawn}) == 4
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(both() + both(), drawn, strict=True))
+
+
+# --- several processes -----------------------------------------------------------------------------------------
+
+
+def _ddp(rank: int, accelerate_first: bool) -> list[Tensor]:
+    model = conv_net()
+    if accelerate_first:
+        sdgp.accelerate_(model, RESCALE)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    if not accelerate_first:
+        sdgp.accelerate_(parallel, RESCALE)
+    return gradients(parallel, parallel(batch(8).chunk(2)[rank]).square().sum())
+
+
+def _fsdp(rank: int, accelerate_first: bool) -> list[Tensor]:
+    model = conv_net()
+    mesh = init_device_mesh("cpu", (2,))
+    if accelerate_first:
+        sdgp.accelerate_(model, RESCALE)
+        for layer in (model[0], model[2]):  # a layer as its own unit gets a class derived from SDGPConv2d
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if not accelerate_first:
+        sdgp.accelerate_(model, RESCALE)
+    model(batch(8).chunk(2)[rank]).square().sum().backward()
+    return [p.grad.full_tensor() for p in model.parameters()]
+
+
+def _refuse_wrapped(rank: int) -> list[str]:
+    """What the report and restore_ say about layers that fully_shard has given classes of its own."""
+    model, mesh = conv_net(), init_device_mesh("cpu", (2,))
+    fully_shard(model[0], mesh=mesh)
+    reason = sdgp.accelerate_(model)["0"].reason
+    fully_shard(model[2], mesh=mesh)
+    with pytest.raises(RuntimeError) as caught:
+        sdgp.restore_(model)
+    return [reason, str(caught.value), type(model[5]).__name__]
+
+
+def _draw(rank: int) -> Tensor:
+    torch.manual_seed(5)
+    layer = sdgp.SDGPLinear(16, 16)
+    x = torch.randn(8, 16, requires_grad=True)
+    return torch.autograd.grad(layer(x), x, torch.linspace(-1, 2, 128).view(8, 16))[0]
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        results = {
+            "DDP, accelerated before": _ddp(rank, True),
+            "DDP, accelerated after": _ddp(rank, False),
+            "FSDP2, accelerated before": _fsdp(rank, True),
+            "FSDP2, accelerated after": _fsdp(rank, False),
+            "wrapped": _refuse_wrapped(rank),
+            "drawn": _draw(rank),
+        }
+        torch.save(results, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The results of `_worker` on both ranks; one spawn for all tests, since starting torch takes seconds."""
+    folder = tmp_path_factory.mktemp("gloo")
+    mp.spawn(_worker, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_two_processes_equal_one_with_the_doubled_batch(
+    order: str, wrapper: str, two_processes: list[dict[str, Any]]
+) -> None:
+    """The prune function sums within a sample, and 4 samples per rank make whole groups of 4 positions."""
+    model = conv_net()
+    sdgp.accelerate_(model, RESCALE)
+    expected = gradients(model, model(batch(8)).square().sum() / 2)  # the wrappers average over ranks
+    for results in two_processes:
+        for a, b in zip(results[f"{wrapper}, accelerated {order}"], expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_wrapped_on_their_own_say_so(two_processes: list[dict[str, Any]]) -> None:
+    reason, refused, untouched = two_processes[0]["wrapped"]
+    assert reason == "its class belongs to fully_shard; accelerate before wrapping"
+    assert "FSDPSDGPConv2d" in refused
+    assert untouched == "SDGPLinear"
+
+
+def test_ranks_seeded_alike_prune_differently(two_processes: list[dict[str, Any]]) -> None:
+    assert not torch.equal(two_processes[0]["drawn"], two_processes[1]["drawn"])
