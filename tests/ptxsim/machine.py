@@ -2,9 +2,10 @@
 
 Threads at the same basic block form a group; the group with the lowest block runs until its block ends (min-PC
 scheduling, which reconverges structured code). A block with warp-collective instructions waits for those lanes of its
-warps that can still reach it. A group that monopolises the machine (a spin loop) is set aside from time to time so
-that others can progress. Each block is compiled once per wave shape into two lists of closures over persistent
-arrays: one for "all threads active" and one that obeys the wave's active mask.
+warps that can still reach it, the head of a loop for those still in an iteration. A group that monopolises the
+machine (a spin loop) is set aside from time to time so that others can progress. Each block is compiled once per wave
+shape into two lists of closures over persistent arrays: one for "all threads active" and one that obeys the wave's
+active mask.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from .faults import SimError
 from .memory import LIVE, READY, SHARED_BASE, Bad, Bytes, GlobalMemory
-from .program import Program, decode
+from .program import Block, Program, decode
 from .ptx import TYPE_BYTES, Instr, Kernel, Module, Reg
 from .shared import SharedMemory
 
@@ -253,7 +254,8 @@ class Wave:
                 mask = mask & ~self.aside
                 if not mask.any():
                     continue
-            ready = self._ready(index, mask) if self.program.blocks[index].collective else mask
+            block = self.program.blocks[index]
+            ready = self._ready(index, block, mask) if block.collective or block.loop else mask
             if fallback is None:
                 fallback = (index, mask)
             if ready.any():
@@ -267,11 +269,16 @@ class Wave:
             self.groups[index] = left
         return index, mask, int(np.count_nonzero(mask))
 
-    def _ready(self, index: int, mask: Array) -> Array:
-        """The part of a group whose warps have no lane elsewhere that can still come to this block."""
+    def _ready(self, index: int, block: Block, mask: Array) -> Array:
+        """The part of a group whose warps have no lane elsewhere that should come here first.
+
+        Those are, for a collective block, lanes that can reach it without going around a loop, and for the head of a
+        loop, lanes that are still in an iteration.
+        """
         coming = np.zeros(self.warps, bool)
         for other, lanes in self.groups.items():
-            if other != index and self.program.blocks[other].ahead >> index & 1:
+            ahead = block.collective and self.program.blocks[other].ahead >> index & 1
+            if other != index and (ahead or block.loop >> other & 1):
                 coming |= lanes.reshape(-1, 32).any(axis=1)
         return mask & ~np.repeat(coming, 32) if coming.any() else mask
 
@@ -279,7 +286,7 @@ class Wave:
         present = self.groups.get(index)
         self.groups[index] = mask if present is None else present | mask
 
-    def _leave(self, index: int, block: Any, mask: Array, active: int) -> None:
+    def _leave(self, index: int, block: Block, mask: Array, active: int) -> None:
         terminator: Instr | None = block.terminator
         if terminator is None:
             self._go(index + 1, mask)
@@ -314,7 +321,7 @@ class Wave:
         elif opcode == "brx":
             self._indexed(terminator, block, taken)
 
-    def _indexed(self, instr: Instr, block: Any, mask: Array) -> None:
+    def _indexed(self, instr: Instr, block: Block, mask: Array) -> None:
         register = instr.operands[0]
         assert isinstance(register, Reg)
         choice = self.regs[register.name]

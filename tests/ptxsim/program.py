@@ -21,6 +21,8 @@ class Block:
     collective: bool = False
     # Bit b: block b can be reached from here without going around a loop.
     ahead: int = 0
+    # Bit b: block b belongs to a loop of which this block is the head.
+    loop: int = 0
 
 
 @dataclass
@@ -82,9 +84,8 @@ def _targets(kernel: Kernel, terminator: Instr | None, following: int) -> list[i
 
 
 def _mark_ahead(blocks: list[Block]) -> None:
-    """Forward reachability; an edge to a block that a depth-first walk has not left yet closes a loop and is
-    ignored.
-    """
+    """Forward reachability and loops; an edge to a block that a depth-first walk has not left yet closes a loop."""
+    back: list[tuple[int, int]] = []
     state = [0] * len(blocks)  # 0 new, 1 open, 2 done
     stack: list[tuple[int, int]] = [(0, 0)] if blocks else []
     state[0] = 1
@@ -97,12 +98,26 @@ def _mark_ahead(blocks: list[Block]) -> None:
             if state[child] == 0:
                 state[child] = 1
                 stack.append((child, 0))
+            elif state[child] == 1:
+                back.append((b, child))
             continue
         state[b] = 2
         block.ahead = 1 << b
         for child in block.successors:
             if state[child] == 2:
                 block.ahead |= blocks[child].ahead
+    sources: list[list[int]] = [[] for _ in blocks]
+    for block in blocks:
+        for child in block.successors:
+            sources[child].append(block.index)
+    for latch, head in back:
+        body, todo = 1 << head, [latch]
+        while todo:
+            b = todo.pop()
+            if not body >> b & 1:
+                body |= 1 << b
+                todo += sources[b]
+        blocks[head].loop |= body & ~(1 << head)
 
 
 def _lay_out(variables: list[Variable], guard: int) -> tuple[dict[str, int], list[tuple[int, int]], int]:
