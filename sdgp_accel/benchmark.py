@@ -7,12 +7,13 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sdgp_accel import batch as batches
+from sdgp_accel import functional
 from sdgp_accel.benchmark_report import BenchmarkReport, ContenderResult
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.memory import step_peak_bytes
@@ -92,7 +93,7 @@ def benchmark(
         if device.type == "cuda":
             origin["gpu"]["state_under_load"] = _state_under_load(contenders[0], clock, device)
         results = [
-            _result(contender, sample, _stages(contender, clock, device, max(3, steps // 6)), device)
+            _result(contender, sample, *_shares(contender, clock, device, max(3, steps // 6)), device)
             for contender, sample in zip(contenders, samples, strict=True)
         ]
     swap = contenders[1].swap
@@ -102,7 +103,7 @@ def benchmark(
     return BenchmarkReport(
         name=name or type(model).__name__,
         batch=batches.size(batch),
-        accelerated=any(layer.backend == "cutlass" for layer in swap.swapped),
+        accelerated="prune_compress" in results[1].stages and any(layer.backend == "cutlass" for layer in swap.swapped),
         contenders=tuple(results),
         swap=swap,
         prediction=plan(model, batch, where, config, filters),
@@ -210,7 +211,6 @@ def _settle(contenders: list[_Contender], clock: Clock) -> None:
         previous = took
 
 
-Spans = list[tuple[Any, Any]]  # moments between which something happened
 Sample = list[tuple[float, float, float]]  # seconds of forward, backward, optimizer of each counted step
 
 
@@ -229,43 +229,67 @@ def _take_turns(contenders: list[_Contender], clock: Clock, steps: int, uncounte
     return samples
 
 
-def _stages(contender: _Contender, clock: Clock, device: torch.device, steps: int) -> dict[str, float]:
-    """Median seconds per step of each stage of the layers' backward, from steps of their own."""
-    recorded: dict[str, list[float]] = {}
+def _shares(
+    contender: _Contender, clock: Clock, device: torch.device, steps: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """What the stages, and what the layers, take of the backward: medians of shares, from steps of their own.
+
+    Shares, because a step that is watched is not quite as fast as the counted ones.
+    """
+    stages: dict[str, list[float]] = {}
+    layers: dict[str, list[float]] = {}
     for _ in range(steps):
         recorder = StageRecorder(device)
         # Hooks inside a compiled graph would break it; the stages of SDGP's own ops are recorded there all the same.
-        dense: contextlib.AbstractContextManager[Spans]
-        dense = contextlib.nullcontext([]) if contender.compiled else _dense_layers(contender.model, clock)
-        with recorder, dense as spans:
-            contender.step(clock)
+        watched: contextlib.AbstractContextManager[list[LayerSpan]]
+        watched = contextlib.nullcontext([]) if contender.compiled else _watch_layers(contender.model, clock)
+        with recorder, watched as spans:
+            _, start, end, _ = contender.step(clock)
             clock.synchronize()
-        stages = recorder.seconds()
-        if spans:
-            stages["dense_layers"] = sum(clock.seconds(*span) for span in spans)
-        for stage, seconds in stages.items():
-            recorded.setdefault(stage, []).append(seconds)
-    return {stage: Stats.of(seconds).median for stage, seconds in recorded.items()}
+        backward = clock.seconds(start, end)
+        seconds_of_stage, seconds_of_layer = recorder.seconds(), dict.fromkeys((span.layer for span in spans), 0.0)
+        for span in spans:
+            seconds = clock.seconds(span.start, span.end)
+            seconds_of_layer[span.layer] += seconds
+            if span.dense:
+                seconds_of_stage["dense_layers"] = seconds_of_stage.get("dense_layers", 0.0) + seconds
+        for recorded, seconds_of in ((stages, seconds_of_stage), (layers, seconds_of_layer)):
+            for key, seconds in seconds_of.items():
+                recorded.setdefault(key, []).append(seconds / backward)
+    return tuple({key: Stats.of(shares).median for key, shares in found.items()} for found in (stages, layers))  # type: ignore[return-value]
+
+
+class LayerSpan(NamedTuple):
+    """The moments between which one call of one layer was differentiated; `dense`: by torch's own node."""
+
+    layer: str
+    dense: bool
+    start: Any
+    end: Any
 
 
 @contextlib.contextmanager
-def _dense_layers(model: nn.Module, clock: Clock) -> Iterator[Spans]:
-    """Collect the start and end of the backward of every Linear and Conv2d that is an ordinary dense one.
+def _watch_layers(model: nn.Module, clock: Clock) -> Iterator[list[LayerSpan]]:
+    """Collect a span for the backward of every Linear and Conv2d.
 
     Hooks on the autograd node rather than on the module: they bracket exactly dgrad and wgrad, and do not mind what
     is done in place to the layer's output.
     """
-    spans: Spans = []
+    spans: list[LayerSpan] = []
 
-    def watch(module: nn.Module, args: Any, output: Any) -> None:
+    def watch(name: str, module: nn.Module, args: Any, output: Any) -> None:
         node = _gemm_node(output.grad_fn)
         if node is not None:
             starts: list[Any] = []
+            dense = node.name() in _GEMM_NODES
             node.register_prehook(lambda gradients: starts.append(clock.mark()))
-            node.register_hook(lambda inputs, outputs: spans.append((starts.pop(), clock.mark())))
+            node.register_hook(lambda inputs, outputs: spans.append(LayerSpan(name, dense, starts.pop(), clock.mark())))
 
-    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    handles = [layer.register_forward_hook(watch) for layer in layers]
+    handles = [
+        module.register_forward_hook(functools.partial(watch, name))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
     try:
         yield spans
     finally:
@@ -274,10 +298,14 @@ def _dense_layers(model: nn.Module, clock: Clock) -> Iterator[Spans]:
 
 
 def _gemm_node(node: Any) -> Any:
-    """The node behind a layer's output that multiplies, past the views and casts around it; None for SDGP layers."""
+    """The node behind a layer's output that multiplies, past the views and casts around it; None where it is hidden."""
     while node is not None and node.name() in _SHAPE_NODES:
         node = node.next_functions[0][0]
-    return node if node is not None and node.name() in _GEMM_NODES else None
+    if node is None:
+        return None
+    python_function = getattr(node, "_forward_cls", None)
+    is_sdgp = python_function is not None and python_function.__module__ == functional.__name__
+    return node if is_sdgp or node.name() in _GEMM_NODES else None
 
 
 def _state_under_load(contender: _Contender, clock: Clock, device: torch.device) -> dict[str, str]:
@@ -287,7 +315,13 @@ def _state_under_load(contender: _Contender, clock: Clock, device: torch.device)
     return gpu_state(device)
 
 
-def _result(contender: _Contender, sample: Sample, stages: dict[str, float], device: torch.device) -> ContenderResult:
+def _result(
+    contender: _Contender,
+    sample: Sample,
+    stage_shares: dict[str, float],
+    layer_shares: dict[str, float],
+    device: torch.device,
+) -> ContenderResult:
     forward, backward, optimizer = (Stats.of(part) for part in zip(*sample, strict=True))
     steps = tuple(sum(parts) for parts in sample)
     return ContenderResult(
@@ -298,7 +332,8 @@ def _result(contender: _Contender, sample: Sample, stages: dict[str, float], dev
         forward=forward,
         backward=backward,
         optimizer=optimizer,
-        stages=stages,
+        stages={stage: share * backward.median for stage, share in stage_shares.items()},
+        layers={layer: share * backward.median for layer, share in layer_shares.items()},
         peak_bytes=step_peak_bytes(lambda: contender.step(HostClock()), device),
         loss=contender.last_loss(),
         samples=steps,

@@ -39,9 +39,10 @@ _COLOURS = {"faster": "green", "slower": "red", "even": "yellow", "emulated": "y
 class ContenderResult:
     """One contender's step in seconds and bytes.
 
-    stages: median seconds per step of stages of the backward, measured in steps of their own. samples: every counted
-    step, in the order in which they ran; those of two contenders at the same index ran in the same round. peak_bytes:
-    the step's highest allocation beyond what was there when it began. loss: of the last step.
+    stages, layers: seconds of the backward's stages and of each layer's dgrad and wgrad with all that belongs to them,
+    from shares measured in steps of their own. samples: every counted step, in the order in which they ran; those of
+    two contenders at the same index ran in the same round. peak_bytes: the step's highest allocation beyond what was
+    there when it began. loss: of the last step.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ContenderResult:
     backward: Stats
     optimizer: Stats
     stages: dict[str, float]
+    layers: dict[str, float]
     peak_bytes: int
     loss: float
     samples: tuple[float, ...]
@@ -64,14 +66,21 @@ class ContenderResult:
         known["other_backward" if self.stages else "backward"] = rest
         return {part: known[part] for part in PARTS if part in known}
 
-    @property
-    def layers_backward(self) -> float | None:
-        """Median seconds of prune + compress, dgrad and wgrad of all layers; None where they were not told apart."""
-        return sum(self.stages.values()) if self.stages and not self.compiled else None
-
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON."""
         return {**asdict(self), "samples": list(self.samples), "parts": self.parts}
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers of equal shape and the seconds of their backward, all of them together."""
+
+    names: tuple[str, ...]
+    shape: str
+    dense: float
+    sdgp: float
+    predicted_dense: float
+    predicted_sdgp: float
 
 
 @dataclass(frozen=True)
@@ -157,21 +166,32 @@ class BenchmarkReport:
             "sdgp_over_dense": ratios,
             "swap": self.swap.to_dict(),
             "prediction": self.prediction.to_dict(),
-            "layers_backward": self._layers_backward(),
+            "layers": [asdict(group) for group in self.layers],
             "settings": self.settings,
             "provenance": self.provenance,
         }
 
-    def _layers_backward(self) -> dict[str, dict[str, float]]:
-        """Measured against predicted seconds of the layers' backward; empty where that comparison has no meaning."""
-        dense, ours = self.contenders[0].layers_backward, self.sdgp.layers_backward
-        if not self.accelerated or dense is None or ours is None:
-            return {}
-        layers = self.prediction.layers
-        return {
-            "dense": {"measured": dense, "predicted": sum(layer.backward for layer in layers)},
-            "SDGP": {"measured": ours, "predicted": sum(layer.two_pass.seconds for layer in layers)},
-        }
+    @property
+    def layers(self) -> list[LayerGroup]:
+        """Measured and predicted backward of equal layers; empty where that comparison has no meaning."""
+        dense, ours = self.contenders[0].layers, self.sdgp.layers
+        if not self.accelerated:
+            return []
+        found = []
+        for group in self.prediction.groups():
+            names = list(dict.fromkeys(layer.name for layer in group))
+            if all(name in dense and name in ours for name in names):
+                found.append(
+                    LayerGroup(
+                        names=tuple(names),
+                        shape=group[0].shape,
+                        dense=sum(dense[name] for name in names),
+                        sdgp=sum(ours[name] for name in names),
+                        predicted_dense=sum(layer.backward for layer in group),
+                        predicted_sdgp=sum(layer.two_pass.seconds for layer in group),
+                    )
+                )
+        return found
 
     def save_json(self, path: str | Path) -> None:
         """Write `to_dict` to `path`."""
@@ -190,6 +210,8 @@ class BenchmarkReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._table()
+        if self.layers:
+            yield self._layer_table()
         yield Panel(Text(self.verdict), border_style=_COLOURS[self.outcome], expand=False)
         if not self.accelerated:
             yield self.prediction
@@ -216,6 +238,21 @@ class BenchmarkReport:
             ratios = ["" if c.sdgp else f"{self.ratio(c).median:.3f}" for c in self.contenders]
             table.add_row("SDGP / this", *ratios)
         table.add_row("peak MiB in a step", *(f"{c.peak_bytes / 2**20:,.1f}" for c in self.contenders))
+        return table
+
+    def _layer_table(self) -> Table:
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            title="backward of the layers, compression included: ms per step",
+            caption=f"predicted: two-pass roofline of the {self.prediction.gpu.title}",
+        )
+        table.add_column("layer", overflow="fold", min_width=10)
+        for header in ("T×K→C", "dense", "SDGP", "saves", "predicted"):
+            table.add_column(header, justify="right", no_wrap=True)
+        for group in self.layers:
+            name = group.names[0] if len(group.names) == 1 else f"{len(group.names)} × {group.names[0]}"
+            saves = (1 - group.sdgp / group.dense, 1 - group.predicted_sdgp / group.predicted_dense)
+            table.add_row(name, group.shape, _ms(group.dense), _ms(group.sdgp), *(f"{share:.1%}" for share in saves))
         return table
 
 

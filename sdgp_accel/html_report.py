@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,16 +46,13 @@ class Strip:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """Equal layers of the prediction; widths in per cent of the longest dense backward."""
+    """Equal layers: bars as (colour, width in per cent of the chart's longest), and what stands beside them."""
 
     name: str
-    calls: int
     shape: str
-    dense: float
-    two_pass: float
-    fused: float
-    times: str
-    saves: str
+    bars: tuple[tuple[str, float], ...]
+    headline: str
+    detail: str
 
 
 STRIP_WIDTH, STRIP_LEFT, STRIP_ROW = 960, 150, 54
@@ -74,7 +72,6 @@ def render(report: Mapping[str, Any]) -> str:
     )
     contenders = report["contenders"]
     unit, scale = _unit(max(contender["step"]["median"] for contender in contenders))
-    prediction_unit, prediction_scale = _unit(sum(row["backward"] for row in report["prediction"]["layers"]))
     ticks, strips = _strips(contenders, scale)
     return environment.get_template("benchmark.html").render(
         report=report,
@@ -89,11 +86,8 @@ def render(report: Mapping[str, Any]) -> str:
         strip_left=STRIP_LEFT,
         strip_height=len(strips) * STRIP_ROW,
         memory=_memory(contenders),
-        against=[
-            (name, *(_cell(seconds[key], scale) for key in ("measured", "predicted")))
-            for name, seconds in report["layers_backward"].items()
-        ],
-        layers=_layer_rows(report["prediction"]["layers"], prediction_scale, prediction_unit),
+        measured=_measured_rows(report["layers"]),
+        predicted=_predicted_rows(report["prediction"]),
         provenance=_flatten(report["provenance"]),
         settings=_flatten(report["settings"]),
         raw=json.dumps(report).replace("<", "\\u003c"),  # nothing in it may end the script element that carries it
@@ -179,30 +173,54 @@ def _memory(contenders: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, s
     ]
 
 
-def _layer_rows(layers: Sequence[Mapping[str, Any]], scale: float, unit: str) -> list[LayerRow]:
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for layer in layers:
-        groups.setdefault(json.dumps([layer["kind"], layer["work"], layer["dense_reason"]]), []).append(layer)
-    longest = max((len(group) * group[0]["backward"] for group in groups.values()), default=0.0) or 1.0
+def _measured_rows(groups: Sequence[Mapping[str, Any]]) -> list[LayerRow]:
+    longest = max((max(group["dense"], group["sdgp"]) for group in groups), default=0.0)
+    unit, scale = _unit(sum(group["dense"] for group in groups))
     rows = []
-    for group in groups.values():
-        first, calls, work = group[0], len(group), group[0]["work"]
+    for group in groups:
+        bars = (("dense", 100 * group["dense"] / longest), ("fused", 100 * group["sdgp"] / longest))
+        saved = 1 - group["sdgp"] / group["dense"]
+        predicted = 1 - group["predicted_sdgp"] / group["predicted_dense"]
+        headline = f"{saved:+.0%} saved"
+        detail = f"{_cell(group['dense'], scale)} → {_cell(group['sdgp'], scale)} {unit}, predicted {predicted:.0%}"
+        rows.append(LayerRow(_times(group["names"]), _spaced(group["shape"]), bars, headline, detail))
+    return rows
+
+
+def _predicted_rows(prediction: Mapping[str, Any]) -> list[LayerRow]:
+    groups = [[prediction["layers"][index] for index in group] for group in prediction["groups"]]
+    longest = max((len(group) * group[0]["backward"] for group in groups), default=0.0)
+    unit, scale = _unit(prediction["dense_seconds"])
+    rows = []
+    for group in groups:
+        first, calls = group[0], len(group)
+        if not first["backward"]:
+            continue  # frozen
         seconds = {"dense": first["backward"]}
-        seconds |= {s: first[s]["compress"] + first[s]["passes"] for s in ("two_pass", "fused")}
-        widths = {name: round(100 * calls * value / longest, 3) for name, value in seconds.items()}
-        saves = [f"{1 - seconds[s] / seconds['dense']:.0%}" if first[s]["sparse_passes"] else "–"
-                 for s in ("two_pass", "fused")]  # fmt: skip
+        seconds |= {key: first[key]["compress"] + first[key]["passes"] for key in ("two_pass", "fused")}
+        saves = [
+            f"{1 - seconds[key] / seconds['dense']:.0%}" if first[key]["sparse_passes"] else "–"
+            for key in ("two_pass", "fused")
+        ]
+        work = first["work"]
         rows.append(
             LayerRow(
-                name=first["name"],
-                calls=calls,
-                shape=f"{work['positions']:,} × {work['reduction']:,} → {work['out_channels']:,}",
-                **widths,
-                times=" / ".join(_cell(calls * value, scale) for value in seconds.values()) + f" {unit}",
-                saves=first["dense_reason"] or " / ".join(saves),
+                _times([layer["name"] for layer in group]),
+                _spaced(f"{work['positions']}×{work['reduction']}→{work['out_channels']}"),
+                tuple((key, 100 * calls * value / longest) for key, value in seconds.items()),
+                first["dense_reason"] or " / ".join(saves),
+                " / ".join(_cell(calls * value, scale) for value in seconds.values()) + f" {unit}",
             )
         )
     return rows
+
+
+def _times(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} × {names[0]}"
+
+
+def _spaced(shape: str) -> str:
+    return re.sub(r"\d+", lambda number: f"{int(number[0]):,}", shape).replace("×", " × ").replace("→", " → ")
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -43,6 +43,11 @@ class LayerPlan:
     fused: Choice
     dense_reason: str
 
+    @property
+    def shape(self) -> str:
+        """The GEMM in one word, T×K→C."""
+        return f"{self.work.positions}×{self.work.reduction}→{self.work.out_channels}"
+
     def choice(self, schedule: Schedule) -> Choice:
         """The best backward under `schedule`."""
         return self.two_pass if schedule == "two_pass" else self.fused
@@ -95,6 +100,7 @@ class PlanReport:
             "dense_seconds": self.dense,
             **totals,
             "layers": [asdict(layer) for layer in self.layers],
+            "groups": [[self.layers.index(layer) for layer in group] for group in self.groups()],
         }
 
     def to_json(self) -> str:
@@ -134,10 +140,10 @@ class PlanReport:
             headers += [f"{_title(schedule)}\n{unit}", "\nsaves"]
         for header in headers:
             table.add_column(header, justify="right", no_wrap=True)
-        for group in self._groups():
+        for group in self.groups():
             first, calls, work = group[0], len(group), group[0].work
             cells = [first.name if calls == 1 else f"{calls} × {first.name}"]
-            cells += [f"{work.positions}×{work.reduction}→{work.out_channels}", _bound(work, gpu)]
+            cells += [first.shape, _bound(work, gpu)]
             cells.append(_number(first.backward * calls * scale))
             for schedule in SCHEDULES:
                 choice = first.choice(schedule)
@@ -158,7 +164,7 @@ class PlanReport:
     def _backward(self) -> float:
         return sum(layer.backward for layer in self.layers)
 
-    def _groups(self) -> list[list[LayerPlan]]:
+    def groups(self) -> list[list[LayerPlan]]:
         """Calls of the same kind and shape together, in the order of the first of each."""
         groups: dict[tuple[str, Work, str], list[LayerPlan]] = {}
         for layer in self.layers:

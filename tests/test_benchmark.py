@@ -16,12 +16,13 @@ from torch import nn
 
 from sdgp_accel import benchmark as public_benchmark
 from sdgp_accel import models
-from sdgp_accel.benchmark import _TURN, _Contender, _dense_layers, benchmark, known_gpu
+from sdgp_accel.benchmark import _TURN, _Contender, _watch_layers, benchmark, known_gpu
 from sdgp_accel.benchmark_report import PARTS, BenchmarkReport, ContenderResult
 from sdgp_accel.cli import main
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.plan import plan
 from sdgp_accel.report import LayerReport, SwapReport
+from sdgp_accel.swap import accelerate_
 from sdgp_accel.timing import Stats
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nothing is accelerated here")
@@ -73,8 +74,11 @@ def test_steps_are_split_and_counted(fake_clock: FakeClock) -> None:
         assert contender.forward == contender.backward == contender.optimizer == Stats.of([1.0] * 7)
         assert contender.peak_bytes > 0
         assert list(contender.parts) == [part for part in PARTS if part in contender.parts]
-    # Two layers, one second each between the marks before and after their nodes.
-    assert dense.stages == {"dense_layers": 2.0}
+    # Watched, a backward takes 5 s: two layers with a mark before and after each. As shares of the counted second:
+    assert dense.layers == pytest.approx({"0": 0.2, "2": 0.2})
+    assert dense.stages == pytest.approx({"dense_layers": 0.4})
+    assert dense.parts["other_backward"] == pytest.approx(0.6)
+    assert sdgp.layers == pytest.approx({"0": 0.2, "2": 0.2})
     assert set(sdgp.stages) >= {"prune_compress", "dgrad", "wgrad"}
     assert "dense_layers" not in sdgp.stages
 
@@ -101,7 +105,7 @@ def test_model_is_left_alone_and_contenders_start_equal() -> None:
     assert sdgp.loss == pytest.approx(dense.loss, rel=1e-3)
 
 
-def test_dense_layers_are_timed_around_their_nodes_only() -> None:
+def test_layers_are_timed_around_their_nodes_only() -> None:
     model = nn.Sequential(
         nn.Conv2d(4, 8, 3, padding=1),
         nn.ReLU(inplace=True),
@@ -111,15 +115,23 @@ def test_dense_layers_are_timed_around_their_nodes_only() -> None:
         nn.Linear(6, 6, bias=False),
     )
     clock = FakeClock()
-    with _dense_layers(model, clock) as spans:
+    with _watch_layers(model, clock) as spans:
         for dtype in (None, torch.bfloat16):
             with torch.autocast("cpu", dtype, enabled=dtype is not None):
                 loss = model(torch.randn(2, 4, 4, 4)).square().mean()
             loss.backward()
-    assert len(spans) == 8
-    assert all(end == start + 1 for start, end in spans)
+    assert [span.layer for span in spans] == ["5", "4", "2", "0"] * 2
+    assert all(span.dense and span.end == span.start + 1 for span in spans)
     model(torch.randn(2, 4, 4, 4)).sum().backward()
     assert len(spans) == 8  # the hooks are gone
+
+
+def test_sdgp_layers_are_watched_too() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(inplace=True), nn.Flatten(2), nn.Linear(4, 6))
+    accelerate_(model, DETERMINISTIC)
+    with _watch_layers(model, FakeClock()) as spans:
+        model(torch.randn(2, 4, 4, 4)).square().mean().backward()
+    assert [(span.layer, span.dense) for span in spans] == [("3", False), ("0", False)]
 
 
 def test_a_dense_layer_beside_sdgp_layers_is_told_apart() -> None:
@@ -159,7 +171,7 @@ def test_a_cpu_is_never_said_to_save(tmp_path: Path) -> None:
     data = report.to_dict()
     assert data["kind"] == "emulation"
     assert data["sdgp_over_dense"] == {}
-    assert data["layers_backward"] == {}
+    assert data["layers"] == []
     text = str(report)
     assert "Nothing is accelerated here" in text
     assert "say nothing about savings" in " ".join(text.replace("│", " ").split())
@@ -173,7 +185,10 @@ def test_a_cpu_is_never_said_to_save(tmp_path: Path) -> None:
 
 def _contender(name: str, sdgp: bool, samples: tuple[float, ...], stages: dict[str, float]) -> ContenderResult:
     third = Stats.of([sample / 3 for sample in samples])
-    return ContenderResult(name, sdgp, False, Stats.of(samples), third, third, third, stages, 1024, 1.0, samples)
+    layers = {"0": sum(stages.values()) / 4, "2": sum(stages.values()) * 3 / 4} if stages else {}
+    return ContenderResult(
+        name, sdgp, False, Stats.of(samples), third, third, third, stages, layers, 1024, 1.0, samples
+    )
 
 
 def measured_report(sdgp: tuple[float, ...], dense: tuple[float, ...] = (1.0, 1.0, 1.0)) -> BenchmarkReport:
@@ -213,7 +228,9 @@ def test_measured_outcomes(sdgp: tuple[float, ...], outcome: str, words: str) ->
     data = report.to_dict()
     assert data["kind"] == "measurement"
     assert data["sdgp_over_dense"]["dense"]["median"] == pytest.approx(sorted(sdgp)[1])
-    assert data["layers_backward"]["SDGP"]["measured"] == pytest.approx(0.1)
+    assert [group["names"] for group in data["layers"]] == [("0",), ("2",)]
+    assert sum(group["sdgp"] for group in data["layers"]) == pytest.approx(0.1)
+    assert sum(group["dense"] for group in data["layers"]) == pytest.approx(0.2)
     assert "SDGP / this" in str(report)
 
 
@@ -225,7 +242,7 @@ def test_json_schema(tmp_path: Path) -> None:
     assert data == json.loads(json.dumps(report.to_dict()))
     assert set(data) == {
         "schema", "kind", "model", "batch", "machine", "outcome", "verdict", "contenders", "sdgp_over_dense", "swap",
-        "prediction", "layers_backward", "settings", "provenance",
+        "prediction", "layers", "settings", "provenance",
     }  # fmt: skip
     assert (data["schema"], data["model"], data["batch"]) == (1, "small", 64)
     for contender in data["contenders"]:
