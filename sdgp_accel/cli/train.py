@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sdgp_accel.config import FUNCTIONS, SDGPConfig
 from sdgp_accel.training import Recipe, load_recipe, recipe_names, train
@@ -61,11 +63,9 @@ def command(
         if output_dir is None:
             name = Path(recipe or DEFAULT_RECIPE).with_suffix("").name
             output_dir = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        result = train(chosen, output_dir, data_dir, resume, device)
+        train(chosen, output_dir, data_dir, resume, device)
     except (ValueError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error
-    paper = "" if chosen.paper_top1 is None else f" (the paper: {chosen.paper_top1:.1f} %)"
-    click.echo(f"test accuracy {result.accuracy:.2f} %{paper} after {result.seconds:.1f} s; see {output_dir}")
 
 
 def with_function(recipe: Recipe, function: str | None) -> Recipe:
@@ -78,12 +78,22 @@ def with_function(recipe: Recipe, function: str | None) -> Recipe:
 
 
 def recipe_table() -> Table:
-    """The built-in recipes, one in each row."""
-    table = Table("recipe", "model", "data", "pruned to", "function", "the paper's top-1", "note")
+    """The built-in recipes, one in each row, with their notes below."""
+    table = Table(title="Recipes, and the top-1 accuracy the SDGP paper states", box=box.SIMPLE_HEAD, caption_justify="left")
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("pruned to", no_wrap=True)
+    table.add_column("paper", justify="right")
+    notes: list[str] = []
     for name in recipe_names():
         recipe = load_recipe(name)
-        pattern = "" if recipe.sdgp is None else f"{recipe.sdgp.n}:{recipe.sdgp.m}"
-        functions = "dense" if recipe.sdgp is None else " / ".join(dict.fromkeys(recipe.sdgp.functions))
+        pruning = "dense"
+        if recipe.sdgp is not None:
+            pruning = f"{recipe.sdgp.n}:{recipe.sdgp.m} {' / '.join(dict.fromkeys(recipe.sdgp.functions))}"
         top1 = "" if recipe.paper_top1 is None else f"{recipe.paper_top1:.1f} %"
-        table.add_row(name, recipe.model, recipe.data, pattern, functions, top1, recipe.note)
+        if recipe.note:
+            if recipe.note not in notes:
+                notes.append(recipe.note)
+            top1 += f" [{notes.index(recipe.note) + 1}]"
+        table.add_row(name, pruning, Text(top1))
+    table.caption = Text("\n".join(f"[{number}] {note}" for number, note in enumerate(notes, 1)))
     return table

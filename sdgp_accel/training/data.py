@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,10 +24,18 @@ from sdgp_accel.training.schedule import image_size
 Batch = tuple[Tensor, Tensor]  # images [N, C, H, W] in float32, labels [N] in int64
 TEST_BATCH = 512
 
-# Mean and standard deviation of each colour channel, as fractions of the largest pixel value.
-CIFAR10_COLOURS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-IMAGENET_COLOURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-DIGITS_COLOURS = ((0.3053,), (0.3760,))
+
+class Colours(NamedTuple):
+    """Mean and standard deviation of each channel of a data set, as fractions of its largest pixel value."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    largest: int = 255
+
+
+DIGITS_COLOURS = Colours((0.3053,), (0.3760,), largest=16)
+CIFAR10_COLOURS = Colours((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+IMAGENET_COLOURS = Colours((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Data(Protocol):
@@ -73,8 +81,9 @@ def epoch_order(recipe: Recipe, world: World, epoch: int, size: int) -> Tensor:
 class Normalise:
     """Turns uint8 images [N, C, H, W] into float32 ones with mean 0 and variance 1, on `device`."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, colours: tuple[tuple[float, ...], ...], largest: int):
-        self.mean, self.std = (largest * torch.tensor(c, device=device)[:, None, None] for c in colours)
+    def __init__(self, recipe: Recipe, device: torch.device, colours: Colours) -> None:
+        self.mean = colours.largest * torch.tensor(colours.mean, device=device)[:, None, None]
+        self.std = colours.largest * torch.tensor(colours.std, device=device)[:, None, None]
         self.format = torch.channels_last if recipe.channels_last else torch.contiguous_format
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -84,13 +93,11 @@ class Normalise:
 class InMemory:
     """A small data set, whole on the device as uint8, augmented there a batch at a time."""
 
-    def __init__(
-        self, recipe: Recipe, world: World, train: Batch, test: Batch, colours: tuple[tuple[float, ...], ...]
-    ) -> None:
+    def __init__(self, recipe: Recipe, world: World, train: Batch, test: Batch, colours: Colours) -> None:
         self.recipe, self.world = recipe, world
         self.num_classes = int(train[1].max()) + 1
         self.steps_per_epoch = _steps_per_epoch(recipe, world, len(train[1]))
-        self.normalise = Normalise(recipe, world.device, colours, largest=int(train[0].max()))
+        self.normalise = Normalise(recipe, world.device, colours)
         self.train_images, self.train_labels = (part.to(world.device) for part in train)
         self.test_images, self.test_labels = (part[world.rank :: world.size].to(world.device) for part in test)
 
@@ -137,7 +144,7 @@ class ImageFolders:
             raise ValueError(f"the folders train and val of {data_dir} must hold the same classes")
         self.num_classes = len(self.train_images.classes)
         self.steps_per_epoch = _steps_per_epoch(recipe, world, len(self.train_images))
-        self.normalise = Normalise(recipe, world.device, IMAGENET_COLOURS, largest=255)
+        self.normalise = Normalise(recipe, world.device, IMAGENET_COLOURS)
 
     def train(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         from torchvision.transforms import v2

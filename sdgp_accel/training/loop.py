@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sdgp_accel import models
+from sdgp_accel import accelerate_, models
 from sdgp_accel.training import checkpoint
 from sdgp_accel.training.blur_pool import add_blur_pool_
 from sdgp_accel.training.data import Data, generator_for, load_data
@@ -104,7 +104,10 @@ def train(
 
         if world.is_main:
             torch.save(model.state_dict(), output_dir / WEIGHTS)
-        return Result(progress.rows[-1]["accuracy"], time.perf_counter() - started, progress.rows)
+        result = Result(progress.rows[-1]["accuracy"], time.perf_counter() - started, progress.rows)
+        paper = "" if recipe.paper_top1 is None else f" (the paper: {recipe.paper_top1:.1f} %)"
+        log.say(f"test accuracy: {result.accuracy:.2f} %{paper} after {result.seconds:.1f} s, in {output_dir}")
+        return result
 
 
 def seed_everything(recipe: Recipe, rank: int) -> None:
@@ -129,8 +132,6 @@ def build_model(recipe: Recipe, num_classes: int, device: torch.device) -> tuple
         model = model.to(memory_format=torch.channels_last)
     if recipe.sdgp is None:
         return model, 0
-    from sdgp_accel import accelerate_
-
     only_conv2d = (lambda module, name: isinstance(module, nn.Conv2d)) if recipe.sdgp_layers == "conv2d" else None
     return model, len(accelerate_(model, recipe.sdgp, only_conv2d).swapped)
 
@@ -175,8 +176,6 @@ def describe(recipe: Recipe, world: World, swapped: int) -> str:
         how = f"{functions} {recipe.sdgp.n}:{recipe.sdgp.m} in {swapped} layers"
     text = f"{recipe.model} on {recipe.data}, {how}; {world.size} x {world.device.type}, {recipe.epochs} epochs"
     if world.size != recipe.processes:
-        text += (
-            f"\nThe recipe's learning rate is for {recipe.processes} processes (batches of "
-            f"{recipe.processes * recipe.batch_size} images), not for {world.size} ({world.size * recipe.batch_size})."
-        )
+        meant, found = (f"{processes} x {recipe.batch_size}" for processes in (recipe.processes, world.size))
+        text += f"\nThe learning rate is for batches of {meant} images; these are of {found}."
     return text

@@ -1,0 +1,170 @@
+"""Data sets: the on-disk formats on small made-up files, the split among processes, and repeatable batches."""
+
+import hashlib
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from sdgp_accel.training import Augment, Resolution, load_recipe
+from sdgp_accel.training.data import epoch_order, load_data
+from sdgp_accel.training.distributed import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def batches_equal(left, right):
+    left, right = list(left), list(right)
+    return len(left) == len(right) and all(
+        torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(left, right, strict=True)
+    )
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """A CIFAR-10 of 5 x 20 training and 30 test images in the original's files; pixel = class, plane = colour."""
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+
+    def write(name, content):
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        return hashlib.md5(data).hexdigest()
+
+    def part(name, count):
+        labels = [i % 10 for i in range(count)]
+        pixels = np.repeat(np.array(labels, np.uint8)[:, None] * 10, 3072, 1)
+        pixels[:, 1024:2048] += 100  # the planes are stored one after the other: red, green, blue
+        pixels[:, 0] = 255
+        return [name, write(name, {"data": pixels, "labels": labels})]
+
+    monkeypatch.setattr(CIFAR10, "train_list", [part(f"data_batch_{i}", 20) for i in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [part("test_batch", 30)])
+    names = {"label_names": [str(i) for i in range(10)]}
+    monkeypatch.setattr(
+        CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": write("batches.meta", names)}
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """40 training and 12 test images of two classes in assorted sizes; class 1 is the brighter one."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 40), ("val", 12)):
+        for i in range(count):
+            folder = tmp_path / split / f"class{i % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            height, width = rng.integers(40, 90, 2)
+            pixels = rng.integers(0, 100, (height, width, 3)) + 150 * (i % 2)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return tmp_path
+
+
+def folder_recipe(**changes):
+    base = load_recipe("imagenet/resnet18-dense")
+    small = Resolution(start=32, end=64, ramp_start=1, ramp_end=3, test=64)
+    return replace(base, batch_size=8, resolution=small, workers=0, **changes)
+
+
+def test_digits():
+    data = load_data(replace(load_recipe("digits"), augment=Augment()), None, ALONE)
+    (images, labels), *_ = data.train(0)
+    assert images.shape == (64, 1, 8, 8)
+    assert (images.dtype, labels.dtype, data.num_classes) == (torch.float32, torch.int64, 10)
+    everything = torch.cat([images for images, _ in data.train(0)])
+    assert abs(everything.mean()) < 0.02
+    assert abs(everything.std() - 1) < 0.02
+    tested = torch.cat([labels for _, labels in data.test()])
+    assert len(tested) == 359
+    assert tested.bincount().min() > 20
+
+
+def test_cifar10_reads_the_original_files(cifar10):
+    recipe = replace(load_recipe("cifar10/dense"), augment=Augment(), batch_size=25)
+    data = load_data(recipe, cifar10, ALONE)
+    assert (data.steps_per_epoch, data.num_classes) == (4, 10)
+    seen = []
+    for images, labels in data.train(0):
+        assert images.shape == (25, 3, 32, 32)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        expected = (labels * 10 / 255 - 0.4914) / 0.2023, ((labels * 10 + 100) / 255 - 0.4822) / 0.1994
+        torch.testing.assert_close(images[:, 0, 5, 7], expected[0])
+        torch.testing.assert_close(images[:, 1, 5, 7], expected[1])
+        seen += labels.tolist()
+    assert sorted(seen) == sorted(list(range(10)) * 10)
+    assert [len(labels) for _, labels in data.test()] == [30]
+
+
+def test_cifar10_augments_and_repeats(cifar10):
+    data = load_data(replace(load_recipe("cifar10/dense"), batch_size=25), cifar10, ALONE)
+    images = next(data.train(3))[0]
+    assert (images[:, 0] == 0).sum() >= 25 * 16  # each has its 4x4 hole, and most a border
+    assert batches_equal(data.train(3), data.train(3))
+    assert batches_equal(data.train(3, first_step=2), list(data.train(3))[2:])
+    assert not batches_equal(data.train(3), data.train(4))
+
+
+def test_cifar10_missing_or_damaged(tmp_path, cifar10):
+    with pytest.raises(ValueError, match="data_dir must name the folder"):
+        load_data(load_recipe("cifar10/dense"), None, ALONE)
+    with pytest.raises(FileNotFoundError, match="must hold the folder cifar-10-batches-py"):
+        load_data(load_recipe("cifar10/dense"), tmp_path / "nowhere", ALONE)
+    with pytest.raises(ValueError, match="got 512 x 1 processes for 100 training images"):
+        load_data(load_recipe("cifar10/dense"), cifar10, ALONE)
+    (cifar10 / CIFAR10.base_folder / "data_batch_2").write_bytes(b"damaged")
+    with pytest.raises(RuntimeError, match="corrupted"):
+        load_data(load_recipe("cifar10/dense"), cifar10, ALONE)
+
+
+def test_image_folder(image_folder):
+    data = load_data(folder_recipe(), image_folder, ALONE)
+    assert (data.num_classes, data.steps_per_epoch) == (2, 5)
+    for epoch, side in ((0, 32), (3, 64)):
+        batches = list(data.train(epoch))
+        assert [images.shape for images, _ in batches] == [(8, 3, side, side)] * 5
+        for images, labels in batches:
+            assert torch.equal(images.mean((1, 2, 3)) > 0.5, labels.bool())
+    tested = list(data.test())
+    assert [images.shape for images, _ in tested] == [(12, 3, 64, 64)]
+
+
+def test_image_folder_does_not_depend_on_workers_or_global_state(image_folder):
+    alone, workers = folder_recipe(), folder_recipe()
+    workers = replace(workers, workers=2)
+    expected = list(load_data(alone, image_folder, ALONE).train(1))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert batches_equal(load_data(workers, image_folder, ALONE).train(1), expected)
+    assert batches_equal(load_data(alone, image_folder, ALONE).train(1, first_step=3), expected[3:])
+    assert torch.equal(torch.get_rng_state(), before)  # the stream that pruning draws from stays where it was
+
+
+def test_image_folder_missing(tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(FileNotFoundError, match="val is missing"):
+        load_data(folder_recipe(), tmp_path, ALONE)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_processes_share_the_data(world_size):
+    recipe = load_recipe("digits", {"batch_size": 10})
+    worlds = [World(rank, world_size, torch.device("cpu")) for rank in range(world_size)]
+    orders = torch.stack([epoch_order(recipe, world, 2, 107) for world in worlds])
+    assert orders.shape == (world_size, 107 // (10 * world_size), 10)
+    assert len(orders.unique()) == orders.numel()  # no image twice
+    if world_size > 1:
+        tests = [load_data(recipe, None, world).test() for world in worlds]
+        assert sum(len(labels) for share in tests for _, labels in share) == 359
+
+
+def test_order_changes_with_seed_and_epoch():
+    recipe = load_recipe("digits")
+    first = epoch_order(recipe, ALONE, 0, 1000)
+    assert torch.equal(first, epoch_order(recipe, ALONE, 0, 1000))
+    assert not torch.equal(first, epoch_order(recipe, ALONE, 1, 1000))
+    assert not torch.equal(first, epoch_order(replace(recipe, seed=1), ALONE, 0, 1000))

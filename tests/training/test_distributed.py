@@ -1,0 +1,42 @@
+"""Two processes under torchrun over Gloo: they agree, they split the data, and they resume bit for bit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdgp_accel.training.loop import WEIGHTS
+
+WORKER = Path(__file__).parent / "two_processes.py"
+
+
+def torchrun(*arguments):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.parametrize("function", ["rescale_magnitude", "mvue"])
+def test_two_processes(function, tmp_path):
+    finished = torchrun(str(WORKER), function, str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
+    whole, parts = (torch.load(tmp_path / name / WEIGHTS, weights_only=True) for name in ("whole", "parts"))
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+    # Both ranks print what they got; the log lines are the main process's alone.
+    accuracies = [line for line in finished.stdout.splitlines() if line.startswith("accuracy")]
+    assert len(accuracies) == 2
+    assert accuracies[0] == accuracies[1]
+    assert float(accuracies[0].split()[1]) > 80
+    assert finished.stderr.count("epoch 3/3") == 2  # of the whole and of the resumed run
+
+
+def test_command_line_under_torchrun(tmp_path):
+    overrides = ["--set", "epochs=2", "--set", "lr_peak_epoch=1", "--function", "dense"]
+    finished = torchrun("-m", "sdgp_accel", "train", "digits", "--output-dir", str(tmp_path), *overrides)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("epoch 2/2") == 1
+    assert "for batches of 1 x 64 images; these are of 2 x 64" in finished.stderr
+    assert finished.stderr.count("test accuracy: ") == 1

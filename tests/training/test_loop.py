@@ -1,0 +1,239 @@
+"""The training loop: it learns, it resumes bit for bit, and it says what is wrong."""
+
+import csv
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sdgp_accel import models
+from sdgp_accel.config import SDGPConfig
+from sdgp_accel.training import checkpoint, load_recipe, loop, train
+from sdgp_accel.training.checkpoint import Progress
+from sdgp_accel.training.distributed import World
+from sdgp_accel.training.loop import CHECKPOINT, WEIGHTS
+from sdgp_accel.training.schedule import learning_rate
+
+ALONE = World(0, 1, torch.device("cpu"))
+STEPS = 22  # of an epoch of the digits
+
+
+class Interrupted(Exception):
+    """Stands for a crash."""
+
+
+def short(function="dense", **changes):
+    sdgp = None if function == "dense" else SDGPConfig(prune=function)
+    return replace(load_recipe("digits"), epochs=3, lr_peak_epoch=1.0, sdgp=sdgp, **changes)
+
+
+def resumes_bit_for_bit(recipe, tmp_path):
+    """True if a run that crashes right after its second checkpoint goes on as if it had not."""
+    train(recipe, tmp_path / "whole")
+    saves = 0
+
+    def save_and_crash(*arguments):
+        nonlocal saves
+        save(*arguments)
+        saves += 1
+        if saves == 2:
+            raise Interrupted
+
+    save = checkpoint.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_crash)
+        with pytest.raises(Interrupted):
+            train(recipe, tmp_path / "parts")
+    # Whatever happens in between, and whatever state the resuming process starts from, must not matter.
+    torch.manual_seed(1)
+    random.seed(2)
+    np.random.seed(3)  # noqa: NPY002
+    train(recipe, tmp_path / "parts", resume=True)
+
+    whole, parts = (torch.load(tmp_path / name / WEIGHTS, weights_only=True) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    different = [name for name in whole if not torch.equal(whole[name], parts[name])]
+    logs = [list(csv.DictReader((tmp_path / name / "log.csv").open())) for name in ("whole", "parts")]
+    for log in logs:
+        for row in log:
+            row.pop("seconds")
+    return not different and logs[0] == logs[1] and len(logs[0]) == recipe.epochs
+
+
+@pytest.mark.parametrize("function", ["dense", "magnitude", "rescale_magnitude", "random", "mvue"])
+def test_resume_after_an_epoch_is_bit_identical(function, tmp_path):
+    assert resumes_bit_for_bit(short(function), tmp_path)
+
+
+@pytest.mark.parametrize("checkpoint_steps", [8, STEPS // 2], ids=["in the middle", "on the last step"])
+@pytest.mark.parametrize("function", ["dense", "random", "mvue"])
+def test_resume_within_an_epoch_is_bit_identical(function, checkpoint_steps, tmp_path):
+    assert resumes_bit_for_bit(short(function, checkpoint_steps=checkpoint_steps), tmp_path)
+
+
+def test_resume_restores_the_loss_scale(tmp_path):
+    recipe = short("mvue", amp="float16", checkpoint_steps=9)
+    assert resumes_bit_for_bit(recipe, tmp_path)
+    scaler = torch.load(tmp_path / "parts" / CHECKPOINT, weights_only=True)["scaler"]
+    assert scaler["_growth_tracker"] > 0 or scaler["scale"] != 65536
+
+
+class DrawsFromEveryGenerator(nn.Module):
+    """Noise from Python's, numpy's and torch's global generators on the way to the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 10))
+
+    def forward(self, images):
+        noise = random.random() + np.random.random()  # noqa: NPY002
+        return self.body(images + 0.1 * noise * self.training)
+
+
+def test_resume_restores_every_generator(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "build", lambda name, classes: DrawsFromEveryGenerator())
+    assert resumes_bit_for_bit(short(checkpoint_steps=10), tmp_path)
+
+
+def test_resuming_a_finished_run_returns_its_result(tmp_path):
+    first = train(short(), tmp_path)
+    again = train(short(), tmp_path, resume=True)
+    assert again.rows == first.rows
+
+
+def test_workers_and_note_may_change_on_resume_but_nothing_else(tmp_path):
+    train(short(), tmp_path)
+    train(short(workers=1, note="moved"), tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"the one that wrote .*; that one has lr = 0.2, not 0.1, seed = 0, not 1"):
+        train(short(lr=0.1, seed=1), tmp_path, resume=True)
+
+
+def test_resume_with_another_number_of_processes(tmp_path):
+    train(short(), tmp_path)
+    model, _ = loop.build_model(short(), 10, ALONE.device)
+    optimizer = loop.build_optimizer(short(), model)
+    with pytest.raises(ValueError, match="goes on with 1 processes; got 2"):
+        checkpoint.load(
+            tmp_path / CHECKPOINT, World(0, 2, ALONE.device), short(), model, optimizer, torch.amp.GradScaler("cpu")
+        )
+
+
+def test_output_dir_in_use_or_empty(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"resume needs a checkpoint; there is no .*{CHECKPOINT}"):
+        train(short(), tmp_path, resume=True)
+    (tmp_path / CHECKPOINT).write_bytes(b"")
+    with pytest.raises(ValueError, match="output_dir must be new, or pass resume"):
+        train(short(), tmp_path)
+
+
+def test_checkpoint_of_another_format(tmp_path):
+    torch.save({"format": 0}, tmp_path / CHECKPOINT)
+    with pytest.raises(ValueError, match="must be a checkpoint of format 1"):
+        train(short(), tmp_path, resume=True)
+
+
+def test_interrupted_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    model, _ = loop.build_model(short(), 10, ALONE.device)
+    optimizer, scaler = loop.build_optimizer(short(), model), torch.amp.GradScaler("cpu", enabled=False)
+    path = tmp_path / CHECKPOINT
+    checkpoint.save(path, ALONE, short(), Progress(epoch=1), model, optimizer, scaler)
+
+    def half_written(state, target):
+        target.write_bytes(b"half")
+        raise Interrupted
+
+    monkeypatch.setattr(torch, "save", half_written)
+    with pytest.raises(Interrupted):
+        checkpoint.save(path, ALONE, short(), Progress(epoch=2), model, optimizer, scaler)
+    assert checkpoint.load(path, ALONE, short(), model, optimizer, scaler) == Progress(epoch=1)
+
+
+def test_divergence_stops_the_run(tmp_path):
+    with pytest.raises(RuntimeError, match="in epoch 1: training has diverged"):
+        train(short(lr=1e30), tmp_path)
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_learning_rate_is_set_for_each_step(tmp_path):
+    rows = train(short(), tmp_path).rows
+    assert [row["lr"] for row in rows] == [
+        pytest.approx(learning_rate(short(), epoch + (STEPS - 1) / STEPS)) for epoch in range(3)
+    ]
+
+
+def test_only_batchnorm_escapes_weight_decay():
+    recipe = short(weight_decay=0.25)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.Sequential(nn.Linear(8, 10), nn.BatchNorm1d(10)))
+    decayed, undecayed = loop.build_optimizer(recipe, model).param_groups
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.25, 0)
+    ids = {name: id(parameter) for name, parameter in model.named_parameters()}
+    assert {id(p) for p in undecayed["params"]} == {ids[n] for n in ("1.weight", "1.bias", "2.1.weight", "2.1.bias")}
+    assert {id(p) for p in decayed["params"]} == {ids[n] for n in ("0.weight", "0.bias", "2.0.weight", "2.0.bias")}
+
+
+class Fixed:
+    """Test data in two batches."""
+
+    def __init__(self):
+        self.images, self.labels = torch.randn(50, 1, 4, 4), torch.randint(10, (50,))
+
+    def test(self):
+        yield self.images[:30], self.labels[:30]
+        yield self.images[30:], self.labels[30:]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_accuracy_with_and_without_mirror_images(flip):
+    data, model = Fixed(), nn.Sequential(nn.Flatten(), nn.Linear(16, 10))
+    correct = 0
+    for image, label in zip(data.images, data.labels, strict=True):
+        logits = model(image[None])[0]
+        if flip:
+            logits = (logits + model(image.flip(2)[None])[0]) / 2
+        correct += int(logits.argmax() == label)
+    assert loop.test(short(test_flip=flip), ALONE, model, data) == pytest.approx(100 * correct / 50)
+
+
+def test_only_convolutions_are_swapped_where_the_recipe_says_so():
+    everything, _ = loop.build_model(short("mvue"), 10, ALONE.device)
+    convolutions, count = loop.build_model(short("mvue", sdgp_layers="conv2d"), 10, ALONE.device)
+    assert type(everything.head).__name__ == "SDGPLinear"
+    assert type(convolutions.head) is nn.Linear
+    assert count == sum(type(module).__name__ == "SDGPConv2d" for module in convolutions.modules()) == 2
+
+
+@pytest.mark.parametrize("function", ["dense", "mvue"])
+def test_digits_reach_97_percent(function, tmp_path):
+    recipe = load_recipe("digits")
+    result = train(recipe if function == "mvue" else replace(recipe, sdgp=None), tmp_path)
+    assert recipe.sdgp.functions == ("mvue", "mvue")
+    assert result.accuracy > 97
+    assert result.seconds < 120
+
+
+def test_image_folder_recipe_end_to_end(tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 8)):
+        for i in range(count):
+            folder = tmp_path / split / f"class{i % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 100, (48, 48, 3)) + 150 * (i % 2)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    overrides = {
+        "epochs": 2,
+        "lr_peak_epoch": 1,
+        "lr": 0.01,
+        "batch_size": 8,
+        "workers": 0,
+        "amp": "bfloat16",
+        "resolution": {"start": 32, "end": 64, "ramp_start": 0, "ramp_end": 1, "test": 64},
+    }
+    result = train(load_recipe("imagenet/resnet18-rescale-2-4", overrides), tmp_path / "out", tmp_path)
+    assert len(result.rows) == 2
+    assert np.isfinite(result.rows[-1]["loss"])
+    assert any(name.endswith("conv1.1.weight") for name in torch.load(tmp_path / "out" / WEIGHTS, weights_only=True))
