@@ -79,7 +79,8 @@ def with_function(recipe: Recipe, function: str | None) -> Recipe:
 
 def recipe_table() -> Table:
     """The built-in recipes, one in each row, with their notes below."""
-    table = Table(title="Recipes, and the top-1 accuracy the SDGP paper states", box=box.SIMPLE_HEAD, caption_justify="left")
+    title = "Recipes, and the top-1 accuracy the SDGP paper states"
+    table = Table(title=title, box=box.SIMPLE_HEAD, caption_justify="left")
     table.add_column("recipe", no_wrap=True)
     table.add_column("pruned to", no_wrap=True)
     table.add_column("paper", justify="right")
