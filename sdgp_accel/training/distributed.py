@@ -58,6 +58,9 @@ class World:
 def join_world(device: str | None = None) -> Iterator[World]:
     """The world that ``torchrun`` described in the environment (NCCL on GPUs, Gloo on CPUs), or one process.
 
+    A process group that exists already is used and left as it is: a script that trains several times must make
+    its own, since torch cannot set up a second one safely under one ``torchrun``.
+
     `device` is ``"cuda"`` (this process's GPU), ``"cpu"``, or None for the first of them that there is. Raises
     ValueError for ``"cuda"`` without a GPU.
     """
@@ -70,8 +73,11 @@ def join_world(device: str | None = None) -> Iterator[World]:
     if "RANK" not in os.environ:
         yield World(0, 1, place)
         return
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), place)
     finally:
-        dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()

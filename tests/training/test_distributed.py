@@ -16,7 +16,16 @@ WORKER = Path(__file__).parent / "two_processes.py"
 def torchrun(*arguments):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=200)
+    process = subprocess.Popen(
+        [*launcher, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        output, errors = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not kill: the launcher has to end its workers
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 @pytest.mark.parametrize("function", ["rescale_magnitude", "mvue"])

@@ -5,6 +5,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
+
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.training import checkpoint, load_recipe, train
 
@@ -24,6 +26,7 @@ def save_and_crash(*arguments):
 function, directory = sys.argv[1], Path(sys.argv[2])
 overrides = {"epochs": 3, "lr_peak_epoch": 1, "batch_size": 32, "checkpoint_steps": 8}
 recipe = replace(load_recipe("digits", overrides), sdgp=SDGPConfig(prune=function))
+dist.init_process_group("gloo")
 whole = train(recipe, directory / "whole")
 checkpoint.save = save_and_crash
 with contextlib.suppress(InterruptedError):
@@ -31,3 +34,4 @@ with contextlib.suppress(InterruptedError):
 checkpoint.save = save
 train(recipe, directory / "parts", resume=True)
 print("accuracy", whole.accuracy)
+dist.destroy_process_group()
