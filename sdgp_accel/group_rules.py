@@ -14,7 +14,7 @@ Nothing here looks at a value from the host on CUDA (no synchronisation, safe in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ _INF_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F8
 UNIT = 1 << 24  # probabilities and uniforms are integers in units of 2^-24
 SMALLEST_SUM = 2.0**-100
 
-# The first `count` random words of each group: int64 tensors [b], values < 2^32.
-Words = Callable[[int], "list[Tensor]"]
+# The first `count` random words of each group, one after the other: int64 tensors [b], values < 2^32, to be consumed.
+Words = Callable[[int], Iterator[Tensor]]
 
 
 class Scratch:
@@ -34,6 +34,12 @@ class Scratch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+        self._spare: dict[int, list[Tensor]] = {}
+
+    def spare_words(self, count: int) -> list[Tensor] | None:
+        """A pool of int64 buffers [count] for `philox4x32`."""
+        return self._spare.setdefault(count, []) if self.device.type == "cpu" else None
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.device.type != "cpu":
@@ -53,6 +59,28 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def magnitude(x: Tensor, n: int, scratch: Scratch) -> Tensor:
     """Keep the n largest |x| of each group, ties to the lower index. x: [m, b]."""
     return _masked(x, select_largest(_order_keys(x, scratch), n, BITS[x.dtype], scratch))
+
+
+def magnitude_quads(x: Tensor, n: int, out: Tensor, scratch: Scratch) -> None:
+    """`magnitude` for consecutive groups of 4 in a contiguous x [4 b], on a little-endian CPU, without the planes.
+
+    The four scores of a group (see `select_largest`) are the four bytes of one int32, each 128 too high, so that its
+    top bit says whether the element is kept: 128 + i + n - 4, plus the later elements it beats, minus the earlier
+    elements that beat it.
+    """
+    keys = _order_keys(x, scratch)
+    scores = scratch("scores", (x.numel() // 4,), torch.int32)
+    scores.fill_(sum((128 + i + n - 4) << (8 * i) for i in range(4)) - (1 << 32))
+    beats = scratch("beats", (x.numel(),), torch.uint8)
+    for distance in (1, 2, 3):
+        torch.ge(keys[:-distance], keys[distance:], out=beats[:-distance])
+        # Element i of a quad beats element i + distance: + 1 in byte i, - 1 in byte i + distance. Bytes that compare
+        # with the next quad are masked away.
+        inside = beats.view(torch.int32).bitwise_and_(0x010101 >> (8 * (distance - 1)))
+        scores.add_(inside, alpha=1 - (1 << (8 * distance)))
+    kept = scores.bitwise_right_shift_(7).bitwise_and_(0x01010101).view(torch.uint8)
+    mask = scratch("mask", (x.numel(),), BITS[x.dtype]).copy_(kept)
+    torch.mul(x.view(mask.dtype), mask, out=out.view(mask.dtype))
 
 
 def random(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
@@ -106,8 +134,8 @@ def mvue(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
        largest |x_i| (float64: clamp(2046 - E, 1, 2046)): no sum or quotient below can overflow.
     3. C = {}, the capped elements. n times: k = n - |C|; S = the sum, from 0 and in index order, of a_i outside C, but
        2^-100 at least (c must stay finite where all of them are tiny beside C); c = k / S; p_i = c * a_i; every i
-       outside C with p_i >= 1 joins C. (A round that adds none changes nothing, so an implementation may stop there,
-       and at k = 0, where all others are dropped.) c and p then once more for the final C.
+       outside C with p_i >= 1 joins C. (A round that adds none changes nothing: an implementation may stop there. If
+       every round adds one, k = 0: all others are dropped.)
     4. q_i = floor(p_i * 2^24) outside C, 0 in it. R_i = min(q_0 + .. + q_i, k * 2^24), but R_i = k * 2^24 from the
        last non-zero element outside C on. The weight of i is w_i = R_i - R_{i-1} (R_{-1} = 0).
     5. u = word 0 of the group's random block 0, shifted right by 8. Outside C, i is kept where some integer j has
@@ -133,48 +161,49 @@ def mvue(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
     p = scratch("p", full, dtype)
     k = scratch("k", plane, dtype).fill_(n)
     below_one = scratch("below_one", full, dtype)
-    for round_index in range(n + 1):
+    for round_index in range(n):
         torch.clamp_min(_ordered_sum(a, total), SMALLEST_SUM, out=total)
         torch.mul(a, torch.div(k, total, out=total), out=p)
-        if round_index == n:
-            break
         torch.lt(p, 1, out=below_one)
         uncapped = _ordered_sum(below_one, total)
         if a.device.type == "cpu" and uncapped.amin() == m:
             break
         k.add_(uncapped).sub_(m)
-        a.mul_(below_one)
         free.mul_(below_one)
+        if round_index < n - 1:
+            a.mul_(below_one)
 
-    # Step 4. q becomes w.
+    # Step 4. q becomes w. Where the last round capped something, p is stale, but k = 0 and so every R is 0.
     w = scratch("w", full, torch.int32).copy_(p.mul_(UNIT))
     end = scratch("end", plane, torch.int32).copy_(k).mul_(UNIT)
     after = scratch("after", plane, dtype).zero_()  # 1 where a later element is free
     last = scratch("last", plane, torch.int32)
-    for i in reversed(range(m)):
-        w[i].add_(torch.gt(free[i], after, out=last), alpha=n * UNIT)  # enough to reach the end
-        torch.maximum(after, free[i], out=after)
+    for weight, is_free in zip(reversed(w.unbind()), reversed(free.unbind()), strict=True):
+        weight.add_(torch.gt(is_free, after, out=last), alpha=n * UNIT)  # enough to reach the end
+        torch.maximum(after, is_free, out=after)
 
     # Steps 4 and 5. `points` counts the j with j * 2^24 + u < R.
-    offset = scratch("offset", plane, torch.int32).copy_(words(1)[0].bitwise_right_shift_(8)).neg_().add_(UNIT - 1)
+    offset = scratch("offset", plane, torch.int32)
+    for word in words(1):
+        offset.copy_(word.bitwise_right_shift_(8)).neg_().add_(UNIT - 1)
     running, points = (scratch(name, plane, torch.int32).zero_() for name in ("running", "points"))
     next_running, next_points = (scratch(name, plane, torch.int32) for name in ("next_running", "next_points"))
-    keep = scratch("keep", full, dtype)
-    for i in range(m):
-        torch.minimum(torch.add(running, w[i], out=next_running), end, out=next_running)
-        torch.sub(next_running, running, out=w[i])
+    keep = a  # no longer needed
+    for weight, kept in zip(w.unbind(), keep.unbind(), strict=True):
+        torch.minimum(torch.add(running, weight, out=next_running), end, out=next_running)
+        torch.sub(next_running, running, out=weight)
         torch.add(next_running, offset, out=next_points).bitwise_right_shift_(24)
-        torch.ne(next_points, points, out=keep[i])
+        torch.ne(next_points, points, out=kept)
         running, next_running = next_running, running
         points, next_points = next_points, points
 
     # Step 6. Capped elements have w = 0 so far; the others that are kept do not.
     capped = torch.sub(nonzero, free, out=nonzero)
-    weight = p.copy_(w).mul_(1 / UNIT).add_(capped)
+    probability = p.copy_(w).mul_(1 / UNIT).add_(capped)
     largest_finite = torch.finfo(x.dtype).max
-    scaled = torch.div(wide, weight, out=weight).clamp_(-largest_finite, largest_finite)
+    scaled = torch.div(wide, probability, out=p).clamp_(-largest_finite, largest_finite)
     rounded = scaled if x.dtype == dtype else scratch("rounded", full, x.dtype).copy_(scaled)
-    mask = scratch("mask", full, BITS[x.dtype]).copy_(keep.add_(capped))
+    mask = scratch("w", full, BITS[x.dtype]).copy_(keep.add_(capped))
     return _with_non_finite(_masked(rounded, mask), x, n, largest)
 
 

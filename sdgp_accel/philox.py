@@ -16,6 +16,7 @@ fresh ones, a checkpoint that holds torch's generator state repeats them, and a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -26,11 +27,6 @@ MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
 MASK32 = 0xFFFFFFFF
 _INT64 = torch.iinfo(torch.int64)
-
-# Lanes are int64 tensors that hold 32-bit words. Lanes that are the same for every group stay 0-dim: their
-# rounds cost nothing until they meet a lane that varies.
-Lanes = tuple[Tensor, Tensor, Tensor, Tensor]
-
 
 class Rng(NamedTuple):
     """What the random numbers of one pruned gradient depend on, apart from the group's index.
@@ -60,10 +56,13 @@ def data_parallel_rank() -> int:
     return 0
 
 
-def group_words(rng: Rng, index: Tensor, count: int, total: int = 1 << 56) -> list[Tensor]:
+def group_words(
+    rng: Rng, index: Tensor, count: int, *, total: int = 1 << 56, spare: list[Tensor] | None = None
+) -> Iterator[Tensor]:
     """Words 0 .. count-1 of each group in `index` (int64 [b]): int64 tensors [b] with values < 2^32.
 
-    Word ``i`` is word ``i % 4`` of block ``i // 4``. All indices are below `total` (knowing it saves time).
+    Word ``i`` is word ``i % 4`` of block ``i // 4``. All indices are below `total` (knowing it saves time). With
+    `spare`, see `philox4x32`, a word is only valid until the next one is asked for.
     """
     key, offset = rng.seed.unbind()
     keys = (key & MASK32, (key >> 32) & MASK32)
@@ -71,36 +70,64 @@ def group_words(rng: Rng, index: Tensor, count: int, total: int = 1 << 56) -> li
     if total > 1 << 32:
         low, high = index & MASK32, (index >> 32) & 0xFFFFFF
     c3 = torch.full_like(offset, (2 * rng.rank + rng.pass_index) & MASK32)
-    words: list[Tensor] = []
     for block in range((count + 3) // 4):
         counter = (low, high | (block << 24), offset & MASK32, c3)
-        words += philox4x32(counter, keys, min(4, count - 4 * block))
-    return words
+        words = philox4x32(counter, keys, min(4, count - 4 * block), spare)
+        for word in words:
+            yield word
+            if spare is not None:
+                spare.append(word)
 
 
-def philox4x32(counter: Lanes, key: tuple[Tensor, Tensor], count: int = 4) -> list[Tensor]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor],
+    key: tuple[Tensor, Tensor],
+    count: int = 4,
+    spare: list[Tensor] | None = None,
+) -> list[Tensor]:
     """The first `count` words of each counter under `key`.
 
-    Lanes are int64 tensors of 32-bit values, each either 0-dim or of one common shape [b].
+    counter, key: int64 tensors of 32-bit values, each either 0-dim or of one common shape [b]. What is the same for
+        all counters should be 0-dim: its rounds are free until it meets a lane that varies.
+    spare: int64 buffers [b] to compute in, replenished with those no longer needed; None allocates instead.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    # A new odd lane is the low half of a product; its high half is only masked away where that matters.
-    for _ in range(ROUNDS - 1):
-        p0, p1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
-        c0, c1 = _mix(p1, c1, k0), p1
-        c2, c3 = _mix(p0, c3, k1), p0
-        k0, k1 = (k0 + WEYL_0) & MASK32, (k1 + WEYL_1) & MASK32
-    p1 = c2 * MULTIPLIER_1
-    words = [_mix(p1, c1, k0)]
-    if count > 1:
-        p0 = c0 * MULTIPLIER_0
-        words += [p1.bitwise_and_(MASK32), _mix(p0, c3, k1), p0.bitwise_and_(MASK32)]
+    lanes = counter
+    rounds = torch.arange(ROUNDS, device=key[0].device)
+    round_keys = [((k + rounds * step) & MASK32).unbind() for k, step in zip(key, (WEYL_0, WEYL_1), strict=True)]
+
+    def take() -> Tensor | None:
+        return spare.pop() if spare else None
+
+    def give(*tensors: Tensor) -> None:
+        if spare is not None:
+            spare.extend(t for t in tensors if t.ndim and all(t is not c for c in counter))
+
+    def multiply(lane: Tensor, factor: int) -> Tensor:
+        return torch.mul(lane, factor, out=take() if lane.ndim else None)
+
+    def mix(product: Tensor, lane: Tensor, k: Tensor) -> Tensor:
+        """(high half of product) ^ lane ^ k. Lanes may carry bits above the 32nd, which are masked away here."""
+        if product.ndim >= lane.ndim:
+            mixed = torch.bitwise_right_shift(product, 32, out=take() if product.ndim else None).bitwise_xor_(lane)
+        else:
+            mixed = torch.bitwise_xor(lane, product >> 32, out=take())
+        return mixed.bitwise_and_(MASK32).bitwise_xor_(k)
+
+    for k0, k1 in list(zip(*round_keys, strict=True))[:-1]:
+        c0, c1, c2, c3 = lanes
+        p0, p1 = multiply(c0, MULTIPLIER_0), multiply(c2, MULTIPLIER_1)
+        give(c0, c2)
+        # The odd lanes are the low halves of the products: left unmasked.
+        lanes = (mix(p1, c1, k0), p1, mix(p0, c3, k1), p0)
+        give(c1, c3)
+    c0, c1, c2, c3 = lanes
+    p1 = multiply(c2, MULTIPLIER_1)
+    words = [mix(p1, c1, round_keys[0][-1])]
+    give(c1, c2)
+    if count == 1:
+        give(c0, c3, p1)
+        return words
+    p0 = multiply(c0, MULTIPLIER_0)
+    words += [p1.bitwise_and_(MASK32), mix(p0, c3, round_keys[1][-1]), p0.bitwise_and_(MASK32)]
+    give(c0, c3, *words[count:])
     return words[:count]
-
-
-def _mix(product: Tensor, lane: Tensor, key: Tensor) -> Tensor:
-    """(high half of product) ^ lane ^ key, as a 32-bit value."""
-    high = product >> 32
-    mixed = high.bitwise_xor_(lane) if high.ndim >= lane.ndim else high ^ lane
-    return mixed.bitwise_and_(MASK32).bitwise_xor_(key)

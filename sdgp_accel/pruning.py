@@ -154,50 +154,56 @@ def _prune(x: Tensor, spec: PruneSpec, dim: int, sum_dims: tuple[int, ...] | Non
     dim_in_order = order.index(dim)
     source, target = x.permute(order), out.permute(order)
     size, m = x.shape[dim], spec.m
+    scratch = rules.Scratch(x.device)
+    if spec.function == "magnitude" and m == 4 and size % 4 == 0 and order[-1] == dim and _is_flat(x, source, target):
+        flat_in, flat_out = source.view(-1), target.view(-1)
+        for (chunk,) in _pieces(flat_in.shape, 1, x.device):
+            rules.magnitude_quads(flat_in[chunk], spec.n, flat_out[chunk], scratch)
+        return out
     grid_shape = [-(-size // m) if i == dim else s for i, s in enumerate(x.shape)]
     index_strides = [math.prod(grid_shape[d + 1 :]) for d in order]
     total = math.prod(grid_shape)
-    scratch = rules.Scratch(x.device)
     full_groups, rest = divmod(size, m)
-    for first_group, groups, length in ((0, full_groups, m), (full_groups, 1, rest)):
-        if groups == 0 or length == 0:
-            continue
+    parts = [(0, full_groups, m)] if full_groups else []
+    if rest:
+        parts.append((full_groups, 1, rest))
+    for first_group, groups, length in parts:
         planes_in = _planes(source, dim_in_order, first_group * m, groups, length)
         planes_out = _planes(target, dim_in_order, first_group * m, groups, length)
         first_index = [first_group if d == dim_in_order else 0 for d in range(x.ndim)]
         for piece in _pieces(planes_in.shape[1:], length, x.device):
-            starts = [s.start + f for s, f in zip(piece, first_index, strict=True)]
-            box = (slice(None), *piece)
+            starts = [cells.start + first for cells, first in zip(piece, first_index, strict=True)]
+            box: tuple[slice, ...] = (slice(None), *piece)
             part_in, part_out = planes_in[box], planes_out[box]
             values = scratch("values", (length, part_in[0].numel()), x.dtype)
             _copy_planes(values.view(part_in.shape), part_in)
-            words = partial(_words, rng, total, starts, part_in.shape[1:], index_strides)
+            words = None
+            if rng is not None:
+                index = _group_indices(starts, part_in.shape[1:], index_strides, x.device)
+                words = partial(group_words, rng, index, total=total, spare=scratch.spare_words(index.numel()))
             result = _apply(spec, values, words, scratch)
             _copy_planes(part_out, result.view(part_out.shape))
     return out
 
 
-def _apply(spec: PruneSpec, values: Tensor, words: rules.Words, scratch: rules.Scratch) -> Tensor:
+def _apply(spec: PruneSpec, values: Tensor, words: rules.Words | None, scratch: rules.Scratch) -> Tensor:
     n = min(spec.n, values.shape[0])
     if spec.function == "magnitude":
         return rules.magnitude(values, n, scratch)
     if spec.function == "rescale_magnitude":
         return rules.rescale_magnitude(values, n, spec.eps, scratch)
+    assert words is not None
     if spec.function == "random":
         return rules.random(values, n, words, scratch)
     return rules.mvue(values, n, words, scratch)
 
 
-def _words(
-    rng: Rng | None, total: int, starts: Sequence[int], shape: Sequence[int], strides: Sequence[int], count: int
-) -> list[Tensor]:
-    """Random words of the groups at `starts` + [0, shape) of the grid of `total` groups with these index strides."""
-    assert rng is not None
-    device = rng.seed.device
+def _group_indices(starts: Sequence[int], shape: Sequence[int], strides: Sequence[int], device: torch.device) -> Tensor:
+    """sum_d (starts[d] + i_d) * strides[d] for all i in `shape`, flattened."""
     index = torch.zeros((), dtype=torch.int64, device=device)
     for start, size, stride in zip(starts, shape, strides, strict=True):
         index = index.unsqueeze(-1) + torch.arange(start, start + size, dtype=torch.int64, device=device) * stride
-    return group_words(rng, index.view(-1), count, total)
+    return index.view(-1)
 
 
 def _rescale_scopes(x: Tensor, kept: Tensor, dims: tuple[int, ...], eps: float) -> None:
@@ -230,6 +236,10 @@ def _memory_order(x: Tensor) -> list[int]:
     """Dimensions from the largest stride to the smallest."""
     strides = x.stride()
     return sorted(range(x.ndim), key=lambda d: (-strides[d], d))
+
+
+def _is_flat(x: Tensor, source: Tensor, target: Tensor) -> bool:
+    return x.device.type == "cpu" and source.is_contiguous() and target.is_contiguous()
 
 
 def _planes(x: Tensor, dim: int, start: int, groups: int, length: int) -> Tensor:

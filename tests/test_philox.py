@@ -41,7 +41,7 @@ def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], words: tu
     count=st.integers(1, 32),
 )
 def test_group_words(seed: tuple[int, int], rank: int, pass_index: int, groups: list[int], count: int) -> None:
-    words = group_words(Rng(torch.tensor(seed), rank, pass_index), torch.tensor(groups), count)
+    words = list(group_words(Rng(torch.tensor(seed), rank, pass_index), torch.tensor(groups), count))
     expected = [[oracle.group_word(seed, rank, pass_index, g, i) for g in groups] for i in range(count)]
     assert torch.stack(words).tolist() == expected
 
@@ -69,7 +69,7 @@ def test_words_are_uniform() -> None:
 
 def test_ranks_and_passes_differ() -> None:
     seed, index = torch.tensor([5, 7]), torch.arange(100)
-    streams = [group_words(Rng(seed, rank, p), index, 1)[0] for rank in range(3) for p in range(2)]
+    streams = [next(group_words(Rng(seed, rank, p), index, 1)) for rank in range(3) for p in range(2)]
     for i, a in enumerate(streams):
         for b in streams[:i]:
             assert not torch.equal(a, b)
