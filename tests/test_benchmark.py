@@ -16,7 +16,7 @@ from torch import nn
 
 from sdgp_accel import benchmark as public_benchmark
 from sdgp_accel import models
-from sdgp_accel.benchmark import _TURN, _Contender, _watch_layers, benchmark, known_gpu
+from sdgp_accel.benchmark import _TURN, _Contender, _settle, _watch_layers, benchmark, known_gpu
 from sdgp_accel.benchmark_report import PARTS, BenchmarkReport, ContenderResult
 from sdgp_accel.cli import main
 from sdgp_accel.config import SDGPConfig
@@ -290,6 +290,20 @@ def test_models_without_a_device_are_refused() -> None:
         benchmark(nn.ReLU(), torch.randn(2))
     with pytest.raises(ValueError, match="found meta"):
         benchmark(_small_model().to("meta"), _small_batch())
+
+
+def test_warm_up_ends_when_rounds_take_the_same_time() -> None:
+    class Contender:
+        steps = 0
+
+        def step(self, clock: FakeClock) -> tuple[int, ...]:
+            self.steps += 1
+            clock.now += max(0, 50 - self.steps)  # faster and faster, until it is not
+            return tuple(clock.mark() for _ in range(4))
+
+    contender: Any = Contender()
+    _settle([contender], FakeClock())
+    assert 50 <= contender.steps <= 57
 
 
 def test_known_gpus() -> None:

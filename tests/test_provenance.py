@@ -6,13 +6,14 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import sdgp_accel
 from sdgp_accel import provenance as provenance_module
-from sdgp_accel.provenance import git_revision, provenance
+from sdgp_accel.provenance import git_revision, gpu_state, provenance
 
 
 def test_everything_a_cpu_result_depends_on() -> None:
@@ -52,3 +53,32 @@ def test_revision_is_the_packages_own(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_no_git_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert git_revision() is None
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(
+        name="NVIDIA H100", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132, uuid="1234-abcd"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+
+
+def test_gpu_state_is_that_of_the_gpu_asked_for(one_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *--id=GPU-1234-abcd*) ;; *) exit 1;; esac\n'
+        "echo '580.82, P0, 1755 MHz, 2619 MHz, 1980 MHz, 2619 MHz, 412.50 W, 700.00 W, 51, 0x0000000000000004'\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    origin = provenance(torch.device("cuda"))
+    assert origin["gpu"]["name"] == "NVIDIA H100"
+    assert origin["gpu"]["capability"] == "9.0"
+    state = origin["gpu"]["state"]
+    assert (state["driver_version"], state["clocks.sm"], state["power.draw"]) == ("580.82", "1755 MHz", "412.50 W")
+
+
+def test_no_nvidia_smi_is_no_error(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert gpu_state(torch.device("cuda")) == {}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdgp_accel.timing import HostClock, Stats, clock_for
+from sdgp_accel.timing import CudaClock, HostClock, Stats, clock_for
 
 
 def test_stats_agree_with_numpy() -> None:
@@ -25,3 +25,29 @@ def test_host_clock_runs_forward() -> None:
     start = clock.mark()
     clock.synchronize()
     assert clock.seconds(start, clock.mark()) >= 0
+
+
+def test_cuda_clock_uses_events_on_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[tuple[str, float]] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.at = 0.0
+
+        def record(self, stream: str) -> None:
+            self.at = 10.0 * len(recorded)
+            recorded.append((stream, self.at))
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: recorded.append(("synchronized", 0.0)))
+    clock = clock_for(torch.device("cuda", 1))
+    assert isinstance(clock, CudaClock)
+    start, end = clock.mark(), clock.mark()
+    clock.synchronize()
+    assert clock.seconds(start, end) == pytest.approx(0.010)  # events tell milliseconds
+    assert [name for name, _ in recorded] == ["stream of cuda:1", "stream of cuda:1", "synchronized"]
