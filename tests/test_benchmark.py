@@ -319,12 +319,13 @@ def test_public_name() -> None:
 
 
 def test_command_line(tmp_path: Path) -> None:
-    json_path, html_path = tmp_path / "r.json", tmp_path / "r.html"
+    json_path, html_path = tmp_path / "new" / "r.json", tmp_path / "new" / "r.html"
     arguments = ["bench", "gpt", "--batch", "2", "--seq-len", "16", "--steps", "2", "--warmup", "0"]
     arguments += ["--optimizer", "adamw", "--precision", "amp-bf16", "--prune", "magnitude", "--device", "cpu"]
     result = CliRunner().invoke(main, [*arguments, "--json", str(json_path), "--html", str(html_path)])
     assert result.exit_code == 0, result.output
     assert "Nothing is accelerated here" in result.output
+    assert result.output.endswith(f"wrote {html_path}\n")
     data = json.loads(json_path.read_text())
     assert data["model"] == "gpt"
     assert data["settings"]["optimizer"] == "AdamW"

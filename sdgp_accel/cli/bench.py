@@ -89,13 +89,15 @@ def command(
             gpu=gpu,
             name=model,
         )
-        if json_path is not None:
-            report.save_json(json_path)
-        if html_path is not None:
-            report.save_html(html_path)
+        for path, save in ((json_path, report.save_json), (html_path, report.save_html)):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save(path)
     except (ValueError, TypeError, ModuleNotFoundError) as error:
         raise click.ClickException(str(error)) from error
     Console().print(report)
+    for path in filter(None, (json_path, html_path)):
+        click.echo(f"wrote {path}")
 
 
 def _prepare(
