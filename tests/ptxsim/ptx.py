@@ -150,6 +150,7 @@ def parse_literal(text: str) -> Imm | None:
 class _Parser:
     def __init__(self, text: str, wanted: str | None) -> None:
         self.wanted = wanted
+        self.symbols: set[str] = set()  # renamed labels and variables, as against registers
         self.text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m.group().count("\n"), text, flags=re.S)
         self.text = re.sub(r"//[^\n]*", "", self.text)
         self.pos = 0
@@ -274,6 +275,7 @@ class _Parser:
                 inner = self.text[self.pos : self._matching_brace(self.pos - 1)]
                 for name in re.findall(rf"(?:^|[;{{}}\n])\s*({_IDENT})\s*:(?!:)", inner):
                     scopes[-1][name] = f"{name}#{serial}"
+                    self.symbols.add(f"{name}#{serial}")
                 continue
             label = _LABEL.match(self.text, self.pos)
             if label:
@@ -294,16 +296,17 @@ class _Parser:
             line = self.line
             statement = self.advance(self._statement_end()).strip()
             self.pos += 1
+            if not statement or statement.startswith(".pragma"):
+                continue
             if statement.startswith(".reg"):
                 self.declare_registers(statement, kernel, scopes[-1], serial if len(scopes) > 1 else 0)
-            elif statement.startswith(".pragma"):
-                continue
             elif statement.startswith("."):
                 rename = {}
                 if len(scopes) > 1:
                     match = _VAR_DECL.match(statement)
                     if match:
                         rename[match.group(4)] = scopes[-1][match.group(4)] = f"{match.group(4)}#{serial}"
+                        self.symbols.add(f"{match.group(4)}#{serial}")
                 self.declare(statement, kernel.variables, rename)
             else:
                 kernel.instrs.append(self.instruction(statement, line, scopes))
@@ -359,6 +362,8 @@ class _Parser:
         if text.startswith("!"):
             return Reg(self.lookup(scopes, text[1:].strip()), True)
         name = self.lookup(scopes, text)
+        if name in self.symbols:
+            return Sym(name)
         if text.startswith("%") or name != text or text in scopes[0] or text == "_":
             return Reg(name)
         match = re.fullmatch(rf"({_IDENT})\s*\+\s*(-?\w+)", text)
