@@ -9,6 +9,7 @@ Every run is one line of ``bench/results/convergence.jsonl``; a run found there 
 from __future__ import annotations
 
 import concurrent.futures
+import importlib
 import json
 import multiprocessing
 import platform
@@ -22,18 +23,13 @@ from typing import Any, NamedTuple
 import click
 import torch
 
-from bench.learning import large_ops, summary, training
+from bench.learning import summary, training
 from bench.learning.cells import Cell, by_value
 from bench.learning.tasks import TASKS, Task
 from sdgp_accel.backends import reference
-from sdgp_accel.pruning import prune_matrix
 
 RESULTS = Path(__file__).parent / "results"
-PRUNING = {
-    "package": lambda: prune_matrix,
-    "large_ops": lambda: large_ops.prune_matrix,
-    "compiled": lambda: torch.compile(large_ops.prune_matrix, dynamic=False),
-}
+PRUNING = {"package": "sdgp_accel.pruning", "triton": "bench.learning.triton_pruning"}
 
 
 class Work(NamedTuple):
@@ -64,8 +60,8 @@ def run_work(work: Work) -> list[dict[str, Any]]:
 
 
 def use_pruning(name: str) -> None:
-    """Let the reference backend of this process prune with `name` of `PRUNING`."""
-    reference.prune_matrix = PRUNING[name]()
+    """Let the reference backend of this process prune with the module `name` of `PRUNING`."""
+    reference.prune_matrix = importlib.import_module(PRUNING[name]).prune_matrix
 
 
 def environment(device: torch.device, pruning: str) -> dict[str, Any]:
@@ -137,7 +133,7 @@ def main() -> None:
 @click.option("--minutes", default=60.0, show_default=True, help="Stop starting and abandon runs after so long.")
 @click.option("--jobs", default=1, show_default=True, help="Processes side by side.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
-@click.option("--pruning", type=click.Choice(sorted(PRUNING)), help="Default: package on a CPU, large_ops on a GPU.")
+@click.option("--pruning", type=click.Choice(sorted(PRUNING)), help="Default: package on a CPU, triton on a GPU.")
 @click.option("--lines", type=click.Path(path_type=Path), default=RESULTS / "convergence.jsonl", show_default=True)
 def run(
     names: Sequence[str],
@@ -152,7 +148,7 @@ def run(
     """Train what is not in LINES yet and append to it."""
     deadline = time.time() + 60 * minutes
     tasks = [task for name, task in TASKS.items() if not names or name in names]
-    pruning = pruning or ("package" if device == "cpu" else "large_ops")
+    pruning = pruning or ("package" if device == "cpu" else "triton")
     work = list(outstanding(tasks, by_value()[:cell_count], seeds, read_lines(lines), device, pruning, deadline))
     click.echo(f"{sum(len(item.seeds) for item in work)} runs to do, {jobs} at a time, at most {minutes:g} minutes")
     lines.parent.mkdir(parents=True, exist_ok=True)

@@ -8,12 +8,9 @@ import torch
 from click.testing import CliRunner
 
 from bench import convergence
-from bench.learning import large_ops, summary
+from bench.learning import summary
 from bench.learning.cells import DENSE, OTHER_PATTERNS, Cell, by_value
 from bench.learning.tasks import TASKS
-from sdgp_accel import pruning
-from sdgp_accel.config import FUNCTIONS, SCOPES, PruneSpec
-from sdgp_accel.philox import Rng, draw, group_words
 
 TINY = {
     "transformer": replace(
@@ -124,25 +121,3 @@ def test_mixing_data_of_different_python_versions_is_refused(tiny, tmp_path):
     other = line | {"data_sha256": "another"}
     with pytest.raises(ValueError, match="2 different data sets"):
         summary.summarise(TINY["digits"], [line, other])
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 8), (4, 16), (16, 32)])
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_large_ops_prune_as_the_package_does(function, n, m, axis):
-    samples, positions, channels = 4, 33, 42  # partial groups along both axes
-    x = torch.randn(samples * positions, channels)
-    x[torch.rand_like(x) < 0.5] = 0
-    rng = Rng(draw("cpu"), 0, axis)
-    grid = [-(-size // m) if dim == axis else size for dim, size in enumerate(x.shape)]
-    words = group_words(rng, torch.arange(grid[0] * grid[1]).view(grid), m)
-    if function == "mvue":
-        uniform = (words[0] >> 8).unsqueeze(axis + 1) / 2**24
-    else:
-        uniform = large_ops.matrix(torch.stack(words, axis + 1).double(), x, axis)
-    for scope in SCOPES:
-        spec = PruneSpec(function, n, m, scope)
-        expected = pruning.prune_matrix(x, spec, axis, positions, rng)
-        actual = large_ops.prune_matrix(x, spec, axis, positions, rng, uniform)
-        # One group in thousands may round to the other side of its random number.
-        assert torch.isclose(actual, expected, rtol=1e-4).float().mean() > 0.999
