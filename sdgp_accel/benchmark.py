@@ -99,14 +99,13 @@ def benchmark(
     swap = contenders[1].swap
     assert swap is not None
     where = gpu or known_gpu(origin["gpu"]["name"] if origin["gpu"] else "")
-    filters = None if filter_fn is None else lambda module, layer: swap[layer].swapped
     return BenchmarkReport(
         name=name or type(model).__name__,
         batch=batches.size(batch),
         accelerated="prune_compress" in results[1].stages and any(layer.backend == "cutlass" for layer in swap.swapped),
         contenders=tuple(results),
         swap=swap,
-        prediction=plan(model, batch, where, config, filters),
+        prediction=plan(model, batch, where, config, filter_fn),
         settings={
             "config": asdict(config),
             "autocast": None if autocast is None else str(autocast).removeprefix("torch."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,8 @@ class ContenderResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON."""
-        return {**asdict(self), "samples": list(self.samples), "parts": self.parts}
+        loss = self.loss if math.isfinite(self.loss) else None  # JSON has no NaN
+        return {**asdict(self), "samples": list(self.samples), "parts": self.parts, "loss": loss}
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,17 @@ from torch import nn
 
 from sdgp_accel import batch as batches
 from sdgp_accel.config import SDGPConfig
+from sdgp_accel.nn import SDGPConv2d, SDGPLinear
 from sdgp_accel.roofline import GPU, SCHEDULES, Choice, Schedule, Work, best_backward, dense_seconds, gpu_figures
+from sdgp_accel.swap import Filter, selector
 from sdgp_accel.trace import LayerCall, trace
+
+Select = Callable[[nn.Module, str], bool]
 
 NOTE = (
     "A roofline prediction, not a measurement. Shares are of the forward and backward time of the Linear and Conv2d "
     "layers; attention products, normalisation, activations, the optimizer and launch overheads are left out."
 )
-
-FilterFn = Callable[[nn.Module, str], bool]
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def plan(
     batch: Any,
     gpu: str | GPU = "a100",
     config: SDGPConfig | None = None,
-    filter_fn: FilterFn | None = None,
+    filter_fn: Filter = None,
     **figures: float | None,
 ) -> PlanReport:
     """Predict what SDGP would save in training `model` on `batch`, without the GPU and without computing anything.
@@ -186,20 +188,21 @@ def plan(
     batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets), on any device.
     gpu: a name of `roofline.GPUS` or a `roofline.GPU`.
     config: which passes are pruned and which layers are left alone; None for the defaults.
-    filter_fn: as for `accelerate_`; layers for which it is false stay dense.
+    filter_fn: as for `accelerate_`; layers that it does not select stay dense.
     figures: replace single figures of `gpu`, e.g. ``sparse_speedup=1.5``.
 
     The formulas are those of `sdgp_accel.roofline`. Raises ValueError or TypeError for bad arguments and RuntimeError
     where the model's forward reads values of tensors, so that shapes alone cannot be traced.
     """
     chosen, config = gpu_figures(gpu, **figures), config or SDGPConfig()
-    layers = tuple(_plan_layer(call, chosen, config, filter_fn) for call in trace(model, batch))
+    select = selector(filter_fn)
+    layers = tuple(_plan_layer(call, chosen, config, select) for call in trace(model, batch))
     return PlanReport(chosen, batches.size(batch), layers)
 
 
-def _plan_layer(call: LayerCall, gpu: GPU, config: SDGPConfig, filter_fn: FilterFn | None) -> LayerPlan:
+def _plan_layer(call: LayerCall, gpu: GPU, config: SDGPConfig, select: Select) -> LayerPlan:
     name, module, work = call
-    reason = _dense_reason(call, config, filter_fn)
+    reason = _dense_reason(call, config, select)
     wanted = [p for p in work.passes if getattr(config, p) == "sparse"]
     work = replace(work, sparse_passes=() if reason else tuple(wanted))
     dense = dense_seconds(work, gpu)
@@ -208,15 +211,17 @@ def _plan_layer(call: LayerCall, gpu: GPU, config: SDGPConfig, filter_fn: Filter
     return LayerPlan(name, kind, work, dense, dense * len(work.passes), two_pass, fused, reason)
 
 
-def _dense_reason(call: LayerCall, config: SDGPConfig, filter_fn: FilterFn | None) -> str:
+def _dense_reason(call: LayerCall, config: SDGPConfig, select: Select) -> str:
     """Why the kernels could take no pass of this layer; empty where they can."""
     name, module, work = call
     in_channels = module.weight.shape[1]
+    if type(module) not in (nn.Linear, nn.Conv2d, SDGPLinear, SDGPConv2d):
+        return type(module).__name__  # may compute something else: `accelerate_` leaves subclasses alone
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return "grouped"
     if in_channels < config.min_in_channels:
         return f"{in_channels} input{'s' if in_channels > 1 else ''}"
-    if filter_fn is not None and not filter_fn(module, name):
+    if not select(module, name):
         return "filtered"
     if not any(getattr(config, p) == "sparse" for p in work.passes):
         return "no pass pruned"

@@ -55,7 +55,7 @@ def accelerate_(model: nn.Module, config: SDGPConfig | None = None, filter_fn: F
     config = SDGPConfig() if config is None else config
     if not isinstance(config, SDGPConfig):
         raise TypeError(f"config must be an SDGPConfig or None; got {type(config).__name__}")
-    select = _selector(filter_fn)
+    select = selector(filter_fn)
     steps = [_plan_step(module, names, config, select) for module, names in _layers(model)]
     for step in steps:
         _apply(step)
@@ -99,7 +99,8 @@ def _to_original(module: nn.Module) -> None:
     module.__class__ = original
 
 
-def _selector(filter_fn: Filter) -> Callable[[nn.Module, str], bool]:
+def selector(filter_fn: Filter) -> Callable[[nn.Module, str], bool]:
+    """`filter_fn`, None or name patterns as ``(module, name) -> bool``; TypeError for anything else."""
     if filter_fn is None:
         return lambda module, name: True
     if callable(filter_fn):

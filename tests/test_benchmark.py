@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,12 @@ def test_json_schema(tmp_path: Path) -> None:
         total = sum(contender["parts"].values())
         assert total >= contender["forward"]["median"] + contender["optimizer"]["median"]
     assert {"cpu", "gpu", "versions", "time", "git_revision", "settings"} <= set(data["provenance"])
+
+
+def test_json_has_no_nan() -> None:
+    report = measured_report((0.8, 0.8, 0.8))
+    broken = replace(report, contenders=tuple(replace(c, loss=float("nan")) for c in report.contenders))
+    assert json.loads(json.dumps(broken.to_dict(), allow_nan=False))["contenders"][0]["loss"] is None
 
 
 @pytest.mark.parametrize("output", ["mapping with loss", "tensor without targets", "custom loss"])

@@ -18,6 +18,7 @@ from sdgp_accel import models
 from sdgp_accel.cli import main
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.plan import PlanReport, plan
+from sdgp_accel.swap import accelerate_
 from sdgp_accel.trace import trace
 
 # Per cent of forward and backward time saved: A100 two-pass and fused, H100 two-pass and fused, and both with a 2:4
@@ -114,6 +115,7 @@ def test_what_stays_dense_says_why() -> None:
     images = torch.randn(2, 3, 12, 12)
     reasons = _reasons(plan(model, images, filter_fn=lambda module, name: name != "3"))
     assert reasons == {"0": "3 inputs", "1": "grouped", "2": "", "3": "filtered"}
+    assert _reasons(plan(model, images, filter_fn=["0", "2"]))["3"] == "filtered"
     assert plan(model, images).layers[2].work.passes == ("grad_input",)
     paper = SDGPConfig(grad_weight="dense")
     assert {p for layer in plan(model, images, config=paper).layers for p in layer.work.sparse_passes} == {"grad_input"}
@@ -122,6 +124,15 @@ def test_what_stays_dense_says_why() -> None:
     off = plan(model, images, config=SDGPConfig(grad_input="dense", grad_weight="dense"))
     assert _reasons(off)["3"] == "no pass pruned"
     assert off.saving("fused") == 0.0
+
+
+def test_subclasses_stay_dense_and_swapped_layers_do_not() -> None:
+    class Gated(nn.Linear):
+        pass
+
+    model = nn.Sequential(Gated(16, 16), nn.Linear(16, 16))
+    accelerate_(model)
+    assert _reasons(plan(model, torch.randn(8, 16))) == {"0": "Gated", "1": ""}
 
 
 def test_model_without_layers() -> None:
