@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sdgp_accel.pruning import prune
     from sdgp_accel.report import LayerReport, SwapReport
     from sdgp_accel.swap import accelerate_, restore_
+    from sdgp_accel.validation import validate
 
 __version__ = "0.1.0"
 

@@ -67,7 +67,7 @@ def conv2d(
     input, weight, bias = _autocast(input, weight, bias)
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
-        input, padding = _pad(input, weight, padding, stride, dilation)
+        input, padding = resolve_padding(input, weight, padding, stride, dilation)
     padding, plan = _pair(padding), _encoded(plan, "conv2d")
     window = (*stride, *padding, *dilation, groups)
     channels_last = _is_channels_last(input) or _is_channels_last(weight)
@@ -197,7 +197,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
-def _pad(
+def resolve_padding(
     input: Tensor, weight: Tensor, padding: str, stride: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[Tensor, tuple[int, int]]:
     """Resolve ``"same"`` and ``"valid"`` as torch does: what is asymmetric is padded first, on the far side."""

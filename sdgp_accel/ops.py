@@ -34,12 +34,11 @@ CONV2D_SIGNATURE = (
 
 def _linear_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, plan: str) -> list[Tensor]:
     """dy [..., C_out], x [..., C_in], weight [C_out, C_in]; at least one of x and weight is given."""
-    rows = dy.unsqueeze(0) if dy.dim() == 1 else dy.flatten(0, -2)
-    if x is not None:
-        x = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
     input_shape = (*dy.shape[:-1], _in_features(x, weight))
     geometry = LinearGeometry.of(input_shape, dy.shape[-1])
-    gradients = _backward(rows, rows, x, weight, bias, geometry, plan)
+    if x is not None:
+        x = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    gradients = _backward(dense.matrix_view(dy, geometry), x, weight, bias, geometry, plan)
     if weight is not None and dy.dim() != 2:
         gradients[0] = gradients[0].view(input_shape)
     return gradients
@@ -63,19 +62,21 @@ def _conv2d_backward(
     geometry = Conv2dGeometry.of(
         absent_shape if x is None else x.shape, absent_shape if weight is None else weight.shape, window, channels_last
     )
-    return _backward(dy, None, x, weight, bias, geometry, plan)
+    return _backward(dy, x, weight, bias, geometry, plan)
 
 
 def _backward(
     dy: Tensor,
-    matrix: Tensor | None,
     x: Tensor | None,
     weight: Tensor | None,
     bias: bool,
     geometry: Geometry,
     plan_text: str,
 ) -> list[Tensor]:
-    """Run the passes that are asked for, each on its pruned operand or on dY as it is; `matrix` is dY as [T, C]."""
+    """Run the passes that are asked for, each on its pruned operand or on dY as it is.
+
+    Linear: dy [T, C_out], x [T, C_in]; Conv2d: dy [N, C_out, P, Q], x [N, C_in, H, W].
+    """
     backend, plan, _ = decide(plan_text, geometry, dy.dtype, dy.device)
     prune_dgrad = backend is not None and weight is not None and plan.grad_input is not None
     prune_wgrad = backend is not None and x is not None and plan.grad_weight is not None
@@ -84,12 +85,11 @@ def _backward(
         dgrad = wgrad = db = None
         if backend is not None and (prune_dgrad or prune_wgrad):
             with stage("prune_compress"):
-                if matrix is None:  # a view where dY is channels_last, one copy where it is not
-                    matrix = dy.permute(0, 2, 3, 1).flatten(0, 2)
+                matrix = dense.matrix_view(dy, geometry)
                 rng = philox.Rng(philox.draw(dy.device), philox.data_parallel_rank(), 0) if plan.draws else None
                 needs = Needs(prune_dgrad, prune_wgrad, bias)
                 dgrad, wgrad, db = backend.prune_compress(matrix, plan, rng, geometry.positions_per_sample, needs)
-            matrix = None
+                del matrix  # where it is a copy, it is freed before the passes allocate
         elif bias:
             db = dy.sum([d for d in range(dy.dim()) if d != 1])
         if weight is not None:

@@ -28,7 +28,7 @@ _SWAPS: dict[type[Any], type[nn.Module]] = {nn.Linear: SDGPLinear, nn.Conv2d: SD
 _ORIGINALS: dict[type[Any], type[nn.Module]] = {SDGPLinear: nn.Linear, SDGPConv2d: nn.Conv2d}
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """What `accelerate_` will do to one module; `config` None: make (or leave) it an ordinary layer."""
 
     module: nn.Module
@@ -50,15 +50,12 @@ def accelerate_(model: nn.Module, config: SDGPConfig | None = None, filter_fn: F
     Returns a `SwapReport` of every layer with weights. Raises TypeError for wrong argument types, and
     RuntimeError where ``fallback="error"`` and a layer cannot run on the kernels.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    config = SDGPConfig() if config is None else config
-    if not isinstance(config, SDGPConfig):
-        raise TypeError(f"config must be an SDGPConfig or None; got {type(config).__name__}")
-    select = selector(filter_fn)
-    steps = [_plan_step(module, names, config, select) for module, names in _layers(model)]
+    steps = plan_swap(model, config, filter_fn)
     for step in steps:
-        _apply(step)
+        if step.config is not None:
+            swap_layer(step.module, step.config)
+        elif type(step.module) in _ORIGINALS:
+            restore_layer(step.module)
     report = SwapReport(tuple(step.report for step in steps))
     if not report.swapped:
         warnings.warn("accelerate_ found no layer to swap in this model; see the returned report", stacklevel=2)
@@ -78,22 +75,31 @@ def restore_(model: nn.Module) -> nn.Module:
     if derived:
         raise RuntimeError(f"cannot restore layers whose class was derived from an SDGP layer: {', '.join(derived)}")
     for module in layers:
-        _to_original(module)
+        restore_layer(module)
     return model
 
 
-def _apply(step: _Step) -> None:
-    if step.config is None:
-        if type(step.module) in _ORIGINALS and not step.report.swapped:
-            _to_original(step.module)
-        return
-    if type(step.module) in _SWAPS:
-        step.module.__class__ = _SWAPS[type(step.module)]
-    assert isinstance(step.module, (SDGPLinear, SDGPConv2d))
-    step.module.sdgp_config = step.config
+def plan_swap(model: nn.Module, config: SDGPConfig | None = None, filter_fn: Filter = None) -> list[Step]:
+    """What `accelerate_` would do with these arguments; raises what it raises, changes nothing."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    config = SDGPConfig() if config is None else config
+    if not isinstance(config, SDGPConfig):
+        raise TypeError(f"config must be an SDGPConfig or None; got {type(config).__name__}")
+    select = selector(filter_fn)
+    return [_plan_step(module, names, config, select) for module, names in _layers(model)]
 
 
-def _to_original(module: nn.Module) -> None:
+def swap_layer(module: nn.Module, config: SDGPConfig) -> None:
+    """Make an exact nn.Linear or nn.Conv2d (or one that is swapped already) an SDGP layer with `config`."""
+    if type(module) in _SWAPS:
+        module.__class__ = _SWAPS[type(module)]
+    assert isinstance(module, (SDGPLinear, SDGPConv2d))
+    module.sdgp_config = config
+
+
+def restore_layer(module: nn.Module) -> None:
+    """Make an exact SDGPLinear or SDGPConv2d an ordinary layer again."""
     original = _ORIGINALS[type(module)]
     del module._sdgp_config, module._sdgp_plan
     module.__class__ = original
@@ -133,18 +139,18 @@ def _is_lazy(parameter: object) -> bool:
 
 def _plan_step(
     module: nn.Module, names: list[str], config: SDGPConfig, select: Callable[[nn.Module, str], bool]
-) -> _Step:
+) -> Step:
     """Decide about one module without touching it."""
     if not any(select(module, name) for name in names):
         if isinstance(module, (SDGPLinear, SDGPConv2d)):
             kept = module.sdgp_config
-            return _Step(module, kept, _swapped_report(module, names, kept, "not selected: keeps its configuration"))
-        return _Step(module, None, _skipped_report(module, names, "not selected by filter_fn"))
+            return Step(module, kept, _swapped_report(module, names, kept, "not selected: keeps its configuration"))
+        return Step(module, None, _skipped_report(module, names, "not selected by filter_fn"))
     reason = _why_not(module, config)
     if reason is not None:
-        return _Step(module, None, _skipped_report(module, names, reason))
+        return Step(module, None, _skipped_report(module, names, reason))
     assert isinstance(module, (nn.Linear, nn.Conv2d))
-    return _Step(module, config, _swapped_report(module, names, config, None))
+    return Step(module, config, _swapped_report(module, names, config, None))
 
 
 def _why_not(module: nn.Module, config: SDGPConfig) -> str | None:
@@ -158,7 +164,7 @@ def _why_not(module: nn.Module, config: SDGPConfig) -> str | None:
     in_channels = _in_channels(module)
     if in_channels < config.min_in_channels:
         return f"{in_channels} input channels < min_in_channels = {config.min_in_channels}"
-    if not decode(plan_string(_kind(module), config)).prunes:
+    if not decode(plan_string(layer_kind(module), config)).prunes:
         return "the configuration prunes neither pass"
     return None
 
@@ -186,7 +192,7 @@ def _base_name(module: nn.Linear | nn.Conv2d) -> str:
     return "Linear" if isinstance(module, nn.Linear) else "Conv2d"
 
 
-def _kind(module: nn.Linear | nn.Conv2d) -> LayerKind:
+def layer_kind(module: nn.Linear | nn.Conv2d) -> LayerKind:
     return "linear" if isinstance(module, nn.Linear) else "conv2d"
 
 
@@ -202,7 +208,7 @@ def _skipped_report(module: nn.Module, names: list[str], reason: str) -> LayerRe
 def _swapped_report(
     module: nn.Linear | nn.Conv2d, names: list[str], config: SDGPConfig, reason: str | None
 ) -> LayerReport:
-    plan_text = plan_string(_kind(module), config)
+    plan_text = plan_string(layer_kind(module), config)
     decision, remark = _preview(plan_text, module)
     dense = decision.backend is None
     return LayerReport(

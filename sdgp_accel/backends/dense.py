@@ -37,5 +37,20 @@ def wgrad(dy: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     return result
 
 
+def matrix_view(dy: Tensor, geometry: Geometry) -> Tensor:
+    """dY as [T, C]: a view for Linear and for channels_last gradients, a copy for other layouts of Conv2d's."""
+    if isinstance(geometry, LinearGeometry):
+        return dy.unsqueeze(0) if dy.dim() == 1 else dy.flatten(0, -2)
+    return dy.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def layer_view(matrix: Tensor, geometry: Geometry) -> Tensor:
+    """[T, C] as `dgrad` and `wgrad` take it: itself for Linear, [N, C, P, Q] (channels_last) for Conv2d."""
+    if isinstance(geometry, LinearGeometry):
+        return matrix
+    shape = (geometry.batch, geometry.out_height, geometry.out_width, geometry.out_channels)
+    return matrix.view(shape).permute(0, 3, 1, 2)
+
+
 def _memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sdgp_accel.backends import Needs, Operands, dense
-from sdgp_accel.geometry import Geometry, LinearGeometry
+from sdgp_accel.geometry import Geometry
 from sdgp_accel.layer_plan import LayerPlan
 from sdgp_accel.philox import Rng
 from sdgp_accel.pruning import prune_matrix
@@ -41,19 +41,11 @@ class ReferenceBackend:
 
     def dgrad(self, operand: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         """Dense dgrad of the pruned gradient."""
-        return dense.dgrad(_layer_view(operand, geometry), weight, geometry)
+        return dense.dgrad(dense.layer_view(operand, geometry), weight, geometry)
 
     def wgrad(self, operand: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
         """Dense wgrad of the pruned gradient."""
-        return dense.wgrad(_layer_view(operand, geometry), x, geometry)
-
-
-def _layer_view(dy2d: Tensor, geometry: Geometry) -> Tensor:
-    """[T, C] as the layer's own output shape: itself for Linear, [N, C, P, Q] for Conv2d."""
-    if isinstance(geometry, LinearGeometry):
-        return dy2d
-    shape = (geometry.batch, geometry.out_height, geometry.out_width, geometry.out_channels)
-    return dy2d.view(shape).permute(0, 3, 1, 2)
+        return dense.wgrad(dense.layer_view(operand, geometry), x, geometry)
 
 
 BACKEND = ReferenceBackend()

@@ -1,0 +1,74 @@
+"""``sdgp validate``: every layer's gradients of a named model, checked against float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+
+from sdgp_accel import models
+from sdgp_accel.cli.options import config_options, model_options
+from sdgp_accel.config import SDGPConfig
+from sdgp_accel.validation import validate
+
+# Name -> (dtype of the parameters, dtype of autocast).
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "amp-bf16": (torch.float32, torch.bfloat16),
+    "amp-fp16": (torch.float32, torch.float16),
+    "bf16": (torch.bfloat16, None),
+    "fp32": (torch.float32, None),
+    "fp64": (torch.float64, None),
+}
+
+
+@click.command("validate", context_settings={"show_default": True})
+@model_options
+@click.option("--batch", "-b", type=click.IntRange(min=1), default=4, help="Samples.")
+@click.option("--device", type=click.Choice(("cpu", "cuda")), help="[default: cuda where there is a GPU]")
+@click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", help="What the layers compute in.")
+@click.option("--draws", type=click.IntRange(min=0), default=8, help="Draws of mvue to estimate its bias from.")
+@click.option("--layers", "patterns", multiple=True, metavar="GLOB", help="Only layers of these names; repeatable.")
+@click.option("--seed", type=int, default=0, help="Of the model, the batch and the draws.")
+@config_options
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write every check here.")
+def command(
+    model: str,
+    image_size: int | None,
+    seq_len: int | None,
+    batch: int,
+    device: str | None,
+    precision: str,
+    draws: int,
+    patterns: tuple[str, ...],
+    seed: int,
+    config: SDGPConfig,
+    json_path: Path | None,
+) -> None:
+    """Check the backward passes of MODEL: exit code 1 where a result is further from float64 than rounding explains.
+
+    MODEL is resnet9, digits, gpt, conv_lm, ..., or the name of a torchvision or timm classifier; its weights and its
+    batch are random.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, autocast = PRECISIONS[precision]
+    torch.manual_seed(seed)
+    try:
+        net = models.build(model, image_size=image_size, seq_len=seq_len).to(device, dtype)
+        inputs, targets = models.example_batch(model, batch, image_size=image_size, seq_len=seq_len, device=device)
+        example = (inputs.to(dtype) if inputs.is_floating_point() else inputs, targets)
+        report = validate(net, example, config, patterns or None, autocast=autocast, draws=draws, seed=seed)
+    except (ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
+        raise click.ClickException(str(error)) from error
+    console = Console()
+    console.print(report)
+    if json_path is not None:
+        json_path.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    for check in report.failures:
+        console.print(
+            f"FAILED: {check.layer} {check.pass_name}: error {check.error:.2e}, allowed {check.tolerance:.2e}"
+        )
+    if not report.ok:
+        raise SystemExit(1)

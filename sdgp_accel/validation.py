@@ -1,0 +1,370 @@
+"""Are the gradients right? Every pass of every SDGP layer against float64, on a model's own activations.
+
+**Tolerance.** A backend sums K products of values that are exact in the compute dtype, in some order, in an
+accumulator with unit roundoff u_a (float32's for fp16, bf16 and fp32; TF32 also rounds the operands), and rounds
+the sum once to the compute dtype, u_o. Higham & Mary (2019, "A new approach to probabilistic rounding error
+analysis", SIAM J. Sci. Comput. 41(5), theorem 3.1) bound the error of an inner product, for rounding errors that
+are independent with mean zero, by ``λ sqrt(K) u_a Σ|a_k b_k|``, with a failure probability that falls like
+``exp(-λ²/2)`` per value. In the Frobenius norm over a whole result, with |A||B| the product of the moduli, C the exact
+result and u_t = 2^-11 for TF32 (else 0)::
+
+    ‖C_computed - C‖ ≤ (λ sqrt(K) u_a + 2 u_t) ‖|A||B|‖ + u_o ‖C‖
+
+The worst case, linear in K, would pass results that are plainly wrong for the millions of positions of a
+convolution's wgrad. λ = 8 instead of a usual 4 leaves room for Winograd convolutions, whose transforms lose a few
+more bits, and for fused multiply-adds that round in other places.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sdgp_accel import batch as batches
+from sdgp_accel import functional, philox
+from sdgp_accel.backends import Decision, decide, dense
+from sdgp_accel.batch import LossFn
+from sdgp_accel.config import Pass, PruneSpec, SDGPConfig
+from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
+from sdgp_accel.layer_plan import plan_string
+from sdgp_accel.nn import SDGPConv2d, SDGPLinear
+from sdgp_accel.pruning import prune_matrix
+from sdgp_accel.report import SwapReport
+from sdgp_accel.swap import Filter, layer_kind, plan_swap, restore_layer, swap_layer
+from sdgp_accel.validation_report import Bias, PassCheck, ValidationReport
+
+LAMBDA = 8.0
+TF32_ROUNDOFF = 2.0**-11
+FP16_LOSS_SCALE = 2.0**10  # gradients of a mean over a batch underflow in fp16; no figure here depends on the scale
+
+
+class _Target(NamedTuple):
+    """A layer to check, by its name, with its configuration."""
+
+    name: str
+    module: nn.Linear | nn.Conv2d
+    config: SDGPConfig
+
+
+class _Call(NamedTuple):
+    """One backward of one layer as the op sees it: dY [.., C_out] or [N, C_out, P, Q] and both other operands."""
+
+    dy: Tensor
+    x: Tensor
+    weight: Tensor
+    geometry: Geometry
+    plan_text: str
+    decision: Decision
+
+
+def validate(
+    model: nn.Module,
+    batch: Any,
+    config: SDGPConfig | None = None,
+    filter_fn: Filter = None,
+    *,
+    loss_fn: LossFn | None = None,
+    autocast: torch.dtype | None = None,
+    draws: int = 8,
+    seed: int = 0,
+) -> ValidationReport:
+    """Check dgrad and wgrad of every layer that `accelerate_(model, config, filter_fn)` would swap.
+
+    batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets).
+    config: None takes each SDGP layer of an accelerated model with its own configuration, and the default
+        `SDGPConfig` for a model that has none.
+    loss_fn: ``(output, targets) -> scalar``; see `batch.loss` for the default.
+    autocast: the dtype to run the forward pass in, as under ``torch.autocast``.
+    draws: draws of ``mvue`` to estimate its bias from; 0 leaves it out.
+
+    One dense forward and backward pass gives every layer its true x and dY; the layer is checked at the moment
+    its dY is there, so that no more than one layer's tensors are held. A second, pruned pass gives the end-to-end
+    cosines. The model is left as it was: classes, gradients, buffers, random state.
+
+    Raises TypeError or ValueError for wrong arguments and for a loss that is not finite.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if not isinstance(draws, int) or draws < 0 or draws == 1:
+        raise ValueError(f"draws must be 0 or an int >= 2; got {draws!r}")
+    with _left_as_it_was(model):
+        targets, swap = _targets(model, config, filter_fn)
+        for target in targets:
+            if isinstance(target.module, (SDGPLinear, SDGPConv2d)):
+                restore_layer(target.module)
+        checks: list[PassCheck] = []
+        handles = [_watch(target, checks, draws) for target in targets]
+        try:
+            _run(model, batch, loss_fn, autocast, seed)
+        finally:
+            for handle in handles:
+                handle.remove()
+        gradients = {target.name: target.module.weight.grad for target in targets}
+        for parameter in model.parameters():
+            parameter.grad = None
+        for target in targets:
+            swap_layer(target.module, target.config)
+        _run(model, batch, loss_fn, autocast, seed)
+        cosines = {target.name: _cosine(target.module.weight.grad, gradients[target.name]) for target in targets}
+    return ValidationReport(tuple(_with_end_to_end(check, cosines) for check in checks), swap)
+
+
+def _targets(model: nn.Module, config: SDGPConfig | None, filter_fn: Filter) -> tuple[list[_Target], SwapReport]:
+    steps = plan_swap(model, config, filter_fn)
+    accelerated = any(isinstance(step.module, (SDGPLinear, SDGPConv2d)) for step in steps)
+    targets = []
+    for step in steps:
+        chosen = step.config
+        if config is None and accelerated:
+            chosen = step.module.sdgp_config if isinstance(step.module, (SDGPLinear, SDGPConv2d)) else None
+        if chosen is not None:
+            assert isinstance(step.module, (nn.Linear, nn.Conv2d))
+            targets.append(_Target(step.report.name or "(the model)", step.module, chosen))
+    return targets, SwapReport(tuple(step.report for step in steps))
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts back classes and configurations, gradients, buffers and the random state."""
+    configs = {
+        module: module.sdgp_config if isinstance(module, (SDGPLinear, SDGPConv2d)) else None
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for module, config in configs.items():
+            if config is not None:
+                swap_layer(module, config)
+            elif type(module) in (SDGPLinear, SDGPConv2d):
+                restore_layer(module)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _run(model: nn.Module, batch: Any, loss_fn: LossFn | None, autocast: torch.dtype | None, seed: int) -> None:
+    torch.manual_seed(seed)
+    device = next(model.parameters()).device
+    with torch.enable_grad():
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            loss = batches.loss(batches.forward(model, batch), batch, loss_fn)
+        if not bool(loss.isfinite()):
+            raise ValueError(f"the loss of batch must be finite to validate gradients; got {loss.item()}")
+        (loss * (FP16_LOSS_SCALE if autocast == torch.float16 else 1.0)).backward()  # type: ignore[no-untyped-call]
+
+
+def _watch(target: _Target, checks: list[PassCheck], draws: int) -> torch.utils.hooks.RemovableHandle:
+    """Check every backward of the layer, as soon as its dY is known."""
+    calls = 0
+
+    def after_forward(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        nonlocal calls
+        if not output.requires_grad:
+            return  # the first, gradient-free forward of activation checkpointing, or a frozen beginning
+        calls += 1
+        label = target.name if calls == 1 else f"{target.name} (call {calls})"
+        x = inputs[0] if inputs else named["input"]
+        needs = {"grad_input": x.requires_grad, "grad_weight": target.module.weight.requires_grad}
+
+        def on_gradient(dy: Tensor) -> None:
+            with torch.no_grad():
+                call = _call(target, x.detach(), dy)
+                wanted: list[Pass] = ["grad_input", "grad_weight"]
+                checks.extend(_check(label, call, name, draws) for name in wanted if needs[name])
+
+        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+    return target.module.register_forward_hook(after_forward, with_kwargs=True)
+
+
+def _call(target: _Target, x: Tensor, dy: Tensor) -> _Call:
+    """The operands of the layer's op: x padded and cast as the layer itself does it."""
+    module = target.module
+    x, weight = x.to(dy.dtype), module.weight.detach().to(dy.dtype)
+    plan_text = plan_string(layer_kind(module), target.config)
+    geometry: Geometry
+    if isinstance(module, nn.Conv2d):
+        x, padding = _padded(module, x)
+        if x.dim() == 3:
+            x, dy = x.unsqueeze(0), dy.unsqueeze(0)
+        window = (*module.stride, *padding, *module.dilation, module.groups)
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        geometry = Conv2dGeometry.of(x.shape, weight.shape, window, channels_last)
+    else:
+        geometry = LinearGeometry.of(x.shape, module.out_features)
+    return _Call(dy, x, weight, geometry, plan_text, decide(plan_text, geometry, dy.dtype, dy.device))
+
+
+def _padded(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    if module.padding_mode != "zeros":
+        return F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), (0, 0)
+    if isinstance(module.padding, str):
+        return functional.resolve_padding(
+            x, module.weight, module.padding, _pair(module.stride), _pair(module.dilation)
+        )
+    return x, module.padding
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def _check(label: str, call: _Call, pass_name: Pass, draws: int) -> PassCheck:
+    """One pass: the op's result, and the same from float64 dense ops on the gradient that the op must have used."""
+    is_dgrad = pass_name == "grad_input"
+    spec = getattr(call.decision.plan, pass_name) if call.decision.backend is not None else None
+    got, rng = _run_op(call, is_dgrad)
+
+    matrix = dense.matrix_view(call.dy, call.geometry)
+    pruned = matrix if spec is None else _pruned(matrix, spec, call.geometry, rng)
+    other = call.weight if is_dgrad else call.x
+    exact = _gemm(pruned.double(), other.double(), call.geometry, is_dgrad)
+    moduli = _gemm(pruned.abs().float(), other.abs().float(), call.geometry, is_dgrad)
+    true = _gemm(matrix.double(), other.double(), call.geometry, is_dgrad)
+
+    terms = _terms(call.geometry, is_dgrad)
+    size = float(exact.norm())
+    allowed = (
+        _roundoff(call.dy, call.geometry, terms) * float(moduli.norm()) + torch.finfo(call.dy.dtype).eps / 2 * size
+    )
+    error = float((got.double().view_as(exact) - exact).norm())
+    return PassCheck(
+        layer=label,
+        pass_name="dgrad" if is_dgrad else "wgrad",
+        prune="dense" if spec is None else f"{spec.function} {spec.n}:{spec.m}",
+        backend=call.decision.name,
+        dtype=str(call.dy.dtype).removeprefix("torch."),
+        terms=terms,
+        error=error / size if size else error,
+        tolerance=allowed / size if size else allowed,
+        cosine=_cosine(exact, true),
+        norm_ratio=size / float(true.norm()) if size else float(true.norm() == 0),
+        bias=_bias(call, matrix, spec, true, rng, draws) if spec and spec.function == "mvue" and draws else None,
+    )
+
+
+def _run_op(call: _Call, is_dgrad: bool) -> tuple[Tensor, philox.Rng]:
+    """The op's result, and the random numbers that it used: those that torch's generator gives first."""
+    x, weight = (None, call.weight) if is_dgrad else (call.x, None)
+    device = call.dy.device
+    generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    state = generator.get_state()
+    if isinstance(call.geometry, LinearGeometry):
+        (result,) = torch.ops.sdgp.linear_backward.default(call.dy, x, weight, False, call.plan_text)
+    else:
+        absent = call.x.shape if is_dgrad else call.weight.shape
+        geometry = call.geometry
+        window = (*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups)
+        (result,) = torch.ops.sdgp.conv2d_backward.default(
+            call.dy, x, weight, False, absent, window, geometry.channels_last, call.plan_text
+        )
+    generator.set_state(state)
+    return result, philox.Rng(philox.draw(device), philox.data_parallel_rank(), 0 if is_dgrad else 1)
+
+
+def _pruned(matrix: Tensor, spec: PruneSpec, geometry: Geometry, rng: philox.Rng) -> Tensor:
+    """The gradient [T, C] that the pass consumes: along C for dgrad (pass 0), along T for wgrad (pass 1)."""
+    return prune_matrix(matrix, spec, 1 - rng.pass_index, geometry.positions_per_sample, rng)
+
+
+def _gemm(matrix: Tensor, other: Tensor, geometry: Geometry, is_dgrad: bool) -> Tensor:
+    """dX from (dY, W) or dW from (dY, x), with dY as [T, C], by dense ops in the dtype of the operands."""
+    if isinstance(geometry, LinearGeometry) and not is_dgrad:
+        other = other.reshape(-1, geometry.in_channels)
+    dy = dense.layer_view(matrix, geometry)
+    return dense.dgrad(dy, other, geometry) if is_dgrad else dense.wgrad(dy, other, geometry)
+
+
+def _terms(geometry: Geometry, is_dgrad: bool) -> int:
+    """The products summed for one value of the result."""
+    if not is_dgrad:
+        return geometry.positions
+    taps = 1 if isinstance(geometry, LinearGeometry) else math.prod(geometry.kernel)
+    return geometry.out_channels // geometry.groups * taps
+
+
+def _roundoff(dy: Tensor, geometry: Geometry, terms: int) -> float:
+    """The factor of ‖|A||B|‖ in the tolerance (see the module's docstring)."""
+    accumulator = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    roundoff = LAMBDA * math.sqrt(terms) * torch.finfo(accumulator).eps / 2
+    if dy.dtype == torch.float32 and dy.device.type == "cuda":
+        is_linear = isinstance(geometry, LinearGeometry)
+        exact = torch.get_float32_matmul_precision() == "highest" if is_linear else not torch.backends.cudnn.allow_tf32
+        roundoff += 0.0 if exact else 2 * TF32_ROUNDOFF
+    return roundoff
+
+
+def _bias(call: _Call, matrix: Tensor, spec: PruneSpec, true: Tensor, rng: philox.Rng, draws: int) -> Bias:
+    """The projection of `draws` pruned gradients on the true one, without a GEMM per draw: <dX_r, dX> is
+    <dY_r, D> with D = dX W^T, and <dW_r, dW> is <dY_r, D> with D = x dW^T (for Conv2d the convolution).
+    """
+    dtype = torch.float64 if call.dy.dtype == torch.float64 else torch.float32
+    x, weight = (true, call.weight) if rng.pass_index == 0 else (call.x, true)
+    x, weight = x.to(dtype), weight.to(dtype)
+    if isinstance(call.geometry, LinearGeometry):
+        direction = F.linear(x.reshape(-1, x.shape[-1]), weight)
+    else:
+        geometry = call.geometry
+        y = F.conv2d(x, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+        direction = dense.matrix_view(y, geometry)
+    total = float(true.square().sum())
+    if total == 0.0:
+        return Bias(0.0, 0.0, draws)
+    mean = 0.0
+    for _ in range(draws):
+        drawn = _pruned(matrix, spec, call.geometry, rng._replace(seed=philox.draw(matrix.device)))
+        mean += float((drawn * direction).sum(dtype=torch.float64)) / total / draws
+    deviation = math.sqrt(_projection_variance(matrix, drawn, direction, spec, 1 - rng.pass_index)) / total
+    return Bias(mean - 1.0, deviation / math.sqrt(draws), draws)
+
+
+def _projection_variance(matrix: Tensor, drawn: Tensor, direction: Tensor, spec: PruneSpec, axis: int) -> float:
+    """An upper bound of the variance of <drawn, direction>, from the rule of ``mvue``, not from a sample: a sample
+    would miss rare draws of large values.
+
+    In a group with n to keep, an uncapped x_i becomes ±s with probability |x_i| / s, s being the same for all of
+    them: the smallest value kept. At most n terms of Σ d_i out_i are not zero, so its second moment is at most
+    n Σ d_i² |x_i| s; its mean is Σ d_i x_i.
+    """
+
+    def grouped(values: Tensor) -> Tensor:
+        values = values.float() if axis == 1 else values.t().float()
+        padded = F.pad(values, (0, -values.shape[1] % spec.m))
+        return padded.reshape(padded.shape[0], -1, spec.m)
+
+    kept = grouped(drawn).abs()
+    smallest = kept.masked_fill(kept == 0, torch.inf).amin(-1, keepdim=True).nan_to_num(posinf=0.0)
+    x, d = grouped(matrix), grouped(direction)
+    x = x.where(x.abs() < smallest, 0.0)
+    moments = spec.n * (d.square() * x.abs() * smallest).sum(-1) - (d * x).sum(-1).square()
+    return float(moments.clamp(min=0.0).sum(dtype=torch.float64))
+
+
+def _cosine(a: Tensor | None, b: Tensor | None) -> float:
+    """Cosine of the angle between two tensors of one shape; 1 for two zeros, 0 for one; NaN for None."""
+    if a is None or b is None:
+        return math.nan
+    a, b = a.double(), b.double()
+    norms = float(a.norm() * b.norm())
+    return float((a * b).sum()) / norms if norms else float(a.norm() == b.norm())
+
+
+def _with_end_to_end(check: PassCheck, cosines: dict[str, float]) -> PassCheck:
+    cosine = cosines.get(check.layer, math.nan)
+    return replace(check, end_to_end_cosine=cosine) if check.pass_name == "wgrad" and cosine == cosine else check

@@ -1,0 +1,123 @@
+"""What `validate` found, as data and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sdgp_accel.report import SwapReport
+
+SCHEMA = 1
+BIAS_STANDARD_ERRORS = 6.0
+
+
+@dataclass(frozen=True)
+class Bias:
+    """How far the mean of repeated draws of a pruned gradient lies from the dense one, along the dense one.
+
+    value: mean of <g_r, g> / <g, g> - 1 over the draws g_r; standard_error: an upper bound of that mean's.
+    """
+
+    value: float
+    standard_error: float
+    draws: int
+
+    @property
+    def within_noise(self) -> bool:
+        """True where an unbiased estimate explains the value."""
+        return abs(self.value) <= BIAS_STANDARD_ERRORS * self.standard_error + 1e-3
+
+
+@dataclass(frozen=True)
+class PassCheck:
+    """One pass of one call of one layer.
+
+    prune: what the pass consumes, e.g. ``mvue 2:4`` or ``dense``. terms: products summed for one value.
+    error: Frobenius norm of the difference between the backend's result and float64 dense ops on the same pruned
+    gradient, over the norm of the latter; tolerance: the most that rounding explains. cosine, norm_ratio: of the
+    pruned gradient's result against the true dense one. bias: for ``mvue`` only. end_to_end_cosine: wgrad only,
+    of the weight's gradient in a whole pruned backward pass against the dense one.
+    """
+
+    layer: str
+    pass_name: str
+    prune: str
+    backend: str
+    dtype: str
+    terms: int
+    error: float
+    tolerance: float
+    cosine: float
+    norm_ratio: float
+    bias: Bias | None = None
+    end_to_end_cosine: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """True where the error is within the tolerance and the bias within its noise; False for NaN."""
+        return self.error <= self.tolerance and (self.bias is None or self.bias.within_noise)
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """Every checked pass, in the order in which the backward pass met them, and what was not swapped."""
+
+    checks: tuple[PassCheck, ...]
+    swap: SwapReport
+
+    @property
+    def ok(self) -> bool:
+        """True where every check is."""
+        return all(check.ok for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[PassCheck, ...]:
+        """The checks that failed."""
+        return tuple(check for check in self.checks if not check.ok)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for JSON."""
+        return {
+            "schema": SCHEMA,
+            "ok": self.ok,
+            "checks": [{**asdict(check), "ok": check.ok} for check in self.checks],
+            "swap": self.swap.to_dict(),
+        }
+
+    def table(self) -> Table:
+        """The checks as a rich table."""
+        table = Table(title=f"{len(self.checks)} passes checked, {len(self.failures)} failed")
+        for column in ("layer", "pass", "prune", "backend"):
+            table.add_column(column, overflow="fold")
+        for column in ("terms", "rel. error", "tolerance", "cosine", "norm ratio", "bias", "cosine end to end"):
+            table.add_column(column, justify="right")
+        table.add_column("")
+        for check in self.checks:
+            table.add_row(
+                check.layer,
+                check.pass_name,
+                check.prune,
+                check.backend,
+                str(check.terms),
+                f"{check.error:.1e}",
+                f"{check.tolerance:.1e}",
+                f"{check.cosine:.4f}",
+                f"{check.norm_ratio:.3f}",
+                "" if check.bias is None else f"{check.bias.value:+.4f} ± {check.bias.standard_error:.4f}",
+                "" if check.end_to_end_cosine is None else f"{check.end_to_end_cosine:.4f}",
+                Text("ok", "green") if check.ok else Text("FAILED", "bold red"),
+            )
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def __str__(self) -> str:
+        console = Console(width=160, color_system=None)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()

@@ -1,0 +1,213 @@
+"""validate: it passes what is right, names what is wrong, and leaves the model as it found it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+import sdgp_accel as sdgp
+from sdgp_accel import philox, validation
+from sdgp_accel.backends import reference
+from sdgp_accel.cli import main
+from sdgp_accel.pruning import prune_matrix
+
+pytestmark = pytest.mark.filterwarnings("ignore:device 'cpu' has no sparse tensor cores")
+
+CONV_LAYERS: dict[str, nn.Module] = {
+    "same": nn.Conv2d(8, 12, (4, 3), padding="same"),
+    "circular": nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular"),
+    "stride-dilation": nn.Conv2d(8, 12, 3, stride=2, padding=2, dilation=2),
+    "depthwise": nn.Conv2d(8, 16, 3, groups=8),
+}
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, stride=2), nn.Flatten(),
+        nn.Dropout(0.2), nn.Linear(8 * 9, 16), nn.GELU(), nn.Linear(16, 5),
+    )  # fmt: skip
+
+
+def batch(size: int = 8) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(size, 3, 9, 9), torch.randint(5, (size,))
+
+
+def by_pass(report: Any) -> dict[tuple[str, str], Any]:
+    return {(check.layer, check.pass_name): check for check in report.checks}
+
+
+@pytest.mark.parametrize("function", ["magnitude", "random", "rescale_magnitude", "mvue"])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_the_reference_backend_passes(function: str, autocast: torch.dtype | None) -> None:
+    report = sdgp.validate(model(), batch(), sdgp.SDGPConfig(prune=function), autocast=autocast)
+    assert report.ok, str(report)
+    checks = by_pass(report)
+    assert set(checks) == {(name, p) for name in ("3", "6", "8") for p in ("dgrad", "wgrad")}
+    assert checks["3", "dgrad"].terms == 8 * 9
+    assert checks["3", "wgrad"].terms == 8 * 3 * 3
+    assert checks["6", "wgrad"].terms == 8
+    for check in report.checks:
+        assert 0.3 < check.cosine < 1.0
+        assert (check.bias is not None) == (function == "mvue")
+        assert (check.end_to_end_cosine is not None) == (check.pass_name == "wgrad")
+    assert report.swap["0"].reason.startswith("3 input channels")
+
+
+@pytest.mark.parametrize("layer", CONV_LAYERS.values(), ids=CONV_LAYERS)
+def test_convolutions_are_checked_with_their_own_padding(layer: nn.Module) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), copy.deepcopy(layer))
+    report = sdgp.validate(net, torch.randn(2, 3, 10, 11), sdgp.SDGPConfig(prune="rescale_magnitude"))
+    assert report.ok, str(report)
+    assert {check.layer for check in report.checks} == {"1"}
+
+
+def test_float64_and_sequences_and_shared_layers() -> None:
+    shared = nn.Linear(8, 8)
+    net = nn.Sequential(shared, nn.GELU(), shared).double()
+    report = sdgp.validate(net, torch.randn(2, 6, 8, dtype=torch.float64))
+    assert report.ok, str(report)
+    assert {check.layer for check in report.checks} == {"0", "0 (call 2)"}
+    assert max(check.error for check in report.checks) < 1e-14
+
+
+def test_dense_passes_and_frozen_weights() -> None:
+    net = model()
+    net[6].weight.requires_grad_(False)
+    report = sdgp.validate(net, batch(), sdgp.SDGPConfig(grad_weight="dense"), filter_fn="[36]")
+    checks = by_pass(report)
+    assert set(checks) == {("3", "dgrad"), ("3", "wgrad"), ("6", "dgrad")}
+    assert (checks["3", "wgrad"].prune, checks["3", "dgrad"].prune) == ("dense", "mvue 2:4")
+    assert checks["3", "wgrad"].cosine == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("pass_name", ["dgrad", "wgrad"])
+def test_a_backend_that_is_slightly_wrong_fails(pass_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(reference.ReferenceBackend, pass_name)
+
+    def wrong(self: Any, operand: Tensor, other: Tensor, geometry: Any) -> Tensor:
+        return right(self, operand, other, geometry) * (1 + 3e-4)
+
+    monkeypatch.setattr(reference.ReferenceBackend, pass_name, wrong)
+    report = sdgp.validate(model(), batch(), sdgp.SDGPConfig(prune="magnitude"))
+    assert not report.ok
+    assert {check.pass_name for check in report.failures} == {pass_name}
+    assert "FAILED" in str(report)
+
+
+def test_a_backend_that_drops_one_value_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = reference.ReferenceBackend.prune_compress
+
+    def wrong(self: Any, dy2d: Tensor, *arguments: Any) -> Any:
+        operands = right(self, dy2d, *arguments)
+        for operand in (operand for operand in operands[:2] if operand is not None):
+            operand.view(-1)[operand.abs().argmax()] = 0
+        return operands
+
+    monkeypatch.setattr(reference.ReferenceBackend, "prune_compress", wrong)
+    report = sdgp.validate(model(), batch(), sdgp.SDGPConfig(prune="rescale_magnitude"))
+    assert len(report.failures) == len(report.checks) == 6
+
+
+def test_a_biased_estimate_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def biased(matrix: Tensor, spec: Any, axis: int, positions: int, rng: Any) -> Tensor:
+        return prune_matrix(matrix, spec, axis, positions, rng) * 1.2
+
+    monkeypatch.setattr(validation, "prune_matrix", biased)
+    report = sdgp.validate(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(64, 64), draws=64)
+    assert any(not check.bias.within_noise for check in report.checks)
+
+
+def test_non_finite_gradients_fail_and_non_finite_losses_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"the loss of batch must be finite .* got (inf|nan)"):
+        sdgp.validate(
+            nn.Sequential(nn.Linear(4, 4)), torch.full((2, 4), float("inf")), loss_fn=lambda y, _: y.sum().abs()
+        )
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    report = sdgp.validate(
+        net, torch.randn(2, 4), loss_fn=lambda y, _: (y * 0).sqrt().sum()
+    )  # d sqrt(0) = inf, * 0 = NaN
+    assert not report.ok
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    net = model()
+    sdgp.accelerate_(net, sdgp.SDGPConfig(prune="magnitude"), filter_fn="3")
+    net[6].weight.grad = torch.ones_like(net[6].weight)
+    state = copy.deepcopy(net.state_dict())
+    types, config, gradient = [type(m) for m in net], net[3].sdgp_config, net[6].weight.grad
+    examples, random_state = batch(), torch.get_rng_state()
+
+    report = sdgp.validate(net, examples)  # no configuration: the layer's own
+    assert {(check.layer, check.prune) for check in report.checks} == {("3", "magnitude 2:4")}
+    sdgp.validate(net, examples, sdgp.SDGPConfig())
+    with pytest.raises(ZeroDivisionError):
+        sdgp.validate(net, examples, loss_fn=lambda output, targets: 1 / 0)
+
+    assert [type(m) for m in net] == types
+    assert net[3].sdgp_config is config
+    assert net[6].weight.grad is gradient
+    assert net[0].weight.grad is None
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert not net[3]._forward_hooks
+
+
+def test_bias_has_the_predicted_noise() -> None:
+    """The standard error is an upper bound, and within a small factor of what repeated estimates show."""
+    net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    x = torch.randn(64, 32)
+    biases = [by_pass(sdgp.validate(net, x, draws=4, seed=seed))["1", "dgrad"].bias for seed in range(12)]
+    spread = torch.tensor([bias.value for bias in biases]).std()
+    assert 0.2 * biases[0].standard_error < spread < 1.5 * biases[0].standard_error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "resnet"}, "model must be a torch.nn.Module; got str"),
+        ({"draws": 1}, "draws must be 0 or an int >= 2; got 1"),
+        ({"draws": 2.5}, "draws must be 0 or an int >= 2; got 2.5"),
+        ({"batch": 3}, "batch must be a tensor"),
+        ({"config": "mvue"}, "config must be an SDGPConfig or None; got str"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        sdgp.validate(**{"model": nn.Linear(4, 4), "batch": torch.randn(2, 4), **arguments})
+
+
+def test_draws_use_the_numbers_that_the_op_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference gradient is rebuilt from the generator's state, not from a seed handed to the op."""
+    drawn: list[tuple[int, ...]] = []
+    draw = philox.draw
+    monkeypatch.setattr(philox, "draw", lambda device: (drawn.append(tuple((s := draw(device)).tolist())), s)[1])
+    sdgp.validate(nn.Linear(8, 8), torch.randn(4, 8), draws=0)
+    assert drawn[0] == drawn[1]
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checks.json"
+    result = CliRunner().invoke(main, ["validate", "digits", "--batch", "2", "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    data = json.loads(path.read_text())
+    assert data["ok"]
+    assert {check["pass_name"] for check in data["checks"]} == {"dgrad", "wgrad"}
+    assert data["swap"]["swapped"] > 0
+
+    monkeypatch.setattr(reference.ReferenceBackend, "wgrad", lambda self, dy, x, geometry: (dy.T @ x) * 1.01)
+    result = CliRunner().invoke(main, ["validate", "digits", "--batch", "2", "--layers", "head", "--draws", "0"])
+    assert result.exit_code == 1
+    assert "FAILED: head wgrad" in result.output
+    result = CliRunner().invoke(main, ["validate", "no_such_model"])
+    assert result.exit_code == 1
+    assert "no_such_model" in result.output
