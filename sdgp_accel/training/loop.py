@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +56,7 @@ def train(
     if saved.exists() and not resume:
         raise ValueError(f"output_dir must be new, or pass resume; {output_dir} holds the checkpoint of a run")
     output_dir.mkdir(parents=True, exist_ok=True)
-    with join_world(device) as world, Log(output_dir, world.is_main) as log:
-        seed_everything(recipe, world.rank)
+    with join_world(device) as world, global_state(recipe, world.rank), Log(output_dir, world.is_main) as log:
         data = load_data(recipe, data_dir, world)
         model, swapped = build_model(recipe, data.num_classes, world.device)
         optimizer = build_optimizer(recipe, model)
@@ -110,16 +111,28 @@ def train(
         return result
 
 
-def seed_everything(recipe: Recipe, rank: int) -> None:
-    """Seed every global generator, differently for each rank, and settle whether cuDNN may choose by timing."""
+@contextmanager
+def global_state(recipe: Recipe, rank: int) -> Iterator[None]:
+    """Every global generator seeded, differently for each rank, and torch's global settings as the recipe wants them.
+
+    The settings are put back at the end.
+    """
     seed = generator_for(recipe.seed, rank).initial_seed()
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (the global one: a user's model may draw from it)
     torch.manual_seed(seed)
+    before = torch.get_num_threads(), torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(recipe.threads or before[0])
     torch.backends.cudnn.benchmark = not recipe.deterministic
-    torch.use_deterministic_algorithms(recipe.deterministic, warn_only=True)
     if recipe.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may split sums by timing
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+        torch.use_deterministic_algorithms(before[2])
 
 
 def build_model(recipe: Recipe, num_classes: int, device: torch.device) -> tuple[nn.Module, int]:

@@ -70,6 +70,7 @@ class Recipe:
     workers: data-loading processes for each training process; image folders only. The data do not depend on it.
     sdgp: what is swapped in, or None for dense training; `sdgp_layers` says which layers are offered.
     seed: of everything random. deterministic: only run-to-run deterministic GPU kernels.
+    threads: CPU threads of each process, None for torch's choice. Sums on a CPU may depend on it.
     checkpoint_steps: save every so many steps besides every epoch; 0 for never.
     paper_top1: the accuracy in percent that the SDGP paper (arXiv:2202.00774) states for this run.
     note: what a reader should know of this recipe.
@@ -99,13 +100,14 @@ class Recipe:
     sdgp_layers: Literal["all", "conv2d"] = "all"
     seed: int = 0
     deterministic: bool = False
+    threads: int | None = None
     checkpoint_steps: int = 0
     paper_top1: float | None = None
     note: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "processes"):
-            if getattr(self, name) < 1:
+        for name in ("epochs", "batch_size", "processes", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         for name in ("lr", "lr_start", "momentum", "weight_decay", "workers", "seed", "checkpoint_steps"):
             if not 0 <= getattr(self, name) < float("inf"):

@@ -146,6 +146,18 @@ def test_interrupted_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     assert checkpoint.load(path, ALONE, short(), model, optimizer, scaler) == Progress(epoch=1)
 
 
+def test_global_settings_are_put_back(tmp_path):
+    before = torch.get_num_threads(), torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    with loop.global_state(short(threads=before[0] + 1, deterministic=True), 0):
+        assert torch.get_num_threads() == before[0] + 1
+        assert torch.are_deterministic_algorithms_enabled()
+    assert before == (
+        torch.get_num_threads(),
+        torch.backends.cudnn.benchmark,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
 def test_divergence_stops_the_run(tmp_path):
     with pytest.raises(RuntimeError, match="in epoch 1: training has diverged"):
         train(short(lr=1e30), tmp_path)

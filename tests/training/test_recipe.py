@@ -176,6 +176,7 @@ def test_overrides_are_merged_and_typed():
         ("epochs=many", "epochs must be of type int; got 'many'"),
         ("epochs=true", "epochs must be of type int; got True"),
         ("epochs=0", "epochs must be at least 1; got 0"),
+        ("threads=0", "threads must be at least 1; got 0"),
         ("epochs=2", r"lr_peak_epoch must be between 0 and epochs = 2; got 4.0"),
         ("lr=fast", "lr must be of type float; got 'fast'"),
         ("lr=.nan", "lr must be finite and not negative; got nan"),
