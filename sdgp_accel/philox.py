@@ -28,6 +28,7 @@ WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
 MASK32 = 0xFFFFFFFF
 _INT64 = torch.iinfo(torch.int64)
 
+
 class Rng(NamedTuple):
     """What the random numbers of one pruned gradient depend on, apart from the group's index.
 

@@ -56,7 +56,7 @@ def prune(
     config = SDGPConfig() if config is None else config
     if not isinstance(config, SDGPConfig):
         raise TypeError(f"config must be an SDGPConfig or None; got {type(config).__name__}")
-    _check_values(x)
+    check_values("x", x)
     check_choice("pass_name", pass_name, PASSES)
     if not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
         raise IndexError(f"dim must be an int in [{-x.ndim}, {x.ndim - 1}] for a {x.ndim}-D tensor; got {dim!r}")
@@ -75,7 +75,7 @@ def prune_matrix(dy: Tensor, spec: PruneSpec, axis: int, positions_per_sample: i
     positions_per_sample: T of one sample, for the scope ``"sample_channel"``; T must be a multiple of it.
     rng: needed where `spec.is_random`. Group index: ``t * ceil(C / m) + j`` for axis 1, ``i * C + c`` for axis 0.
     """
-    _check_values(dy)
+    check_values("dy", dy)
     if dy.ndim != 2 or axis not in (0, 1):
         raise ValueError(f"dy must be 2-D and axis 0 or 1; got shape {tuple(dy.shape)} and axis {axis!r}")
     if spec.is_dense:
@@ -94,12 +94,13 @@ def prune_matrix(dy: Tensor, spec: PruneSpec, axis: int, positions_per_sample: i
     return pruned
 
 
-def _check_values(x: object) -> None:
+def check_values(name: str, x: object) -> None:
+    """Raise unless `x`, an argument called `name`, is a strided tensor of one of `DTYPES`, not 0-dim."""
     if not isinstance(x, Tensor) or x.dtype not in DTYPES:
         got = f"dtype {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be a tensor of dtype {', '.join(map(str, DTYPES))}; got {got}")
+        raise TypeError(f"{name} must be a tensor of dtype {', '.join(map(str, DTYPES))}; got {got}")
     if x.layout != torch.strided or x.ndim == 0:
-        raise ValueError(f"x must be a strided tensor of at least 1 dimension; got {x.layout}, {x.ndim}-D")
+        raise ValueError(f"{name} must be a strided tensor of at least 1 dimension; got {x.layout}, {x.ndim}-D")
 
 
 def _sum_dims(spec: PruneSpec, x: Tensor) -> tuple[int, ...] | None:
