@@ -33,7 +33,7 @@ PARTS = {
     "optimizer": "optimizer",
 }
 
-_COLOURS = {"faster": "green", "slower": "red", "even": "yellow", "emulated": "yellow"}
+_COLOURS = {"faster": "green", "slower": "red", "even": "yellow", "emulated": "yellow", "unpruned": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,9 @@ class LayerGroup:
 class BenchmarkReport:
     """A benchmark of one model. Printable by `rich` and `print`; saved by `save_json` and `save_html`.
 
-    accelerated: whether any layer ran on sparse tensor cores. Where it is false, the times are those of an emulation
-    and no saving is stated anywhere. contenders: dense, SDGP, then dense peers.
+    accelerated: whether any layer ran on sparse tensor cores. Where it is false, the SDGP times are those of an
+    emulation, or of the dense backward where nothing was pruned, and no saving is stated anywhere. contenders: dense,
+    SDGP, then dense peers.
     """
 
     name: str
@@ -125,21 +126,28 @@ class BenchmarkReport:
     @property
     def outcome(self) -> str:
         """ "faster" or "slower" than the fastest dense contender, "even" where 1 lies in the middle half of the paired
-        ratios, or "emulated"."""
+        ratios; "emulated" or "unpruned" where nothing is accelerated."""
         if not self.accelerated:
-            return "emulated"
+            return "emulated" if "prune_compress" in self.sdgp.stages else "unpruned"
         ratio = self.ratio(self.fastest_dense)
         return "even" if ratio.low <= 1 <= ratio.high else "faster" if ratio.median < 1 else "slower"
 
     @property
     def verdict(self) -> str:
         """What the numbers say, in words."""
+        prediction = f"What the {self.prediction.gpu.title} could save is predicted below."
         if self.outcome == "emulated":
             where = "a GPU that runs no layer sparse" if self.provenance["gpu"] else "a CPU"
             return (
                 f"Nothing is accelerated here: this is {where} ({self.machine}), where gradients are pruned and then "
                 "multiplied by the ordinary dense operations. The times are the cost of that emulation and say "
-                f"nothing about savings. What the {self.prediction.gpu.title} could save is predicted below."
+                f"nothing about savings. {prediction}"
+            )
+        if self.outcome == "unpruned":
+            reason = next((layer.reason for layer in self.swap.swapped), "no layer was swapped")
+            return (
+                f"Nothing is pruned or accelerated here ({self.machine}): every layer runs the ordinary dense "
+                f"backward, because {reason}. The contenders compute the same, and what differs is noise. {prediction}"
             )
         ratio, dense = self.ratio(self.fastest_dense), self.fastest_dense.name
         measured = (
@@ -158,7 +166,7 @@ class BenchmarkReport:
         ratios = {c.name: asdict(self.ratio(c)) for c in self.contenders if not c.sdgp} if self.accelerated else {}
         return {
             "schema": SCHEMA,
-            "kind": "measurement" if self.accelerated else "emulation",
+            "kind": "measurement" if self.accelerated else self.outcome,
             "model": self.name,
             "batch": self.batch,
             "machine": self.machine,
@@ -226,8 +234,8 @@ class BenchmarkReport:
         )
         table.add_column("")
         for contender in self.contenders:
-            emulated = contender.sdgp and not self.accelerated
-            table.add_column(contender.name + ("\n(emulated)" if emulated else ""), justify="right", no_wrap=True)
+            remark = f"\n({self.outcome})" if contender.sdgp and not self.accelerated else ""
+            table.add_column(contender.name + remark, justify="right", no_wrap=True)
         for part, title in PARTS.items():
             seconds = [contender.parts.get(part) for contender in self.contenders]
             if any(value is not None for value in seconds):

@@ -130,7 +130,7 @@ def _bars(report: Mapping[str, Any], scale: float, unit: str) -> list[Bar]:
             left += width
         ratio = report["sdgp_over_dense"].get(contender["name"])
         if contender["sdgp"]:
-            note = "" if report["kind"] == "measurement" else "emulated"
+            note = "" if report["kind"] == "measurement" else report["outcome"]
         else:
             note = f"SDGP: {ratio['median']:.3f} × this" if ratio else ""
         bars.append(Bar(contender["name"], note, _cell(contender["step"]["median"], scale), tuple(segments)))

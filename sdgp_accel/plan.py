@@ -134,25 +134,24 @@ class PlanReport:
             title=f"Prediction for {gpu.title}, batch {self.batch}",
             caption=f"{gpu.tflops:g} TFLOP/s × {gpu.compute_efficiency:g}, {gpu.bandwidth:g} TB/s × "
             f"{gpu.memory_efficiency:g}, 2:4 speed-up {gpu.sparse_speedup:g}; "
-            "saves: share of the backward",
+            "backward passes only",
         )
         table.add_column("layer", overflow="fold", min_width=10)
-        headers = ["T×K→C", "bound\nby", f"backward\n{unit}"]
+        headers = ["T×K→C", "bound\nby", f"dense\n{unit}"]
         for schedule in SCHEDULES:
             headers += [f"{_title(schedule)}\n{unit}", "\nsaves"]
         for header in headers:
             table.add_column(header, justify="right", no_wrap=True)
         for group in self.groups():
             first, calls, work = group[0], len(group), group[0].work
-            cells = [first.name if calls == 1 else f"{calls} × {first.name}"]
+            name = first.name if calls == 1 else f"{calls} × {first.name}"
+            cells = [f"{name} ({first.dense_reason})" if first.dense_reason else name]
             cells += [first.shape, _bound(work, gpu)]
             cells.append(_number(first.backward * calls * scale))
             for schedule in SCHEDULES:
                 choice = first.choice(schedule)
                 cells.append(_number(choice.seconds * calls * scale))
                 cells.append(f"{first.saved(schedule) / first.backward:.1%}" if choice.sparse_passes else "–")
-            if first.dense_reason:
-                cells[-1] = first.dense_reason
             table.add_row(*cells, style="" if first.fused.sparse_passes else "dim")
         table.add_section()
         total = [f"{len(self.layers)} calls", "", "", _number(self._backward * scale)]

@@ -63,16 +63,19 @@ def gpu_state(device: torch.device) -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """Commit of the checkout that this package runs from, with ``+changes`` where it differs; None outside of one."""
+    """Commit of the checkout that this package runs from, with ``+changes`` where it differs; None outside of one.
+
+    A copy without its history is told by the environment variable SDGP_GIT_REVISION.
+    """
     folder = Path(sdgp_accel.__file__).parent
     try:
         revision = _git(folder, "rev-parse", "HEAD")
         tracked = _git(folder, "ls-files", "__init__.py")
         changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("SDGP_GIT_REVISION")
     if not tracked:  # an installed copy inside somebody else's repository
-        return None
+        return os.environ.get("SDGP_GIT_REVISION")
     return revision + ("+changes" if changed else "")
 
 

@@ -170,7 +170,7 @@ def test_a_cpu_is_never_said_to_save(tmp_path: Path) -> None:
     assert not report.accelerated
     assert report.outcome == "emulated"
     data = report.to_dict()
-    assert data["kind"] == "emulation"
+    assert data["kind"] == "emulated"
     assert data["sdgp_over_dense"] == {}
     assert data["layers"] == []
     text = str(report)
@@ -182,6 +182,18 @@ def test_a_cpu_is_never_said_to_save(tmp_path: Path) -> None:
     report.save_html(page)
     assert "emulated" in page.read_text()
     assert "× this" not in page.read_text()
+
+
+def test_layers_that_all_fall_back_are_not_called_emulated() -> None:
+    emulated = benchmark(_small_model(), _small_batch(), DETERMINISTIC, steps=1, warmup=0)
+    swapped = tuple(
+        replace(layer, backend="dense", reason="the kernels are not built") for layer in emulated.swap.layers
+    )
+    contenders = tuple(replace(c, stages={"dense_layers": 0.1}) for c in emulated.contenders)
+    report = replace(emulated, swap=SwapReport(swapped), contenders=contenders)
+    assert report.to_dict()["kind"] == report.outcome == "unpruned"
+    assert "because the kernels are not built" in report.verdict
+    assert "(unpruned)" in str(report)
 
 
 def _contender(name: str, sdgp: bool, samples: tuple[float, ...], stages: dict[str, float]) -> ContenderResult:

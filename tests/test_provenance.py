@@ -53,6 +53,8 @@ def test_revision_is_the_packages_own(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_no_git_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert git_revision() is None
+    monkeypatch.setenv("SDGP_GIT_REVISION", "0123abc")
+    assert git_revision() == "0123abc"
 
 
 @pytest.fixture

@@ -74,7 +74,8 @@ def command(
     dtype, autocast = PRECISIONS[precision or ("amp-bf16" if on_gpu else "fp32")]
     torch.manual_seed(0)
     try:
-        net = models.build(model, image_size=image_size, seq_len=seq_len).to(device, dtype)
+        with torch.device(device):  # initialised there: on a CPU that alone can take longer than the benchmark
+            net = models.build(model, image_size=image_size, seq_len=seq_len).to(dtype)
         size = batch or (64 if on_gpu else 8)
         example = models.example_batch(model, size, image_size=image_size, seq_len=seq_len, device=device)
         report = benchmark(
