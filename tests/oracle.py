@@ -150,11 +150,18 @@ def prune(
             def word(i: int, group: int = group) -> int:
                 return group_word(seed, rank, pass_index, group, i)
 
-            pruned = prune_group(members, rule, n, word, eps, torch.finfo(x.dtype).max)
-            result[where] = np.array(pruned, computing).reshape(result[where].shape)
-        if scope_dims is not None:
-            sums = (np.abs(v).astype(np.float64).sum(tuple(scope_dims), keepdims=True) for v in (values, result))
-            total, kept = (v.astype(computing) for v in sums)
-            scale = np.where(kept == 0, computing(1), total / (kept + computing(eps)))
-            result = np.where(result == 0, computing(0), result * scale)
-    return torch.from_numpy(result).to(x.dtype)
+            group_result = prune_group(members, rule, n, word, eps, torch.finfo(x.dtype).max)
+            result[where] = np.array(group_result, computing).reshape(result[where].shape)
+    pruned = torch.from_numpy(result).to(x.dtype)
+    return pruned if scope_dims is None else rescale(x, pruned, scope_dims, eps)
+
+
+def rescale(x: torch.Tensor, kept: torch.Tensor, dims: Sequence[int], eps: float) -> torch.Tensor:
+    """kept * sum |x| / (sum |kept| + eps), sums over `dims` in float64, rounded once; zeros stay zeros."""
+    computing = np.float64 if x.dtype == torch.float64 else np.float32
+    values = kept.double().numpy()
+    with np.errstate(all="ignore"):
+        sums = [np.abs(v.double().numpy()).sum(tuple(dims), keepdims=True).astype(computing) for v in (x, kept)]
+        scale = np.where(sums[1] == 0, computing(1), sums[0] / (sums[1] + computing(eps)))
+        scaled = np.where(values == 0, computing(0), values.astype(computing) * scale)
+    return torch.from_numpy(scaled).to(x.dtype)
