@@ -364,12 +364,3 @@ def test_runs_as_a_program_in_the_memory_format_asked_for() -> None:
     command = [sys.executable, "-m", "sdgp_accel", "bench", "digits", "--steps", "1", "--no-channels-last"]
     done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=True)
     assert "digits, batch 8" in done.stdout
-
-
-def test_step_time_script_lists_its_cases() -> None:
-    script = Path(__file__).parents[1] / "bench" / "step_time.py"
-    listed = subprocess.run([sys.executable, script, "--dry-run"], capture_output=True, text=True, check=True)
-    assert "sdgp_accel bench resnet9" in listed.stdout
-    unknown = subprocess.run([sys.executable, script, "--only", "nothing"], capture_output=True, text=True)
-    assert unknown.returncode == 2
-    assert "no case nothing" in unknown.stderr
