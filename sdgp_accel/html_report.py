@@ -174,16 +174,23 @@ def _memory(contenders: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, s
 
 
 def _measured_rows(groups: Sequence[Mapping[str, Any]]) -> list[LayerRow]:
-    longest = max((max(group["dense"], group["sdgp"]) for group in groups), default=0.0)
+    keys = {"predicted_dense": "predicted", "dense": "dense", "sdgp": "fused"}  # what is drawn, in which colour
+    longest = max((group[key] for group in groups for key in keys if group[key] is not None), default=0.0)
     unit, scale = _unit(sum(group["dense"] for group in groups))
     rows = []
     for group in groups:
-        bars = (("dense", 100 * group["dense"] / longest), ("fused", 100 * group["sdgp"] / longest))
-        saved = 1 - group["sdgp"] / group["dense"]
-        predicted = 1 - group["predicted_sdgp"] / group["predicted_dense"]
-        headline = f"{saved:+.0%} saved"
-        detail = f"{_cell(group['dense'], scale)} → {_cell(group['sdgp'], scale)} {unit}, predicted {predicted:.0%}"
-        rows.append(LayerRow(_times(group["names"]), _spaced(group["shape"]), bars, headline, detail))
+        drawn = {key: group[key] for key in keys if group[key] is not None}
+        predicted = f"{1 - group['predicted_sdgp'] / group['predicted_dense']:.0%} predicted"
+        saved = "" if group["sdgp"] is None else f"{1 - group['sdgp'] / group['dense']:+.0%} saved, "
+        rows.append(
+            LayerRow(
+                _times(group["names"]),
+                _spaced(group["shape"]),
+                tuple((keys[key], 100 * seconds / longest) for key, seconds in drawn.items()),
+                saved + predicted,
+                " / ".join(_cell(seconds, scale) for seconds in drawn.values()) + f" {unit}",
+            )
+        )
     return rows
 
 

@@ -92,9 +92,13 @@ def test_says_what_is_measured_and_what_predicted() -> None:
     page = render(measured_report(FASTER).to_dict())
     assert 'class="verdict faster"' in page
     assert "SDGP: 0.800 × this" in page
-    assert "Layer by layer, measured" in page
+    assert "Layer by layer, measured against the roofline" in page
     assert "+50% saved" in page  # every layer: 0.1 of 0.2 s
     assert re.search(r'<span class="tag">prediction</span>', page)
+    emulated = render(replace(measured_report(FASTER), accelerated=False).to_dict())
+    assert "dense, measured" in emulated
+    assert "SDGP, measured" not in emulated
+    assert "% saved" not in emulated
     assert 'class="verdict slower"' in render(measured_report((1.3, 1.3, 1.3)).to_dict())
 
 
