@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdgp_accel import ops as _ops  # noqa: F401  (registers the ops used below)
-from sdgp_accel.backends import decide
+from sdgp_accel import ops
+from sdgp_accel.backends import decide, warn_once
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import LayerKind, plan_string
@@ -30,9 +30,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
 
     Raises TypeError for an input that is not floating point, and RuntimeError on double backward.
     """
-    if not torch.is_grad_enabled() or input.dim() == 0:  # the latter for torch's own error
-        return F.linear(input, weight, bias)
     _check_floating(input)
+    if not torch.is_grad_enabled() or input.dim() == 0 or _is_sharded(weight):  # of dim 0: torch's own error
+        return F.linear(input, weight, bias)
     input, weight, bias = _autocast(input, weight, bias)
     plan = _encoded(plan, "linear")
     if not torch.compiler.is_compiling():
@@ -59,9 +59,9 @@ def conv2d(
     point, any memory format (channels_last gradients are pruned without a copy). `padding` may be ``"same"``
     or ``"valid"``. For `plan`, the numbers and the errors see `linear`; T runs over (n, p, q).
     """
-    if not torch.is_grad_enabled() or input.dim() not in (3, 4) or weight.dim() != 4:  # torch's own errors
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     _check_floating(input)
+    if not torch.is_grad_enabled() or input.dim() not in (3, 4) or weight.dim() != 4 or _is_sharded(weight):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if input.dim() == 3:
         return conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, plan).squeeze(0)
     input, weight, bias = _autocast(input, weight, bias)
@@ -94,7 +94,7 @@ class _Linear(torch.autograd.Function):
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
         if not (needs_dx or needs_dw):
             return None, None, dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy, None
-        gradients = torch.ops.sdgp.linear_backward.default(dy, x, weight, needs_db, ctx.plan)
+        gradients = ops.linear_backward(dy, x, weight, needs_db, ctx.plan)
         return *_place(_once(gradients, dy, x, weight), ctx.needs_input_grad[:3]), None
 
 
@@ -121,7 +121,7 @@ class _Conv2d(torch.autograd.Function):
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
         if not (needs_dx or needs_dw):
             return None, None, dy.sum((0, 2, 3)), None, None, None
-        gradients = torch.ops.sdgp.conv2d_backward.default(dy, x, weight, needs_db, *ctx.arguments)
+        gradients = ops.conv2d_backward(dy, x, weight, needs_db, *ctx.arguments)
         return *_place(_once(gradients, dy, x, weight), ctx.needs_input_grad[:3]), None, None, None
 
 
@@ -161,6 +161,14 @@ def _place(gradients: Sequence[Tensor], needs: tuple[bool, ...]) -> list[Tensor 
 def _check_floating(input: Tensor) -> None:
     if not input.is_floating_point():
         raise TypeError(f"input must be a floating point tensor; got {input.dtype}")
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    """True for the DTensors of tensor parallelism, which run dense: groups would have to cross the shards."""
+    if type(weight).__name__ != "DTensor":  # by name: importing torch.distributed.tensor takes half a second
+        return False
+    warn_once("layers with tensor-parallel weights (DTensor) run the ordinary dense backward")
+    return True
 
 
 def _encoded(plan: str | SDGPConfig, kind: LayerKind) -> str:

@@ -39,10 +39,10 @@ def encode(plan: LayerPlan) -> str:
 
 @functools.cache
 def decode(text: str) -> LayerPlan:
-    """The plan that `text` encodes, parsed once per distinct string. Raises ValueError for anything else."""
+    """The plan that `text` encodes, parsed once per distinct string. Raises ValueError for other strings."""
     fields = text.split(";")
-    if len(fields) != 4:
-        raise ValueError(f"plan must have the form 'grad_input;grad_weight;backend;fallback'; got {text!r}")
+    if len(fields) != 4 or any(field != "-" and field.count(",") != 4 for field in fields[:2]):
+        raise ValueError(f"plan must be a string made by plan_string; got {text!r}")
     return LayerPlan(_decode_spec(fields[0]), _decode_spec(fields[1]), fields[2], fields[3])
 
 

@@ -25,6 +25,8 @@ _library = torch.library.Library("sdgp", "FRAGMENT")  # type: ignore[no-untyped-
 # nondeterministic_seeded: the ops draw from torch's generator, so equal calls must not be merged or recomputed.
 _TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag)
 
+_UNCHANGED = contextlib.nullcontext()
+
 LINEAR_SIGNATURE = "(Tensor dy, Tensor? x, Tensor? weight, bool bias, str plan) -> Tensor[]"
 CONV2D_SIGNATURE = (
     "(Tensor dy, Tensor? x, Tensor? weight, bool bias, SymInt[] absent_shape, int[] window, bool channels_last, "
@@ -77,7 +79,7 @@ def _backward(
 
     Linear: dy [T, C_out], x [T, C_in]; Conv2d: dy [N, C_out, P, Q], x [N, C_in, H, W].
     """
-    backend, plan, _ = decide(plan_text, geometry, dy.dtype, dy.device)
+    backend, plan, _, draws = decide(plan_text, geometry, dy.dtype, dy.device)
     prune_dgrad = backend is not None and weight is not None and plan.grad_input is not None
     prune_wgrad = backend is not None and x is not None and plan.grad_weight is not None
     gradients: list[Tensor] = []
@@ -86,7 +88,7 @@ def _backward(
         if backend is not None and (prune_dgrad or prune_wgrad):
             with stage("prune_compress"):
                 matrix = dense.matrix_view(dy, geometry)
-                rng = philox.Rng(philox.draw(dy.device), philox.data_parallel_rank(), 0) if plan.draws else None
+                rng = philox.Rng(philox.draw(dy.device), philox.data_parallel_rank(), 0) if draws else None
                 needs = Needs(prune_dgrad, prune_wgrad, bias)
                 dgrad, wgrad, db = backend.prune_compress(matrix, plan, rng, geometry.positions_per_sample, needs)
                 del matrix  # where it is a copy, it is freed before the passes allocate
@@ -114,7 +116,7 @@ def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """A backward called under autocast must still compute in the dtypes of its forward."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    return _UNCHANGED
 
 
 def _in_features(x: Tensor | None, weight: Tensor | None) -> int:
@@ -166,3 +168,6 @@ def _register(name: str, signature: str, implementation: Callable[..., Any], fak
 
 _register("linear_backward", LINEAR_SIGNATURE, _linear_backward, _linear_backward_fake)
 _register("conv2d_backward", CONV2D_SIGNATURE, _conv2d_backward, _conv2d_backward_fake)
+
+linear_backward = torch.ops.sdgp.linear_backward.default
+conv2d_backward = torch.ops.sdgp.conv2d_backward.default

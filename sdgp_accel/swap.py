@@ -27,6 +27,9 @@ Filter = Callable[[nn.Module, str], bool] | str | Iterable[str] | None
 _SWAPS: dict[type[Any], type[nn.Module]] = {nn.Linear: SDGPLinear, nn.Conv2d: SDGPConv2d}
 _ORIGINALS: dict[type[Any], type[nn.Module]] = {SDGPLinear: nn.Linear, SDGPConv2d: nn.Conv2d}
 
+# DTensor: FSDP2's sharded parameters, which are ordinary tensors whenever the layer runs.
+_ORDINARY_WEIGHTS = ("Tensor", "Parameter", "DTensor", "FakeTensor")
+
 
 class Step(NamedTuple):
     """What `accelerate_` will do to one module; `config` None: make (or leave) it an ordinary layer."""
@@ -161,6 +164,9 @@ def _why_not(module: nn.Module, config: SDGPConfig) -> str | None:
     assert isinstance(module, (nn.Linear, nn.Conv2d))
     if module.weight.is_complex() or not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}, not real floating point"
+    weight_class = type(module.weight).__name__
+    if weight_class not in _ORDINARY_WEIGHTS:
+        return f"its weight is a {weight_class}, not an ordinary tensor"
     in_channels = _in_channels(module)
     if in_channels < config.min_in_channels:
         return f"{in_channels} input channels < min_in_channels = {config.min_in_channels}"

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdgp_accel import batch as batches
-from sdgp_accel import functional, philox
+from sdgp_accel import functional, ops, philox
 from sdgp_accel.backends import Decision, decide, dense
 from sdgp_accel.batch import LossFn
 from sdgp_accel.config import Pass, PruneSpec, SDGPConfig
@@ -266,12 +266,12 @@ def _run_op(call: _Call, is_dgrad: bool) -> tuple[Tensor, philox.Rng]:
     generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
     state = generator.get_state()
     if isinstance(call.geometry, LinearGeometry):
-        (result,) = torch.ops.sdgp.linear_backward.default(call.dy, x, weight, False, call.plan_text)
+        (result,) = ops.linear_backward(call.dy, x, weight, False, call.plan_text)
     else:
         absent = call.x.shape if is_dgrad else call.weight.shape
         geometry = call.geometry
         window = (*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups)
-        (result,) = torch.ops.sdgp.conv2d_backward.default(
+        (result,) = ops.conv2d_backward(
             call.dy, x, weight, False, absent, window, geometry.channels_last, call.plan_text
         )
     generator.set_state(state)

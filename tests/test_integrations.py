@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 import sdgp_accel as sdgp
@@ -296,6 +297,21 @@ def _refuse_wrapped(rank: int) -> list[str]:
     return [reason, str(caught.value), type(model[5]).__name__]
 
 
+def _tensor_parallel(rank: int) -> list[Tensor]:
+    """Gradients (whole) of a tensor-parallel model, before and after it is accelerated."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    results = []
+    for accelerated in (False, True):
+        if accelerated:
+            sdgp.accelerate_(model)
+        model.zero_grad()
+        model(torch.linspace(-1, 1, 32).view(4, 8)).square().sum().backward()
+        results.append(torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()]))
+    return results
+
+
 def _draw(rank: int) -> Tensor:
     torch.manual_seed(5)
     layer = sdgp.SDGPLinear(16, 16)
@@ -315,6 +331,7 @@ def _worker(rank: int, folder: str) -> None:
             "FSDP2, accelerated after": _fsdp(rank, False),
             "wrapped": _refuse_wrapped(rank),
             "drawn": _draw(rank),
+            "tensor parallel": _tensor_parallel(rank),
         }
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
@@ -348,6 +365,12 @@ def test_layers_wrapped_on_their_own_say_so(two_processes: list[dict[str, Any]])
     assert reason == "its class belongs to fully_shard; accelerate before wrapping"
     assert "FSDPSDGPConv2d" in refused
     assert untouched == "SDGPLinear"
+
+
+def test_tensor_parallel_layers_run_dense(two_processes: list[dict[str, Any]]) -> None:
+    for results in two_processes:
+        dense, accelerated = results["tensor parallel"]
+        assert torch.equal(dense, accelerated)
 
 
 def test_ranks_seeded_alike_prune_differently(two_processes: list[dict[str, Any]]) -> None:

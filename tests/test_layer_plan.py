@@ -46,5 +46,5 @@ def test_draws_only_where_a_pruned_pass_is_random() -> None:
     "text", ["", "mvue", "-;-;auto", "mvue,2,4,group;-;auto;dense", "mvue,5,4,group,0.0;-;auto;dense"]
 )
 def test_other_strings_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"plan must|unpack|n must be"):
+    with pytest.raises(ValueError, match=r"plan must be a string made by plan_string|n must be"):
         decode(text)

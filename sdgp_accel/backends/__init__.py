@@ -70,11 +70,15 @@ class Backend(Protocol):
 
 
 class Decision(NamedTuple):
-    """The backend of one layer (None: the ordinary dense backward), its resolved plan, and why."""
+    """The backend of one layer (None: the ordinary dense backward), its resolved plan, and why.
+
+    `draws`: the plan's, looked up once.
+    """
 
     backend: Backend | None
     plan: LayerPlan
     reason: str
+    draws: bool
 
     @property
     def name(self) -> str:
@@ -101,9 +105,9 @@ def decide(plan_text: str, geometry: Geometry, dtype: torch.dtype, device: torch
     """
     plan = _resolve_scope(decode(plan_text), geometry)
     if not plan.prunes:
-        return Decision(None, plan, "both passes are dense")
+        return Decision(None, plan, "both passes are dense", False)
     if plan.backend == "reference":
-        return Decision(_reference(), plan, "backend='reference'")
+        return Decision(_reference(), plan, "backend='reference'", plan.draws)
     missing = _no_sparse_tensor_cores(device)
     if missing is not None:
         if plan.backend != "auto":
@@ -113,7 +117,7 @@ def decide(plan_text: str, geometry: Geometry, dtype: torch.dtype, device: torch
             )
         if device.type != "meta":  # shapes only: nothing runs
             warn_once(f"{missing}: gradients are pruned by the reference backend, and nothing is accelerated here")
-        return Decision(_reference(), plan, missing)
+        return Decision(_reference(), plan, missing, plan.draws)
     return _decide_on_gpu(plan, geometry, dtype, device)
 
 
@@ -126,7 +130,7 @@ def _decide_on_gpu(plan: LayerPlan, geometry: Geometry, dtype: torch.dtype, devi
         if unavailable is None:
             unsupported = backend.unsupported(geometry, plan, dtype, device)
             if unsupported is None:
-                return Decision(backend, plan, f"backend={plan.backend!r}")
+                return Decision(backend, plan, f"backend={plan.backend!r}", plan.draws)
             return _fall_back(plan, unsupported)
         problem = unavailable
     warn_once(f"{device}: {problem}; until then fallback={plan.fallback!r} applies")
@@ -136,7 +140,7 @@ def _decide_on_gpu(plan: LayerPlan, geometry: Geometry, dtype: torch.dtype, devi
 def _fall_back(plan: LayerPlan, reason: str) -> Decision:
     if plan.fallback == "error":
         raise RuntimeError(f"fallback='error' and {reason}; accepted: fallback='dense' or fallback='emulate'")
-    return Decision(_reference() if plan.fallback == "emulate" else None, plan, reason)
+    return Decision(_reference() if plan.fallback == "emulate" else None, plan, reason, plan.draws)
 
 
 def _reference() -> Backend:
