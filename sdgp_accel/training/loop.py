@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sdgp_accel import accelerate_, models
+from sdgp_accel import SwapReport, accelerate_, models
 from sdgp_accel.training import checkpoint
 from sdgp_accel.training.blur_pool import add_blur_pool_
 from sdgp_accel.training.data import Data, generator_for, load_data
@@ -58,13 +59,13 @@ def train(
     output_dir.mkdir(parents=True, exist_ok=True)
     with join_world(device) as world, global_state(recipe, world.rank), Log(output_dir, world.is_main) as log:
         data = load_data(recipe, data_dir, world)
-        model, swapped = build_model(recipe, data.num_classes, world.device)
+        model, report = build_model(recipe, data.num_classes, world.device)
         optimizer = build_optimizer(recipe, model)
         scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.amp == "float16")
         progress = checkpoint.Progress()
         if resume:
             progress = checkpoint.load(saved, world, recipe, model, optimizer, scaler)
-        log.say(describe(recipe, world, swapped))
+        log.say(describe(recipe, world, report))
 
         parallel, started = world.parallel(model), time.perf_counter()
         while progress.epoch < recipe.epochs:
@@ -135,8 +136,8 @@ def global_state(recipe: Recipe, rank: int) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[2])
 
 
-def build_model(recipe: Recipe, num_classes: int, device: torch.device) -> tuple[nn.Module, int]:
-    """The recipe's model on `device` with SDGP layers swapped in, and how many those are."""
+def build_model(recipe: Recipe, num_classes: int, device: torch.device) -> tuple[nn.Module, SwapReport | None]:
+    """The recipe's model on `device` with SDGP layers swapped in, and the report on that; None for dense training."""
     model = models.build(recipe.model, num_classes)
     if recipe.blur_pool:
         add_blur_pool_(model)
@@ -144,9 +145,9 @@ def build_model(recipe: Recipe, num_classes: int, device: torch.device) -> tuple
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if recipe.sdgp is None:
-        return model, 0
+        return model, None
     only_conv2d = (lambda module, name: isinstance(module, nn.Conv2d)) if recipe.sdgp_layers == "conv2d" else None
-    return model, len(accelerate_(model, recipe.sdgp, only_conv2d).swapped)
+    return model, accelerate_(model, recipe.sdgp, only_conv2d)
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.SGD:
@@ -181,12 +182,14 @@ def test(recipe: Recipe, world: World, model: nn.Module, data: Data) -> float:
     return 100 * float(correct) / float(total)
 
 
-def describe(recipe: Recipe, world: World, swapped: int) -> str:
+def describe(recipe: Recipe, world: World, report: SwapReport | None) -> str:
     """What is about to be trained, in a line or two."""
     how = "dense"
-    if recipe.sdgp is not None:
+    if recipe.sdgp is not None and report is not None:
         functions = " / ".join(dict.fromkeys(recipe.sdgp.functions))
-        how = f"{functions} {recipe.sdgp.n}:{recipe.sdgp.m} in {swapped} layers"
+        backends = Counter(layer.backend for layer in report.layers)
+        layers = ", ".join(f"{count} {backend}" for backend, count in backends.items())
+        how = f"{functions} {recipe.sdgp.n}:{recipe.sdgp.m} (layers: {layers})"
     text = f"{recipe.model} on {recipe.data}, {how}; {world.size} x {world.device.type}, {recipe.epochs} epochs"
     if world.size != recipe.processes:
         meant, found = (f"{processes} x {recipe.batch_size}" for processes in (recipe.processes, world.size))

@@ -206,10 +206,12 @@ def test_accuracy_with_and_without_mirror_images(flip):
 
 def test_only_convolutions_are_swapped_where_the_recipe_says_so():
     everything, _ = loop.build_model(short("mvue"), 10, ALONE.device)
-    convolutions, count = loop.build_model(short("mvue", sdgp_layers="conv2d"), 10, ALONE.device)
+    convolutions, report = loop.build_model(short("mvue", sdgp_layers="conv2d"), 10, ALONE.device)
     assert type(everything.head).__name__ == "SDGPLinear"
     assert type(convolutions.head) is nn.Linear
-    assert count == sum(type(module).__name__ == "SDGPConv2d" for module in convolutions.modules()) == 2
+    assert len(report) == sum(type(module).__name__ == "SDGPConv2d" for module in convolutions.modules()) == 2
+    text = loop.describe(short("mvue"), ALONE, report)
+    assert text == "digits on digits, mvue 2:4 (layers: 2 dense, 2 reference); 1 x cpu, 3 epochs"
 
 
 @pytest.mark.parametrize("function", ["dense", "mvue"])
