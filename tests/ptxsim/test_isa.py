@@ -200,7 +200,7 @@ INTEGER: dict[str, tuple[int, int, Callable[..., int]]] = {  # instruction: (inp
     ),
     "setp.hi.u32 %p1, %r1, %r2; @%p1 mov.u32 %r0, %r3": (32, 32, lambda a, b, c: c if a > b else 0),
     "setp.hs.u32 %p1, %r1, %r2; @!%p1 add.u32 %r0, %r3, 5": (32, 32, lambda a, b, c: 0 if a >= b else c + 5),
-    "setp.eq.u32 %p3, %r3, 0;setp.lt.and.u32 %p1|%p2, %r1, %r2, !%p3;selp.u32 %r0, 1, 0, %p1;@%p2 add.u32 %r0, %r0, 2": (
+    "setp.eq.u32 %p3, %r3, 0;setp.lt.and.u32 %p1|%p2, %r1, %r2, !%p3;selp.u32 %r0, 1,0, %p1;@%p2 add.u32 %r0, %r0, 2": (
         32,
         32,
         lambda a, b, c: int(a < b and c != 0) + 2 * int(not a < b and c != 0),
