@@ -30,13 +30,16 @@ class SimEngine:
     name = "sim"
     device = torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, compute_capability: tuple[int, int] = (8, 0)) -> None:
         self.runtime = Runtime.get()
+        self.compute_capability = compute_capability
 
     def load(self, path: Path | str) -> ctypes.CDLL:
+        self.runtime.select(self.compute_capability)
         return self.runtime.load(Path(path))
 
     def load_module(self, path: Path | str, name: str) -> ModuleType:
+        self.runtime.select(self.compute_capability)
         return self.runtime.load_module(Path(path), name)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -77,6 +80,7 @@ class SimEngine:
     @contextmanager
     def checked(self) -> Iterator[None]:
         """Raises a kernel's fault in place of whatever the host code made of the failed launch."""
+        self.runtime.select(self.compute_capability)
         try:
             yield
         except Exception:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .faults import SimError
 from .memory import LIVE, READY, SHARED_BASE, Bad, Bytes, GlobalMemory
-from .program import Block, Program, decode
+from .program import Block, Program, decode, is_poll
 from .ptx import TYPE_BYTES, Instr, Kernel, Module, Reg
 from .shared import SharedMemory
 
@@ -29,6 +29,7 @@ Dim3 = tuple[int, int, int]
 
 WAVE_THREADS = 2048
 WAVE_SHARED_BYTES = 1 << 21
+STALLS = 200  # failed mbarrier waits in a row, nothing else being able to run
 BLOCK_BUDGET = 4_000_000
 PATIENCE = 4000  # block executions before a group that keeps running yields to the others
 
@@ -65,8 +66,10 @@ class Device:
 class Wave:
     """State of `ctas` concurrent CTAs of one program, reusable for every wave of every launch of the same shape."""
 
-    def __init__(self, device: Device, program: Program, block: Dim3, ctas: int, dynamic_shared: int) -> None:
-        from .isa import compile_instr  # isa's closures are bound to a Wave
+    def __init__(
+        self, device: Device, program: Program, block: Dim3, ctas: int, dynamic_shared: int, cluster: Dim3 = (1, 1, 1)
+    ) -> None:
+        from .isa import compile_instr, hopper  # isa's closures are bound to a Wave
 
         self.device, self.program = device, program
         self.memory = device.memory
@@ -76,6 +79,8 @@ class Wave:
         self.size = ctas * self.padded
         self.warps = self.size // 32
         self.block = block
+        self.cluster_shape = cluster
+        self.cluster = cluster[0] * cluster[1] * cluster[2]
         self.dynamic_shared = dynamic_shared
         self.mask = np.zeros(self.size, bool)
         self.exited = np.zeros(self.size, bool)
@@ -89,7 +94,10 @@ class Wave:
         )
         self._shared()
         self._special()
-        self.cta_index = np.zeros(ctas, np.int64)
+        self.mbarriers: dict[int, hopper.Mbarrier] = {}  # by byte offset in the wave's shared memory
+        self.polls = {
+            blk.index: hopper.poll(self, blk.instrs[0]) for blk in program.blocks if blk.instrs and is_poll(blk.instrs[0])
+        }
         self.blocks: list[tuple[list[Closure], list[Closure]]] = []
         for blk in program.blocks:
             pairs = [compile_instr(self, instr) for instr in blk.instrs]
@@ -109,7 +117,13 @@ class Wave:
         extents = [*self.program.shared_extents, (static, self.dynamic_shared)]
         widths = [_shared_width(i) for b in self.program.blocks for i in b.instrs]
         self.shared = SharedMemory(
-            self.ctas, self.padded, static + self.dynamic_shared, extents, min([16, *(w for w in widths if w)])
+            self.ctas,
+            self.padded,
+            static + self.dynamic_shared,
+            extents,
+            granule=min([16, *(w for w in widths if w)]),
+            cluster=self.cluster,
+            agents=any(i.opcode in ("wgmma", "mbarrier") for b in self.program.blocks for i in b.instrs),
         )
 
     def _special(self) -> None:
@@ -136,6 +150,10 @@ class Wave:
             "%lanemask_ge": ~((one << inside) - one),
             "%dynamic_smem_size": np.full(self.size, self.dynamic_shared, np.uint32),
             "%total_smem_size": np.full(self.size, self.dynamic_offset + self.dynamic_shared, np.uint32),
+            "%cluster_ctarank": lane // np.uint32(self.padded) % np.uint32(self.cluster),
+            "%cluster_nctarank": np.full(self.size, self.cluster, np.uint32),
+            **{f"%cluster_nctaid.{a}": np.full(self.size, n, np.uint32) for a, n in zip("xyz", self.cluster_shape, strict=True)},
+            **{f"%{n}.{a}": np.zeros(self.size, np.uint32) for a in "xyz" for n in ("cluster_ctaid", "clusterid", "nclusterid")},
             "%smid": lane // np.uint32(self.padded),
             "%nsmid": np.full(self.size, self.ctas, np.uint32),
             "%gridid": np.zeros(self.size, np.uint64),
@@ -194,16 +212,25 @@ class Wave:
         """Loads CTAs first .. first+count of the grid."""
         self.params[: len(params)] = np.frombuffer(params, np.uint8)
         cta = np.repeat(np.arange(first, first + self.ctas), self.padded)
-        self.special["%ctaid.x"][:] = cta % grid[0]
-        self.special["%ctaid.y"][:] = cta // grid[0] % grid[1]
-        self.special["%ctaid.z"][:] = cta // (grid[0] * grid[1])
-        for axis, extent in zip("xyz", grid, strict=True):
+        # CTAs are numbered cluster by cluster.
+        shape = self.cluster_shape
+        where = _coordinates(cta // self.cluster, tuple(g // c for g, c in zip(grid, shape, strict=True)))
+        inside = _coordinates(cta % self.cluster, shape)
+        for axis, extent, size, outer, inner in zip("xyz", grid, shape, where, inside, strict=True):
+            self.special[f"%ctaid.{axis}"][:] = outer * size + inner
+            self.special[f"%cluster_ctaid.{axis}"][:] = inner
+            self.special[f"%clusterid.{axis}"][:] = outer
             self.special[f"%nctaid.{axis}"][:] = extent
+            self.special[f"%nclusterid.{axis}"][:] = extent // size
         self.shared.reset()
         self.shared.need = LIVE if self.device.poison_shared else READY
         self.exited[:] = (cta >= first + count) | (self.tid >= self.threads)
         self.waiting: dict[tuple[int, int], _Barrier] = {}
         self.groups: dict[int, Array] = {0: ~self.exited}
+        self.mbarriers.clear()
+        self.cluster_barrier = _ClusterBarrier(self)
+        self.events = 0  # counts changes of mbarriers: what a stalled wait hopes for
+        self.stall = (0, 0)
         self.spins = 0
         self.aside: Array | None = None
 
@@ -211,7 +238,7 @@ class Wave:
         budget = BLOCK_BUDGET
         blocks, program = self.blocks, self.program.blocks
         counters = self.counters
-        while self.groups or self.waiting:
+        while self.groups or self.waiting or self.cluster_barrier.waiting:
             if not self.groups:
                 self._deadlock()
             index, mask, active = self._pick()
@@ -234,7 +261,7 @@ class Wave:
     def _pick(self) -> tuple[int, Array, int]:
         """The next group to run: block, mask, number of active threads."""
         groups = self.groups
-        if len(groups) == 1:
+        if len(groups) == 1 and not self.polls:
             self.spins = 0
             self.aside = None
             ((index, mask),) = groups.items()
@@ -247,7 +274,7 @@ class Wave:
             warps = lowest.reshape(-1, 32).any(axis=1)
             rest = np.logical_or.reduce(list(groups.values())) & ~np.repeat(warps, 32)
             self.aside = np.repeat(warps, 32) if self.aside is None and rest.any() else None
-        fallback = None
+        held = polling = None
         for index in sorted(groups):
             mask = groups[index]
             if self.aside is not None:
@@ -256,12 +283,35 @@ class Wave:
                     continue
             block = self.program.blocks[index]
             ready = self._ready(index, block, mask) if block.collective or block.loop else mask
-            if fallback is None:
-                fallback = (index, mask)
+            if index in self.polls:
+                threads = ready.nonzero()[0]
+                passing = self.polls[index](threads)
+                if not passing.all():
+                    polling = polling or (index, mask)
+                    ready = ready.copy()
+                    ready[threads[~passing]] = False
+            elif held is None:
+                held = (index, mask)
             if ready.any():
                 return self._take(index, ready)
-        assert fallback is not None
-        return self._take(*fallback)
+        if held is not None:
+            return self._take(*held)
+        if polling is None:  # everyone is set aside: start over
+            self.aside = None
+            return self._pick()
+        return self._stalled(*polling)
+
+    def _stalled(self, index: int, mask: Array) -> tuple[int, Array, int]:
+        """Nobody can run but threads whose mbarrier wait fails. They may have something else to do: let the wait fail."""
+        events, count = self.stall
+        self.stall = (self.events, count + 1 if events == self.events else 0)
+        if self.stall[1] > STALLS:
+            from .isa import hopper
+
+            instr, thread = self.program.blocks[index].instrs[0], int(mask.argmax())
+            detail = "no thread can run; " + hopper.explain(self, instr, thread)
+            raise self.fault("deadlock", detail, instr, thread)
+        return self._take(index, mask)
 
     def _take(self, index: int, mask: Array) -> tuple[int, Array, int]:
         left = self.groups.pop(index) & ~mask
@@ -275,12 +325,13 @@ class Wave:
         Those are, for a collective block, lanes that can reach it without going around a loop, and for the head of a
         loop, lanes that are still in an iteration.
         """
-        coming = np.zeros(self.warps, bool)
+        width = 128 if block.collective == 128 and self.padded % 128 == 0 else 32
+        coming = np.zeros(self.size // width, bool)
         for other, lanes in self.groups.items():
             ahead = block.collective and self.program.blocks[other].ahead >> index & 1
             if other != index and (ahead or block.loop >> other & 1):
-                coming |= lanes.reshape(-1, 32).any(axis=1)
-        return mask & ~np.repeat(coming, 32) if coming.any() else mask
+                coming |= lanes.reshape(-1, width).any(axis=1)
+        return mask & ~np.repeat(coming, width) if coming.any() else mask
 
     def _go(self, index: int, mask: Array) -> None:
         present = self.groups.get(index)
@@ -309,10 +360,14 @@ class Wave:
                 self._go(index + 1, mask & ~taken)
             if self.waiting:
                 self._release()
+            self.cluster_barrier.settle()
         elif opcode in ("bar", "barrier"):
             if pred is not None and not np.array_equal(taken, mask):
                 self._go(index + 1, mask & ~taken)
-            if taken.any():
+            if taken.any() and terminator.mods[0] == "cluster":
+                self._check_aligned(terminator, taken)
+                self.cluster_barrier.execute(terminator, index, taken)
+            elif taken.any():
                 self._arrive(terminator, index, taken)
         elif opcode == "trap":
             if taken.any():
@@ -351,22 +406,21 @@ class Wave:
                 gone = gone | mask
         return gone
 
+    def _check_aligned(self, instr: Instr, mask: Array) -> None:
+        if instr.opcode != "bar" and "aligned" not in instr.mods:
+            return
+        lanes = mask.reshape(-1, 32)
+        partial = lanes.any(axis=1) & ~(lanes | self._leaving().reshape(-1, 32)).all(axis=1)
+        if partial.any():
+            warp = int(partial.argmax())
+            missing = np.flatnonzero(~(lanes[warp] | self.exited[warp * 32 : warp * 32 + 32]))
+            detail = f"lanes {missing.tolist()} of the warp do not execute it"
+            raise self.fault("divergent-aligned", detail, instr, int(lanes[warp].argmax()) + warp * 32)
+
     def _arrive(self, instr: Instr, index: int, mask: Array) -> None:
         mods = instr.mods
         kind = "arrive" if "arrive" in mods else "red" if "red" in mods else "sync"
-        aligned = instr.opcode == "bar" or "aligned" in mods
-        if aligned:
-            lanes = mask.reshape(-1, 32)
-            partial = lanes.any(axis=1) & ~(lanes | self._leaving().reshape(-1, 32)).all(axis=1)
-            if partial.any():
-                warp = int(partial.argmax())
-                missing = np.flatnonzero(~(lanes[warp] | self.exited[warp * 32 : warp * 32 + 32]))
-                raise self.fault(
-                    "divergent-aligned",
-                    f"lanes {missing.tolist()} of the warp do not execute it",
-                    instr,
-                    int(lanes[warp].argmax()) + warp * 32,
-                )
+        self._check_aligned(instr, mask)
         operands = instr.operands[1:] if kind == "red" else instr.operands
         everyone = len(operands) <= (2 if kind == "red" else 1) and kind != "arrive"
         if (
@@ -415,7 +469,7 @@ class Wave:
                         int(barrier.arrived.argmax()),
                     )
             del self.waiting[key]
-            self.shared.barrier(cta, np.flatnonzero(barrier.arrived.reshape(-1, 32).any(axis=1)))
+            self.shared.barrier(np.flatnonzero(barrier.arrived.reshape(-1, 32).any(axis=1)))
             for block, mask in barrier.resume.items():
                 self._reduce(barrier, block, mask)
                 self._go(block, mask)
@@ -433,6 +487,9 @@ class Wave:
         out[mask] = {"popc": votes.sum(), "and": votes.all(), "or": votes.any()}[operation]
 
     def _deadlock(self) -> None:
+        if not self.waiting:
+            mask, _, instr = self.cluster_barrier.waiting[0]
+            raise self.fault("deadlock", "cluster barrier: no thread can run", instr, int(mask.argmax()))
         (cta, number), barrier = next(iter(self.waiting.items()))
         here = slice(cta * self.padded, (cta + 1) * self.padded)
         count = int(barrier.arrived[here].sum())
@@ -464,6 +521,62 @@ class _Barrier:
             self.reductions[index + 1] = instr
 
 
+class _ClusterBarrier:
+    """barrier.cluster: arrivals and waits of the threads of each cluster."""
+
+    def __init__(self, wave: Wave) -> None:
+        self.wave = wave
+        self.clusters = wave.ctas // wave.cluster
+        self.arrived = np.zeros(wave.size, bool)
+        self.phase = np.zeros(self.clusters, np.int64)
+        self.joined_at = np.zeros(wave.size, np.int64)  # the phase in which a thread last arrived
+        self.passing = [(np.zeros(wave.shared.columns, np.int64),) * 2 for _ in range(self.clusters)]
+        self.released = list(self.passing)
+        self.waiting: list[tuple[Array, int, Instr]] = []
+
+    def execute(self, instr: Instr, index: int, mask: Array) -> None:
+        wave = self.wave
+        cluster = np.arange(wave.size) // (wave.padded * wave.cluster)
+        if "arrive" in instr.mods:
+            for number in np.unique(cluster[mask]):
+                warps = np.unique(np.flatnonzero(mask & (cluster == number)) // 32)
+                joined = wave.shared.release(warps)
+                self.passing[number] = tuple(np.maximum(a, b) for a, b in zip(self.passing[number], joined, strict=True))
+            self.arrived |= mask
+            self.joined_at[mask] = self.phase[cluster[mask]]
+            wave._go(index + 1, mask)
+        else:
+            self.waiting.append((mask, index, instr))
+        self.settle()
+
+    def settle(self) -> None:
+        wave = self.wave
+        if not self.arrived.any() and not self.waiting:
+            return
+        per_cluster = self.arrived.reshape(self.clusters, -1)
+        complete = (per_cluster | wave.exited.reshape(self.clusters, -1)).all(axis=1) & per_cluster.any(axis=1)
+        for number in complete.nonzero()[0]:
+            self.phase[number] += 1
+            per_cluster[number] = False
+            self.released[number] = self.passing[number]
+        cluster = np.arange(wave.size) // (wave.padded * wave.cluster)
+        still = []
+        for mask, index, instr in self.waiting:
+            free = mask & (self.joined_at < self.phase[cluster])
+            for number in np.unique(cluster[free]):
+                warps = np.unique(np.flatnonzero(free & (cluster == number)) // 32)
+                wave.shared.acquire(warps, *self.released[number])
+            if free.any():
+                wave._go(index + 1, free)
+            if (mask & ~free).any():
+                still.append((mask & ~free, index, instr))
+        self.waiting = still
+
+
+def _coordinates(index: Array, shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
+    return index % shape[0], index // shape[0] % shape[1], index // (shape[0] * shape[1])
+
+
 def _shared_width(instr: Instr) -> int:
     """Bytes of the narrowest piece in which `instr` may touch shared memory, 0 if it does not."""
     if instr.opcode in ("ld", "st", "atom", "red"):
@@ -483,25 +596,32 @@ class Launcher:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.programs: dict[int, Program] = {}
-        self.waves: dict[tuple[int, Dim3, int, int], Wave] = {}
+        self.waves: dict[tuple[int, Dim3, int, int, Dim3], Wave] = {}
 
     def launch(
-        self, module: Module, kernel: Kernel, grid: Dim3, block: Dim3, dynamic_shared: int, params: bytes
+        self,
+        module: Module,
+        kernel: Kernel,
+        grid: Dim3,
+        block: Dim3,
+        dynamic_shared: int,
+        params: bytes,
+        cluster: Dim3 = (1, 1, 1),
     ) -> Counters:
         program = self.programs.get(id(kernel))
         if program is None:
             program = self.programs[id(kernel)] = decode(kernel, module.variables)
         threads = -(-block[0] * block[1] * block[2] // 32) * 32
         total = grid[0] * grid[1] * grid[2]
-        ctas = max(
-            1, min(total, WAVE_THREADS // threads, WAVE_SHARED_BYTES // (dynamic_shared + program.shared_static + 1024))
-        )
-        key = (id(kernel), block, ctas, dynamic_shared)
+        size = cluster[0] * cluster[1] * cluster[2]
+        shared = dynamic_shared + program.shared_static + 1024
+        ctas = max(1, min(total, WAVE_THREADS // threads, WAVE_SHARED_BYTES // shared) // size) * size
+        key = (id(kernel), block, ctas, dynamic_shared, cluster)
         wave = self.waves.get(key)
         if wave is None:
             if len(self.waves) > 24:
                 self.waves.clear()
-            wave = self.waves[key] = Wave(self.device, program, block, ctas, dynamic_shared)
+            wave = self.waves[key] = Wave(self.device, program, block, ctas, dynamic_shared, cluster)
         wave.counters = Counters()
         with np.errstate(all="ignore"):
             for first in range(0, total, ctas):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 LIVE, READY = 1, 3
 SHARED_BASE = 1024  # first address of the shared window (the first KiB is the system's on real devices)
-SHARED_WINDOW, LOCAL_WINDOW = 1 << 60, 1 << 61  # generic addresses
+SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW = 1 << 60, 2 << 60, 3 << 60  # generic addresses
 GUARD = 256
 
 # 16-byte elements travel as complex128: numpy copies them bit for bit.

@@ -9,7 +9,7 @@ from .ptx import Instr, Kernel, PtxError, Sym, Variable
 # Opcodes that end a block: control flow, and everything at which a thread may have to wait.
 TERMINATORS = {"bra", "brx", "ret", "exit", "trap", "bar", "barrier"}
 # Opcodes that involve the lanes of a warp together.
-COLLECTIVE = {"shfl", "vote", "match", "redux", "elect", "ldmatrix", "stmatrix", "mma", "movmatrix", "wgmma"}
+COLLECTIVE = {"bar", "barrier", "shfl", "vote", "match", "redux", "elect", "ldmatrix", "stmatrix", "mma", "movmatrix", "setmaxnreg"}
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Block:
     instrs: list[Instr]
     terminator: Instr | None
     successors: list[int] = field(default_factory=list)
-    collective: bool = False
+    collective: int = 0  # threads that execute parts of it together: 0, a warp's 32 or a warpgroup's 128
     # Bit b: block b can be reached from here without going around a loop.
     ahead: int = 0
     # Bit b: block b belongs to a loop of which this block is the head.
@@ -43,6 +43,10 @@ def is_warp_sync(instr: Instr) -> bool:
     return instr.opcode == "bar" and instr.mods[:1] == ("warp",)
 
 
+def is_poll(instr: Instr) -> bool:
+    return instr.opcode == "mbarrier" and instr.mods[0] == "try_wait"
+
+
 def _ends_block(instr: Instr) -> bool:
     return instr.opcode in TERMINATORS and not is_warp_sync(instr)
 
@@ -50,6 +54,7 @@ def _ends_block(instr: Instr) -> bool:
 def _blocks(kernel: Kernel) -> list[Block]:
     leaders = {0, *kernel.labels.values()}
     leaders |= {i + 1 for i, instr in enumerate(kernel.instrs) if _ends_block(instr)}
+    leaders |= {i for i, instr in enumerate(kernel.instrs) if is_poll(instr)}
     starts = sorted(s for s in leaders if s < len(kernel.instrs))
     number = {start: i for i, start in enumerate(starts)}
     blocks = []
@@ -58,9 +63,10 @@ def _blocks(kernel: Kernel) -> list[Block]:
         body = kernel.instrs[start:end]
         terminator = body.pop() if _ends_block(body[-1]) else None
         block = Block(i, body, terminator)
-        block.collective = any(x.opcode in COLLECTIVE or is_warp_sync(x) for x in body) or (
-            terminator is not None and terminator.opcode in ("bar", "barrier")
-        )
+        if any(x.opcode == "wgmma" for x in body):
+            block.collective = 128
+        elif any(x.opcode in COLLECTIVE or is_warp_sync(x) for x in [*body, *([terminator] if terminator else [])]):
+            block.collective = 32
         block.successors = [number[t] for t in _targets(kernel, terminator, end) if t in number]
         blocks.append(block)
     return blocks

@@ -130,7 +130,8 @@ class Runtime:
             name: ctypes.CFUNCTYPE(*signature)(getattr(self, f"_{name}")) for name, signature in _SIGNATURES.items()
         }
         self._shim = ctypes.CDLL(str(toolchain.build_shim()))
-        self._shim.ptxsim_install(ctypes.byref(_Callbacks(**self._keep)), *compute_capability)
+        self._shim.ptxsim_install(ctypes.byref(_Callbacks(**self._keep)))
+        self.select(compute_capability)
 
     @classmethod
     def get(cls) -> Runtime:
@@ -138,11 +139,17 @@ class Runtime:
             cls._instance = cls()
         return cls._instance
 
+    def select(self, compute_capability: tuple[int, int]) -> None:
+        """What the device claims to be, for queries and for the choice of PTX in libraries loaded from here on."""
+        self.compute_capability = compute_capability
+        self._shim.ptxsim_select(*compute_capability)
+
     # ---- libraries ------------------------------------------------------------------------------------------------
 
     def _rebound(self, path: Path) -> Path:
         image = elf.rebind(path.read_bytes())
-        directory = toolchain.cache_dir() / hashlib.sha256(image).hexdigest()[:24]
+        digest = hashlib.sha256(image + bytes(self.compute_capability)).hexdigest()  # one copy per choice of PTX
+        directory = toolchain.cache_dir() / digest[:24]
         target = directory / path.name
         if not target.exists():
             directory.mkdir(exist_ok=True)
@@ -207,8 +214,9 @@ class Runtime:
                 return INVALID_CONFIGURATION
             if shared > function.dynamic_limit:
                 return INVALID_VALUE
-            if dims[6] * dims[7] * dims[8] > 1:
-                raise SimError("launch", "clusters are not implemented", kernel=function.name)
+            cluster = (dims[6], dims[7], dims[8])
+            if any(g % c for g, c in zip(grid, cluster, strict=True)) or cluster[0] * cluster[1] * cluster[2] > 16:
+                return INVALID_CONFIGURATION
             module, kernel = self._kernel(function)
             if kernel.max_threads is not None and block[0] * block[1] * block[2] > kernel.max_threads:
                 return INVALID_VALUE
@@ -221,7 +229,7 @@ class Runtime:
                 id(function.image), Launcher(Device(self.memory, function.image.symbols))
             )
             launcher.device.poison_shared = self.poison_shared
-            counters = launcher.launch(module, kernel, grid, block, shared, bytes(packed))
+            counters = launcher.launch(module, kernel, grid, block, shared, bytes(packed), cluster)
             self.launches.append(Launch(kernel.name, grid, block, shared, counters))
         except Exception as error:  # SimError, or a bug in the simulator must not vanish in the C caller
             self.error = error

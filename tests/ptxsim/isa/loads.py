@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from ..memory import ELEMENT, LIVE, LOCAL_WINDOW, SHARED_WINDOW, Bad
+from ..memory import ELEMENT, LIVE, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW, Bad
 from ..numerics import bf16_to_f32, f32_to_bf16
 from ..ptx import Imm, Mem, Reg, Sym
 from .core import DTYPES, Array, Binder, Closure, Make, op, unsigned, vector
+from .hopper import bulk, cp_async_arrive
 
+WINDOWS = ((0, "global", 0), (1, "shared", SHARED_WINDOW), (2, "local", LOCAL_WINDOW), (3, "param", PARAM_WINDOW))
 SPACES = ("global", "shared", "local", "param", "const")
 
 
 def space_of(b: Binder) -> str:
     for mod in b.mods:
-        name, _, scope = mod.partition("::")
+        name = mod.split("::")[0]
         if name in SPACES:
-            if scope == "cluster":
-                raise b.unknown(f".{mod}")
             return "global" if name == "const" else name
     return "generic"
 
@@ -63,6 +63,10 @@ class Access:
             return wave.shared.load_at(address, threads, width)
         if space == "local":
             return wave.local.load(self._local(address, threads, width), width, need=LIVE)
+        if space == "param":
+            if (address < 0).any() or (address > wave.params.size - width).any():
+                raise Bad("out-of-bounds", 0, "parameter access")
+            return wave.params[address[:, None] + np.arange(width)].view(ELEMENT[width])[:, 0]
         out = np.empty(threads.size, ELEMENT[width])
         for part, base, lanes in self._windows(address):
             try:
@@ -104,11 +108,11 @@ class Access:
         """Splits generic addresses by space: (space, base to subtract, lanes)."""
         window = address >> 60
         parts = []
-        for number, name, base in ((0, "global", 0), (1, "shared", SHARED_WINDOW), (2, "local", LOCAL_WINDOW)):
+        for number, name, base in WINDOWS:
             lanes = (window == number).nonzero()[0]
             if lanes.size:
                 parts.append((name, base, lanes))
-        strange = ((window < 0) | (window > 2)).nonzero()[0]
+        strange = ((window < 0) | (window > 3)).nonzero()[0]
         if strange.size:
             raise Bad(
                 "out-of-bounds", int(strange[0]), f"wild generic address {int(address[strange[0]]) & (1 << 64) - 1:#x}"
@@ -303,8 +307,12 @@ def atom(b: Binder) -> Make:
 
 @op("cp")
 def cp(b: Binder) -> Make:
-    if b.mods[0] != "async" or b.has("bulk", "mbarrier"):
+    if b.mods[0] != "async":
         raise b.unknown()
+    if b.has("bulk"):
+        return bulk(b)
+    if b.has("mbarrier"):
+        return cp_async_arrive(b)
     if b.has("commit_group"):
 
         def commit(threads: Array) -> None:

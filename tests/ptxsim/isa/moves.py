@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from ..memory import LOCAL_WINDOW, SHARED_WINDOW
+from ..memory import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
 from ..ptx import Sym, Vec
 from .core import DTYPES, Array, Binder, Closure, Make, op, unsigned
 
@@ -70,9 +70,7 @@ def cvta(b: Binder) -> Make:
     space = next(
         m.split("::")[0] for m in b.mods if m.split("::")[0] in ("global", "shared", "local", "const", "param")
     )
-    window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW}.get(space, 0)
-    if space == "param":
-        raise b.unknown("generic addresses of parameters")
+    window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}.get(space, 0)
     dtype = DTYPES[b.type]
     source = b.args[1]
     if isinstance(source, Sym) and b.wave.address_of(source.name)[0] != space and space in ("shared", "local"):
@@ -89,11 +87,9 @@ def isspacep(b: Binder) -> Make:
     return b.value(d, lambda: (x >> np.uint64(60)) == number)
 
 
-@op("prefetch", "prefetchu", "discard", "applypriority", "membar", "fence", "nanosleep", "pmevent", "griddepcontrol")
+@op("prefetch", "prefetchu", "discard", "applypriority", "membar", "nanosleep", "pmevent", "griddepcontrol")
 def no_effect(b: Binder) -> Make:
     """Hints, and orderings that a sequential interpreter gives anyway."""
-    if b.instr.opcode == "fence" and b.has("proxy"):
-        raise b.unknown()
     return lambda mask: lambda: None
 
 

@@ -250,6 +250,22 @@ def _metadata_source(kind: str, k: int, selector: int) -> tuple[Array, Array]:
     return lane, np.broadcast_to(16 * high[:, None], lane.shape)
 
 
+def check_nibbles(b: Binder, words: Array, lane: Array, warps: Array, *, single: bool = False) -> tuple[Array, Array]:
+    """Both indices [warps, 16, groups] of every nibble of 16-bit metadata words [warps, 16, words] from `lane` [16, words].
+
+    Indices must ascend (`single`, for tf32: be 1110 or 0100); ordered_metadata says so, and without it nothing of ours
+    descends.
+    """
+    nibble = (words[..., None] >> np.arange(0, 16, 4, dtype=np.uint32) & np.uint32(15)).reshape(*words.shape[:2], -1)
+    first, second = (nibble & np.uint32(3)).astype(np.int64), (nibble >> np.uint32(2)).astype(np.int64)
+    wrong = (nibble != 0b1110) & (nibble != 0b0100) if single else first >= second
+    if wrong.any():
+        w, row, group = (int(i[0]) for i in wrong.nonzero())
+        detail = f"nibble {int(nibble[w, row, group]):04b} for row {row}, k group {group}"
+        raise b.wave.fault("illegal-metadata", detail, b.instr, int(warps[w]) * 32 + int(lane[row, group // 4]))
+    return first, second
+
+
 def _sparse(b: Binder) -> Make:
     f = _Fragments(b)
     selector = b.args[5]
@@ -266,28 +282,16 @@ def _sparse(b: Binder) -> Make:
         raise b.unknown("constant metadata")
     metadata = f.row(b, b.args[4])
     lane, bit = _metadata_source(f.kind_a, f.k, selector.value)
-    ordered = b.mods[0] == "sp::ordered_metadata"
     single = f.kind_a == "tf32"
     packed = f.k // 2
-    nibbles = np.arange(0, 16, 4)
 
     def positions(warps: Array) -> Array:
         """k position [warps, 16, k/2] of every packed element."""
         words = metadata[warps][:, lane] >> bit.astype(np.uint32) & np.uint32(0xFFFF)
-        nibble = (words[..., None] >> nibbles.astype(np.uint32) & np.uint32(15)).reshape(warps.size, 16, -1)
-        first, second = (nibble & np.uint32(3)).astype(np.int64), (nibble >> np.uint32(2)).astype(np.int64)
-        wrong = (nibble != 14) & (nibble != 4) if single else first >= second if ordered else first == second
-        if wrong.any():
-            w, row, group = (int(i[0]) for i in wrong.nonzero())
-            raise b.wave.fault(
-                "illegal-metadata",
-                f"nibble {int(nibble[w, row, group]):04b} for row {row}, k group {group}",
-                b.instr,
-                int(warps[w]) * 32 + int(lane[row, group // 4]),
-            )
-        groups = np.arange(nibble.shape[2])
+        first, second = check_nibbles(b, words, lane, warps, single=single)
+        groups = np.arange(first.shape[2])
         if single:
-            return 2 * groups + (nibble == 0b1110)
+            return 2 * groups + (first == 2)
         return (4 * groups[:, None] + np.stack([first, second], axis=3)).reshape(warps.size, 16, packed)
 
     def run(mask: Array) -> None:

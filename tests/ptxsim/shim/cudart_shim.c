@@ -3,7 +3,9 @@
  * It stands in for libcudart.so.13 under the library under test. Device memory is host memory; streams and events complete at once;
  * everything with a decision in it is a callback into Python, installed by ptxsim_install() before the library is loaded.
  */
+#include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -26,8 +28,9 @@ static int major = 8, minor = 0;
 static cudaError_t last = cudaSuccess;
 static int images = 0;
 
-void ptxsim_install(const struct callbacks *table, int cc_major, int cc_minor) {
-  cb = *table;
+void ptxsim_install(const struct callbacks *table) { cb = *table; }
+
+void ptxsim_select(int cc_major, int cc_minor) {
   major = cc_major;
   minor = cc_minor;
 }
@@ -244,3 +247,65 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) { (void
 cudaError_t cudaEventDestroy(cudaEvent_t event) { (void)event; return cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { (void)event, (void)stream; return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) { (void)event; return cudaSuccess; }
+
+/* ---- tensor maps: recorded in the map's 128 bytes; tests/ptxsim/tma.py reads them ---- */
+
+struct tensor_map {
+  uint32_t magic;
+  uint8_t type, rank, swizzle, interleave;
+  uint64_t address;
+  uint32_t extents[5], unused;
+  uint64_t strides[4];
+  uint16_t box[5];
+};
+_Static_assert(sizeof(struct tensor_map) <= sizeof(CUtensorMap), "a tensor map has 128 bytes");
+
+static int element_bytes(CUtensorMapDataType type) {
+  switch (type) {
+    case CU_TENSOR_MAP_DATA_TYPE_UINT8: return 1;
+    case CU_TENSOR_MAP_DATA_TYPE_UINT16: case CU_TENSOR_MAP_DATA_TYPE_FLOAT16: case CU_TENSOR_MAP_DATA_TYPE_BFLOAT16: return 2;
+    case CU_TENSOR_MAP_DATA_TYPE_UINT64: case CU_TENSOR_MAP_DATA_TYPE_INT64: case CU_TENSOR_MAP_DATA_TYPE_FLOAT64: return 8;
+    default: return 4;
+  }
+}
+
+/* Refuses what the driver's documentation says it refuses. */
+static CUresult encode_tiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address, const cuuint64_t *extents,
+                             const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *steps,
+                             CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                             CUtensorMapFloatOOBfill fill) {
+  (void)promotion;
+  struct tensor_map recorded = {.magic = 0x50545854, .type = type, .rank = rank, .swizzle = swizzle, .interleave = interleave};
+  if (rank < 1 || rank > 5 || !address || (uintptr_t)address % 16 || type > CU_TENSOR_MAP_DATA_TYPE_TFLOAT32_FTZ) return CUDA_ERROR_INVALID_VALUE;
+  if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || swizzle > CU_TENSOR_MAP_SWIZZLE_128B || fill) return CUDA_ERROR_NOT_SUPPORTED;
+  recorded.address = (uintptr_t)address;
+  for (unsigned i = 0; i < rank; i++) {
+    if (extents[i] == 0 || extents[i] > (1ull << 32) - 1 || box[i] == 0 || box[i] > 256 || steps[i] != 1) return CUDA_ERROR_INVALID_VALUE;
+    recorded.extents[i] = extents[i], recorded.box[i] = box[i];
+    if (i + 1 < rank) {
+      if (strides[i] % 16 || strides[i] >= 1ull << 40) return CUDA_ERROR_INVALID_VALUE;
+      recorded.strides[i] = strides[i];
+    }
+  }
+  unsigned inner = box[0] * element_bytes(type);
+  static const unsigned span[] = {1u << 30, 32, 64, 128};
+  if (inner % 16 || inner > span[swizzle]) return CUDA_ERROR_INVALID_VALUE;
+  memcpy(map, &recorded, sizeof recorded);
+  return CUDA_SUCCESS;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsigned version, unsigned long long flags,
+                                             enum cudaDriverEntryPointQueryResult *status) {
+  (void)version, (void)flags;
+  *function = strcmp(symbol, "cuTensorMapEncodeTiled") ? NULL : (void *)encode_tiled;
+  if (status) *status = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return done(*function ? cudaSuccess : cudaErrorInvalidValue);
+}
+cudaError_t cudaGetDriverEntryPoint(const char *symbol, void **function, unsigned long long flags, enum cudaDriverEntryPointQueryResult *status) {
+  return cudaGetDriverEntryPointByVersion(symbol, function, 12000, flags, status);
+}
+cudaError_t cudaOccupancyMaxActiveClusters(int *clusters, const void *host, const cudaLaunchConfig_t *c) {
+  (void)host, (void)c;
+  *clusters = multiprocessors() / 2;
+  return cudaSuccess;
+}
