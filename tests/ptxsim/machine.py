@@ -96,7 +96,9 @@ class Wave:
         self._special()
         self.mbarriers: dict[int, hopper.Mbarrier] = {}  # by byte offset in the wave's shared memory
         self.polls = {
-            blk.index: hopper.poll(self, blk.instrs[0]) for blk in program.blocks if blk.instrs and is_poll(blk.instrs[0])
+            blk.index: hopper.poll(self, blk.instrs[0])
+            for blk in program.blocks
+            if blk.instrs and is_poll(blk.instrs[0])
         }
         self.blocks: list[tuple[list[Closure], list[Closure]]] = []
         for blk in program.blocks:
@@ -152,8 +154,15 @@ class Wave:
             "%total_smem_size": np.full(self.size, self.dynamic_offset + self.dynamic_shared, np.uint32),
             "%cluster_ctarank": lane // np.uint32(self.padded) % np.uint32(self.cluster),
             "%cluster_nctarank": np.full(self.size, self.cluster, np.uint32),
-            **{f"%cluster_nctaid.{a}": np.full(self.size, n, np.uint32) for a, n in zip("xyz", self.cluster_shape, strict=True)},
-            **{f"%{n}.{a}": np.zeros(self.size, np.uint32) for a in "xyz" for n in ("cluster_ctaid", "clusterid", "nclusterid")},
+            **{
+                f"%cluster_nctaid.{a}": np.full(self.size, n, np.uint32)
+                for a, n in zip("xyz", self.cluster_shape, strict=True)
+            },
+            **{
+                f"%{n}.{a}": np.zeros(self.size, np.uint32)
+                for a in "xyz"
+                for n in ("cluster_ctaid", "clusterid", "nclusterid")
+            },
             "%smid": lane // np.uint32(self.padded),
             "%nsmid": np.full(self.size, self.ctas, np.uint32),
             "%gridid": np.zeros(self.size, np.uint64),
@@ -302,7 +311,9 @@ class Wave:
         return self._stalled(*polling)
 
     def _stalled(self, index: int, mask: Array) -> tuple[int, Array, int]:
-        """Nobody can run but threads whose mbarrier wait fails. They may have something else to do: let the wait fail."""
+        """Nobody can run but threads whose mbarrier wait fails. They may have something else to do: let the wait
+        fail.
+        """
         events, count = self.stall
         self.stall = (self.events, count + 1 if events == self.events else 0)
         if self.stall[1] > STALLS:
@@ -541,7 +552,9 @@ class _ClusterBarrier:
             for number in np.unique(cluster[mask]):
                 warps = np.unique(np.flatnonzero(mask & (cluster == number)) // 32)
                 joined = wave.shared.release(warps)
-                self.passing[number] = tuple(np.maximum(a, b) for a, b in zip(self.passing[number], joined, strict=True))
+                self.passing[number] = tuple(
+                    np.maximum(a, b) for a, b in zip(self.passing[number], joined, strict=True)
+                )
             self.arrived |= mask
             self.joined_at[mask] = self.phase[cluster[mask]]
             wave._go(index + 1, mask)

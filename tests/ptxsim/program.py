@@ -9,7 +9,20 @@ from .ptx import Instr, Kernel, PtxError, Sym, Variable
 # Opcodes that end a block: control flow, and everything at which a thread may have to wait.
 TERMINATORS = {"bra", "brx", "ret", "exit", "trap", "bar", "barrier"}
 # Opcodes that involve the lanes of a warp together.
-COLLECTIVE = {"bar", "barrier", "shfl", "vote", "match", "redux", "elect", "ldmatrix", "stmatrix", "mma", "movmatrix", "setmaxnreg"}
+COLLECTIVE = {
+    "bar",
+    "barrier",
+    "shfl",
+    "vote",
+    "match",
+    "redux",
+    "elect",
+    "ldmatrix",
+    "stmatrix",
+    "mma",
+    "movmatrix",
+    "setmaxnreg",
+}
 
 
 @dataclass

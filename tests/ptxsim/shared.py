@@ -1,15 +1,15 @@
 """Shared memory of a wave of CTAs, with a happens-before race detector.
 
-Every warp, and every asynchronous agent that reads or writes shared memory by itself (a CTA's TMA loads, its TMA stores,
-the tensor cores of each warpgroup), has a clock. Each warp knows, per warp and agent of its cluster, up to which clock
-their accesses happen before its own. Barriers join and advance these vectors; `bar.warp.sync` orders the lanes of one
-warp; an mbarrier carries them from those that arrive to those that wait.
+Every warp, and every asynchronous agent that reads or writes shared memory by itself (a CTA's TMA loads, its TMA
+stores, the tensor cores of each warpgroup), has a clock. Each warp knows, per warp and agent of its cluster, up to
+which clock their accesses happen before its own. Barriers join and advance these vectors; `bar.warp.sync` orders the
+lanes of one warp; an mbarrier carries them from those that arrive to those that wait.
 
 Per granule (the kernel's narrowest shared access) the detector keeps the last write and each column's last read as
-`clock << 16 | column << 5 | lane`. A pair of accesses, one of them a write, by different threads and not ordered this way
-is a race. Bytes that a `cp.async` writes belong to the copy from its issue until its thread has waited for its group: any
-access before is an async-race. Tensor cores and TMA read through the async proxy: what ordinary stores wrote must have
-passed a `fence.proxy.async`, which a second set of vectors (`fenced`) tracks.
+`clock << 16 | column << 5 | lane`. A pair of accesses, one of them a write, by different threads and not ordered this
+way is a race. Bytes that a `cp.async` writes belong to the copy from its issue until its thread has waited for its
+group: any access before is an async-race. Tensor cores and TMA read through the async proxy: what ordinary stores
+wrote must have passed a `fence.proxy.async`, which a second set of vectors (`fenced`) tracks.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Copies:
 class SharedMemory(Bytes):
     """`ctas` copies of a CTA's shared memory of `size` bytes whose live ranges are `extents` [(offset, bytes), ...].
 
-    `threads` per CTA is a multiple of 32, `cluster` CTAs share a clock domain, `agents` says whether asynchronous agents
-    take part.
+    `threads` per CTA is a multiple of 32, `cluster` CTAs share a clock domain, `agents` says whether asynchronous
+    agents take part.
     """
 
     def __init__(
@@ -155,15 +155,18 @@ class SharedMemory(Bytes):
     # ---- accesses by threads --------------------------------------------------------------------------------------
 
     def offsets(self, address: Array, threads: Array, width: int) -> Array:
-        """Shared addresses (any integer type) to byte offsets in this array, bounds-checked against one CTA's window."""
+        """Shared addresses (any integer type) to byte offsets in this array, bounds-checked against one CTA's
+        window.
+        """
         inside = address.astype(np.int64)
         cta = self.cta[threads]
-        if self.cluster > 1:
-            rank = (inside >> RANK_SHIFT) - 1
+        rank = (inside >> RANK_SHIFT) - 1
+        if (rank != -1).any():
+            if (rank >= self.cluster).any():
+                lane = int((rank >= self.cluster).argmax())
+                raise Bad("out-of-bounds", lane, f"{width}-byte shared access at address {int(inside[lane]):#x}")
             cta = np.where(rank < 0, cta, cta // self.cluster * self.cluster + rank)
             inside = inside & (1 << RANK_SHIFT) - 1
-            if (rank >= self.cluster).any():
-                raise Bad("out-of-bounds", int((rank >= self.cluster).argmax()), "no such CTA in the cluster")
         inside = inside - SHARED_BASE
         wrong = (inside < 0) | (inside > self.stride - width)
         if wrong.any():
@@ -308,4 +311,6 @@ class SharedMemory(Bytes):
         if wrong.any():
             place = tuple(int(i[0]) for i in np.nonzero(wrong))
             other = self.describe(int(seen[place]) & 0xFFFF)
-            raise Bad("shared-race", 0, why + f" (written by {other})" if why else f"no barrier after the {what} by {other}")
+            raise Bad(
+                "shared-race", 0, why + f" (written by {other})" if why else f"no barrier after the {what} by {other}"
+            )

@@ -1,7 +1,8 @@
 """sm_90's asynchronous machinery: mbarriers, TMA tile loads and stores, bulk copies, clusters.
 
-A transfer happens when it is issued, and its bytes count towards its mbarrier at once: one of the legal orders. What a kernel may rely on is tracked
-by the race detector: only who has waited for the phase (or the bulk group) knows of the transfer.
+A transfer happens when it is issued, and its bytes count towards its mbarrier at once: one of the legal orders. What
+a kernel may rely on is tracked by the race detector: only who has waited for the phase (or the bulk group) knows of
+the transfer.
 """
 
 from __future__ import annotations
@@ -140,7 +141,9 @@ def _arrive_op(b: Binder) -> Make:
         for offset in np.unique(offsets):
             mine = threads[offsets == offset]
             barrier = _barrier(b, int(offset), int(mine[0]))
-            values = np.broadcast_to(operand, (wave.size,))[mine] if operand is not None else np.ones(mine.size, np.uint32)
+            values = (
+                np.broadcast_to(operand, (wave.size,))[mine] if operand is not None else np.ones(mine.size, np.uint32)
+            )
             if expects:
                 barrier.bytes += int(values.sum())
                 phase = _arrive(b, int(offset), mine, 1)
@@ -323,7 +326,9 @@ def _tma_load(b: Binder) -> Make:
         lane = np.array([thread])
         tensor = _tensor_map(b, int(map_at(lane)[0]), thread)
         if len(coords) != len(tensor.box):
-            raise wave.fault("launch", f"{len(coords)} coordinates for a map of rank {len(tensor.box)}", b.instr, thread)
+            raise wave.fault(
+                "launch", f"{len(coords)} coordinates for a map of rank {len(tensor.box)}", b.instr, thread
+            )
         start = int(to(lane)[0])
         inner = start & (1 << RANK_SHIFT) - 1
         if inner % 128:
@@ -435,7 +440,9 @@ def setmaxnreg(b: Binder) -> Make:
 
 @op("fence")
 def fence(b: Binder) -> Make:
-    """Memory fences order nothing here that the interpreter does not order anyway, but the async proxy needs to be told."""
+    """Memory fences order nothing here that the interpreter does not order anyway, but the async proxy needs to
+    be told.
+    """
     if b.mods[:2] != ("proxy", "async"):
         return lambda mask: lambda: None
 

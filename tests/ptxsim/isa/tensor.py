@@ -251,7 +251,8 @@ def _metadata_source(kind: str, k: int, selector: int) -> tuple[Array, Array]:
 
 
 def check_nibbles(b: Binder, words: Array, lane: Array, warps: Array, *, single: bool = False) -> tuple[Array, Array]:
-    """Both indices [warps, 16, groups] of every nibble of 16-bit metadata words [warps, 16, words] from `lane` [16, words].
+    """Both indices [warps, 16, groups] of every nibble of 16-bit metadata words [warps, 16, words] from `lane` [16,
+    words].
 
     Indices must ascend (`single`, for tf32: be 1110 or 0100); ordered_metadata says so, and without it nothing of ours
     descends.

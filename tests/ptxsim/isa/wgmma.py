@@ -1,17 +1,17 @@
 """Warpgroup matrix multiply: wgmma.mma_async, dense and .sp, A from shared memory or registers, 16-bit operands.
 
-Matrix descriptors (PTX ISA, "Strides"; CUTE's mma_sm90_desc.hpp): bits 0-13 start address, 16-29 leading and 32-45 stride
-byte offset, all in units of 16 bytes, 62-63 the swizzle. With W units per swizzled row (1 none, 2, 4, 8), element (i, k) of
-an operand with i along M or N lies at
+Matrix descriptors (PTX ISA, "Strides"; CUTE's mma_sm90_desc.hpp): bits 0-13 start address, 16-29 leading and 32-45
+stride byte offset, all in units of 16 bytes, 62-63 the swizzle. With W units per swizzled row (1 none, 2, 4, 8),
+element (i, k) of an operand with i along M or N lies at
 
-    K-major    (i % 8) 16 W + (i / 8) stride + 2 k                                    (no swizzle: k / 8 steps by leading)
-    MN-major   (u % W) 16 + (u / W) leading + (k % 8) 16 W + (k / 8) stride + 2 (i % 8),  u = i / 8
+    K-major    (i % 8) 16 W + (i / 8) stride + 2 k                                    (no swizzle: k / 8 steps by
+    leading) MN-major   (u % W) 16 + (u / W) leading + (k % 8) 16 W + (k / 8) stride + 2 (i % 8),  u = i / 8
                (no swizzle: u stride + (k % 8) 16 + (k / 8) leading)
 
 and address bits 4-6 are xored with bits 7-9, as far as W reaches.
 
-The product is formed when the instruction issues, as in `tensor`; its shared-memory reads last until `wgmma.wait_group`, which is
-what the race detector sees. Reading accumulators before the wait is not detected.
+The product is formed when the instruction issues, as in `tensor`; its shared-memory reads last until
+`wgmma.wait_group`, which is what the race detector sees. Reading accumulators before the wait is not detected.
 """
 
 from __future__ import annotations
@@ -65,7 +65,13 @@ class _Operand:
     """A matrix in shared memory named by a descriptor register: [extent, k] for both A (extent M) and B (extent N)."""
 
     def __init__(self, b: Binder, operand: Any, extent: int, k: int, transposed: bool) -> None:
-        self.b, self.register, self.extent, self.k, self.major_k = b, b.src(operand, np.uint64), extent, k, not transposed
+        self.b, self.register, self.extent, self.k, self.major_k = (
+            b,
+            b.src(operand, np.uint64),
+            extent,
+            k,
+            not transposed,
+        )
 
     def load(self, group: int, cta: int) -> Array:
         """16-bit patterns [extent, k]."""
@@ -153,7 +159,9 @@ def _mma_async(b: Binder) -> Make:
     matrix_b = _Operand(b, b_arg, n, k, transpose_b)
     a_registers = [b.src(r, np.uint32) for r in vector(a_arg)] if from_registers else []
     decode = _decoder(kind_a)
-    positions = _Positions(b, metadata, k, selector) if sparse and metadata is not None and selector is not None else None
+    positions = (
+        _Positions(b, metadata, k, selector) if sparse and metadata is not None and selector is not None else None
+    )
 
     def multiply(group: int) -> Array:
         cta = group // (wave.padded // 128)
@@ -177,7 +185,9 @@ def _mma_async(b: Binder) -> Make:
             else:
                 wave.counters.mma += 1
             # [warp, g, t, 8-column block, half of 16 rows, column]: see the fragment layout of C in `tensor`.
-            product = multiply(int(group)).reshape(4, 2, 8, n // 8, 4, 2).transpose(0, 2, 4, 3, 1, 5).reshape(128, n // 2)
+            product = (
+                multiply(int(group)).reshape(4, 2, 8, n // 8, 4, 2).transpose(0, 2, 4, 3, 1, 5).reshape(128, n // 2)
+            )
             keep = np.broadcast_to(scale_d, (wave.size,))[here]
             old = np.stack([r[here] for r in registers], axis=1)
             base = old.view(np.float32 if out == "f32" else np.float16).astype(np.float64)
