@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdgp_accel import functional
+    from sdgp_accel.benchmark import benchmark
     from sdgp_accel.config import SDGPConfig
     from sdgp_accel.nn import SDGPConv2d, SDGPLinear
     from sdgp_accel.plan import plan
     from sdgp_accel.pruning import prune
     from sdgp_accel.report import LayerReport, SwapReport
+    from sdgp_accel.semi_structured import compress
     from sdgp_accel.swap import accelerate_, restore_
     from sdgp_accel.validation import validate
 
