@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from sdgp_accel import philox
-from sdgp_accel.backends import Needs, decide, dense
-from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
+from sdgp_accel.backends import Decision, Needs, decide_conv2d, decide_linear, dense
 from sdgp_accel.stages import stage
 
 _library = torch.library.Library("sdgp", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -37,13 +36,7 @@ CONV2D_SIGNATURE = (
 def _linear_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, plan: str) -> list[Tensor]:
     """dy [..., C_out], x [..., C_in], weight [C_out, C_in]; at least one of x and weight is given."""
     input_shape = (*dy.shape[:-1], _in_features(x, weight))
-    geometry = LinearGeometry.of(input_shape, dy.shape[-1])
-    if x is not None:
-        x = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-    gradients = _backward(dense.matrix_view(dy, geometry), x, weight, bias, geometry, plan)
-    if weight is not None and dy.dim() != 2:
-        gradients[0] = gradients[0].view(input_shape)
-    return gradients
+    return run_linear(dy, x, weight, bias, decide_linear(plan, input_shape, dy.shape[-1], dy.dtype, dy.device))
 
 
 def _conv2d_backward(
@@ -61,25 +54,31 @@ def _conv2d_backward(
     absent_shape: the shape of whichever of x and weight is not given. window: stride, padding, dilation (two each)
     and groups. channels_last: the memory format of dX and dW.
     """
-    geometry = Conv2dGeometry.of(
-        absent_shape if x is None else x.shape, absent_shape if weight is None else weight.shape, window, channels_last
-    )
-    return _backward(dy, x, weight, bias, geometry, plan)
+    input_shape = tuple(absent_shape if x is None else x.shape)
+    weight_shape = tuple(absent_shape if weight is None else weight.shape)
+    decision = decide_conv2d(plan, input_shape, weight_shape, tuple(window), channels_last, dy.dtype, dy.device)
+    return run(dy, x, weight, bias, decision)
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    bias: bool,
-    geometry: Geometry,
-    plan_text: str,
-) -> list[Tensor]:
-    """Run the passes that are asked for, each on its pruned operand or on dY as it is.
+def run_linear(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decision: Decision) -> list[Tensor]:
+    """`run` for operands of any rank: dy [..., C_out], x [..., C_in]."""
+    if dy.dim() == 2:
+        return run(dy, x, weight, bias, decision)
+    if x is not None:
+        x = dense.matrix_view(x, decision.geometry)
+    gradients = run(dense.matrix_view(dy, decision.geometry), x, weight, bias, decision)
+    if weight is not None:
+        gradients[0] = gradients[0].view(*dy.shape[:-1], weight.shape[1])
+    return gradients
 
-    Linear: dy [T, C_out], x [T, C_in]; Conv2d: dy [N, C_out, P, Q], x [N, C_in, H, W].
+
+def run(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decision: Decision) -> list[Tensor]:
+    """The gradients that are asked for, each pass on its pruned operand or on dY as it is.
+
+    Linear: dy [T, C_out], x [T, C_in]; Conv2d: dy [N, C_out, P, Q], x [N, C_in, H, W]. What the ops do, and what the
+    eager backward calls directly.
     """
-    backend, plan, _, draws = decide(plan_text, geometry, dy.dtype, dy.device)
+    geometry, backend, plan, draws, _ = decision
     prune_dgrad = backend is not None and weight is not None and plan.grad_input is not None
     prune_wgrad = backend is not None and x is not None and plan.grad_weight is not None
     gradients: list[Tensor] = []

@@ -392,6 +392,18 @@ def test_meta_tensors() -> None:
     assert weight.grad.shape == weight.shape
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_the_ops_compute_what_the_eager_backward_does(kind: str, fixed_seed: Tensor) -> None:
+    """A recorded backward (create_graph) goes through the op, a plain one calls its implementation."""
+    shapes = ((2, 5, 8), (8, 8), (8,)) if kind == "linear" else ((2, 8, 5, 5), (8, 8, 3, 3), (8,))
+    inputs = require_grad(*map(torch.randn, shapes))
+    y = getattr(sdgp.functional, kind)(*inputs)
+    dy = torch.randn_like(y)
+    plain = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    recorded = torch.autograd.grad(y, inputs, dy, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))
+
+
 @pytest.mark.parametrize("name", ["linear", "conv2d"])
 def test_opcheck(name: str) -> None:
     config = sdgp.SDGPConfig(prune="magnitude")

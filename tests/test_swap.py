@@ -397,11 +397,9 @@ class FakeKernels:
 @pytest.fixture
 def nothing_decided() -> Iterator[None]:
     """No decision is cached and no warning has been given, before and after."""
-    backends.decide.cache_clear()
-    backends.warn_once.cache_clear()
+    backends.forget_decisions()
     yield
-    backends.decide.cache_clear()
-    backends.warn_once.cache_clear()
+    backends.forget_decisions()
 
 
 @pytest.fixture
@@ -461,6 +459,5 @@ def test_cpu_warns_once_that_nothing_is_accelerated(nothing_decided: None) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.randn(2, 4, 4, 4)).sum().backward()
-        backends.warn_once.cache_clear()
-        backends.decide.cache_clear()
+        backends.forget_decisions()
         sdgp.accelerate_(small_model(), sdgp.SDGPConfig(backend="reference"))

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from sdgp_accel.config import PruneSpec
-from sdgp_accel.geometry import Geometry, LinearGeometry
+from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import LayerPlan, decode
 from sdgp_accel.philox import Rng
 
 KERNELS = "cutlass"
+CACHED_DECISIONS = 1 << 14  # shapes: generous for sequences of every length
 FIRST_SPARSE_CAPABILITY = (8, 0)  # NVIDIA Ampere
 BUILD_COMMAND = "SDGP_CUDA=1 pip install --no-cache-dir ."
 
@@ -70,15 +71,16 @@ class Backend(Protocol):
 
 
 class Decision(NamedTuple):
-    """The backend of one layer (None: the ordinary dense backward), its resolved plan, and why.
+    """What runs the backward of one layer shape: the backend (None: the ordinary dense backward) and why.
 
-    `draws`: the plan's, looked up once.
+    plan: resolved for this geometry; draws: the plan's, looked up once.
     """
 
+    geometry: Geometry
     backend: Backend | None
     plan: LayerPlan
-    reason: str
     draws: bool
+    reason: str
 
     @property
     def name(self) -> str:
@@ -95,7 +97,35 @@ def load(name: str) -> Backend | None:
     return backend
 
 
-@functools.lru_cache(maxsize=1 << 14)
+@functools.lru_cache(maxsize=CACHED_DECISIONS)
+def decide_linear(
+    plan_text: str, input_shape: tuple[int, ...], out_features: int, dtype: torch.dtype, device: torch.device
+) -> Decision:
+    """`decide` for ``functional.linear`` on an input of this shape, remembered."""
+    return decide(plan_text, LinearGeometry.of(input_shape, out_features), dtype, device)
+
+
+@functools.lru_cache(maxsize=CACHED_DECISIONS)
+def decide_conv2d(
+    plan_text: str,
+    input_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    window: tuple[int, ...],
+    channels_last: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Decision:
+    """`decide` for ``functional.conv2d`` on an input of this shape, remembered."""
+    return decide(plan_text, Conv2dGeometry.of(input_shape, weight_shape, window, channels_last), dtype, device)
+
+
+def forget_decisions() -> None:
+    """Decide and warn afresh: for tests, and after the backends themselves have changed."""
+    decide_linear.cache_clear()
+    decide_conv2d.cache_clear()
+    warn_once.cache_clear()
+
+
 def decide(plan_text: str, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Decision:
     """Which backend runs the backward of a layer of this shape, dtype and device.
 
@@ -104,10 +134,18 @@ def decide(plan_text: str, geometry: Geometry, dtype: torch.dtype, device: torch
     device as a whole.
     """
     plan = _resolve_scope(decode(plan_text), geometry)
+    backend, reason = _choose(plan, geometry, dtype, device)
+    return Decision(geometry, backend, plan, plan.draws, reason)
+
+
+Choice = tuple[Backend | None, str]
+
+
+def _choose(plan: LayerPlan, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Choice:
     if not plan.prunes:
-        return Decision(None, plan, "both passes are dense", False)
+        return None, "both passes are dense"
     if plan.backend == "reference":
-        return Decision(_reference(), plan, "backend='reference'", plan.draws)
+        return _reference(), "backend='reference'"
     missing = _no_sparse_tensor_cores(device)
     if missing is not None:
         if plan.backend != "auto":
@@ -117,11 +155,11 @@ def decide(plan_text: str, geometry: Geometry, dtype: torch.dtype, device: torch
             )
         if device.type != "meta":  # shapes only: nothing runs
             warn_once(f"{missing}: gradients are pruned by the reference backend, and nothing is accelerated here")
-        return Decision(_reference(), plan, missing, plan.draws)
-    return _decide_on_gpu(plan, geometry, dtype, device)
+        return _reference(), missing
+    return _choose_on_gpu(plan, geometry, dtype, device)
 
 
-def _decide_on_gpu(plan: LayerPlan, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Decision:
+def _choose_on_gpu(plan: LayerPlan, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Choice:
     name = KERNELS if plan.backend == "auto" else plan.backend
     backend = load(name)
     problem = f"the {name} kernels are not built; build them with: {BUILD_COMMAND}"
@@ -129,18 +167,16 @@ def _decide_on_gpu(plan: LayerPlan, geometry: Geometry, dtype: torch.dtype, devi
         unavailable = backend.unavailable(device)
         if unavailable is None:
             unsupported = backend.unsupported(geometry, plan, dtype, device)
-            if unsupported is None:
-                return Decision(backend, plan, f"backend={plan.backend!r}", plan.draws)
-            return _fall_back(plan, unsupported)
+            return (backend, f"backend={plan.backend!r}") if unsupported is None else _fall_back(plan, unsupported)
         problem = unavailable
     warn_once(f"{device}: {problem}; until then fallback={plan.fallback!r} applies")
     return _fall_back(plan, problem)
 
 
-def _fall_back(plan: LayerPlan, reason: str) -> Decision:
+def _fall_back(plan: LayerPlan, reason: str) -> Choice:
     if plan.fallback == "error":
         raise RuntimeError(f"fallback='error' and {reason}; accepted: fallback='dense' or fallback='emulate'")
-    return Decision(_reference() if plan.fallback == "emulate" else None, plan, reason, plan.draws)
+    return _reference() if plan.fallback == "emulate" else None, reason
 
 
 def _reference() -> Backend:
