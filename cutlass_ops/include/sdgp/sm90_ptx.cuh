@@ -1,0 +1,186 @@
+// Thin named wrappers around the Hopper (sm_90a) instructions the sparse kernels use.
+// One function per instruction, named after it; no policy here.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+#include <utility>
+
+#include <cute/arch/mma_sm90_gmma_sparse.hpp>
+
+namespace sdgp::sm90 {
+
+using cute::SM90::GMMA::Major;
+using cute::SM90::GMMA::ScaleOut;
+using cute::SM90::GMMA::SparseSel;
+
+__device__ __forceinline__ uint32_t smem_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- mbarrier ------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes the initialised barriers visible to the copy engine and to the other CTAs of the cluster.
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrives on the barrier at the same shared-memory offset in CTA `cta` of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32_t cta) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(barrier), "r"(cta)
+      : "memory");
+}
+
+// Blocks until the phase of parity `parity` has completed. Acquires at cluster scope: arrivals may come from a peer CTA.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "retry:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra finished;\n"
+      "bra retry;\n"
+      "finished:\n"
+      "}\n" ::"r"(barrier), "r"(parity)
+      : "memory");
+}
+
+// ---- cluster -------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t cluster_cta_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// ---- TMA -----------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Loads the box at (x, y), x innermost, into shared memory; completes `bytes` on `barrier`.
+__device__ __forceinline__ void tma_load(const CUtensorMap* map, uint32_t barrier, uint32_t destination, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          destination),
+      "l"(map), "r"(barrier), "r"(x), "r"(y)
+      : "memory");
+}
+
+// As tma_load, into every CTA of `cta_mask`, at the same offsets of data and barrier in each.
+__device__ __forceinline__ void tma_load_multicast(const CUtensorMap* map, uint32_t barrier, uint32_t destination, int x,
+                                                   int y, uint16_t cta_mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(cta_mask)
+      : "memory");
+}
+
+// ---- warpgroup MMA -------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait_group() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Tells the compiler that a register may have changed: keeps accumulator traffic on its side of a wait.
+template <int kCount>
+__device__ __forceinline__ void fence_registers(float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+// Bits 62-63 of a shared-memory matrix descriptor.
+enum class Swizzle : uint64_t { k128B = 1, k64B = 2 };
+
+// Descriptor of a matrix in shared memory without its start address (bits 0-13, in units of 16 bytes).
+// MN-major, 128 B swizzle: `leading_bytes` from one 64-wide MN block to the next, `stride_bytes` from 8 k to the next 8 k.
+// K-major: `stride_bytes` from 8 rows to the next 8 rows, `leading_bytes` unused.
+constexpr uint64_t matrix_descriptor(Swizzle swizzle, int leading_bytes, int stride_bytes) {
+  return static_cast<uint64_t>(swizzle) << 62 | static_cast<uint64_t>(stride_bytes >> 4) << 32 |
+         static_cast<uint64_t>(leading_bytes >> 4) << 16;
+}
+
+// D[64, kN] (+)= A[64, 32 at 2:4] * B[32, kN], float32 accumulators, A and B in shared memory, B MN-major.
+template <typename Element, int kN, Major kMajorA, SparseSel kSelector>
+struct SparseWgmma;
+
+#define SDGP_SPARSE_WGMMA(ELEMENT, N, NAME)                                                                           \
+  template <Major kMajorA, SparseSel kSelector>                                                                       \
+  struct SparseWgmma<ELEMENT, N, kMajorA, kSelector> {                                                                \
+    using Atom = cute::SM90::GMMA::SPARSE::NAME<kMajorA, Major::MN, cute::SM90::GMMA::ScaleIn::One,                   \
+                                                cute::SM90::GMMA::ScaleIn::One, kSelector>;                           \
+    __device__ __forceinline__ static void issue(uint64_t a, uint64_t b, uint32_t metadata, float (&d)[N / 2],        \
+                                                 bool accumulate) {                                                   \
+      issue(a, b, metadata, d, accumulate, std::make_index_sequence<N / 2>{});                                        \
+    }                                                                                                                 \
+                                                                                                                      \
+   private:                                                                                                           \
+    template <size_t... kIndex>                                                                                       \
+    __device__ __forceinline__ static void issue(uint64_t a, uint64_t b, uint32_t metadata, float (&d)[N / 2],        \
+                                                 bool accumulate, std::index_sequence<kIndex...>) {                   \
+      Atom::fma(a, b, d[kIndex]..., metadata, accumulate ? ScaleOut::One : ScaleOut::Zero);                           \
+    }                                                                                                                 \
+  };
+SDGP_SPARSE_WGMMA(__half, 128, GMMA_64x128x32_F32F16F16_SS)
+SDGP_SPARSE_WGMMA(__half, 192, GMMA_64x192x32_F32F16F16_SS)
+SDGP_SPARSE_WGMMA(__half, 256, GMMA_64x256x32_F32F16F16_SS)
+SDGP_SPARSE_WGMMA(__nv_bfloat16, 128, GMMA_64x128x32_F32BF16BF16_SS)
+SDGP_SPARSE_WGMMA(__nv_bfloat16, 192, GMMA_64x192x32_F32BF16BF16_SS)
+SDGP_SPARSE_WGMMA(__nv_bfloat16, 256, GMMA_64x256x32_F32BF16BF16_SS)
+#undef SDGP_SPARSE_WGMMA
+
+// ---- registers and warps -------------------------------------------------------------------------------
+
+template <int kRegisters>
+__device__ __forceinline__ void increase_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void decrease_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Two 8x8 matrices of 16-bit words; lanes 0-7 and 8-15 give the addresses of their rows. Lane l receives words 2(l%4)
+// and 2(l%4)+1 of row l/4 of each; transposed: of column l/4.
+template <bool kTranspose>
+__device__ __forceinline__ void load_matrix_x2(uint32_t& first, uint32_t& second, uint32_t row_address) {
+  if constexpr (kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(first), "=r"(second)
+                 : "r"(row_address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(first), "=r"(second)
+                 : "r"(row_address)
+                 : "memory");
+  }
+}
+
+}  // namespace sdgp::sm90

@@ -1,0 +1,427 @@
+// Sparse GEMM with wgmma.sp for Hopper: D[M, N] = A[M, K at 2:4] * B[K, N], float32 accumulation.
+//
+//   dgrad: dX[T, C_in]     = dY[T, C_out]   * W[C_out, C_in]   A K-major: values [T, Kp/2],     metadata [T, Kp/16]
+//   wgrad: dW[C_out, C_in] = dY^T[C_out, T] * X[T, C_in]       A M-major: values [Kp/2, C_out], metadata [Kp/16, C_out]
+//
+// B is row-major in both ([K, N], N contiguous). One metadata word of 16 bits describes 16 consecutive k.
+//
+// One CTA computes tiles of kBlockM x kBlockN, one or two 64-row slabs per consumer warpgroup; a producer warp feeds a
+// ring of kStages stages of 64 k through TMA. Every stage has room for metadata, but only every other one (128 k: 8 words, the
+// 16 bytes TMA asks for in a row) is filled. CTAs of a cluster of two sit above each other in M, use the same B tile
+// and load half of it each, multicast.
+//
+// What limits it: m64n256k32 takes 128 cycles of the tensor cores and reads 16 KB of B and 2 KB of A, so the
+// shared-memory port (128 B/cycle) allows 1.78x the dense rate at most, and less where the tile fills use the same port:
+// 20 KB per k32 step of a 128x256 tile beside 36 KB of reads, 20 KB beside 56 KB (four slabs) of a 256x192 tile.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "sdgp/sm90_ptx.cuh"
+
+namespace sdgp::sm90 {
+
+constexpr int kBlockK = 64;              // k per stage: 32 stored values of A, 64 rows of B
+constexpr int kInstructionK = 32;        // k per wgmma.sp with 16-bit elements
+constexpr int kMetadataK = 128;          // k per metadata load
+constexpr int kSlabM = 64;               // rows per wgmma
+constexpr int kConsumers = 2;            // consumer warpgroups
+constexpr int kSwizzleElements = 64;     // 16-bit elements in a 128-byte swizzled row
+constexpr int kSharedMemoryLimit = 232448;
+constexpr uint32_t kLegalMetadata = 0x4444;  // indices 0 and 1 in each of four groups
+
+enum class Output : int { kElement, kFloat, kPartial };
+
+struct Problem {
+  int m, n, k;
+  int splits;   // the k range is cut in this many parts; > 1 only with Output::kPartial
+  int group_n;  // tiles along N that run together (L2 reuse)
+  void* out;    // [m, n], or float [splits, m, n] for Output::kPartial
+  Output output;
+  bool accumulate;  // out += result
+};
+
+template <typename Element_, Major kMajorA_, int kBlockM_, int kBlockN_>
+struct TileConfig {
+  using Element = Element_;
+  static constexpr Major kMajorA = kMajorA_;
+  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_;
+
+  static constexpr int kSlabs = kBlockM / kSlabM / kConsumers;  // per consumer warpgroup
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kConsumerRegisters = kSlabs * kBlockN / 2 <= 128 ? 232 : 240;
+  static constexpr int kProducerRegisters = kSlabs * kBlockN / 2 <= 128 ? 40 : 24;
+
+  static constexpr int kSlabABytes = kSlabM * kBlockK / 2 * 2;
+  static constexpr int kSlabMetadataBytes = kSlabM * kMetadataK / 16 * 2;
+  static constexpr int kABytes = kBlockM / kSlabM * kSlabABytes;
+  static constexpr int kBBytes = kBlockN * kBlockK * 2;
+  static constexpr int kMetadataBytes = kBlockM / kSlabM * kSlabMetadataBytes;
+  static constexpr int kStageBytes = kABytes + kBBytes + kMetadataBytes;
+  static constexpr int kAlignment = 1024;  // of 128-byte-swizzled tiles
+  static constexpr int kStages = (kSharedMemoryLimit - 2 * kAlignment) / kStageBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kAlignment;  // one for alignment, one for barriers
+
+  static_assert(kABytes % kAlignment == 0 && kBBytes % kAlignment == 0 && kMetadataBytes % kAlignment == 0);
+  static_assert(kBlockM == kSlabs * kConsumers * kSlabM && kSlabs * kBlockN / 2 <= 192, "accumulators must fit the registers");
+};
+
+// The tile and k range of one step of a persistent CTA.
+struct WorkUnit {
+  int m_tile, n_tile, split, k_begin, k_end;  // k in units of kBlockK
+};
+
+// Order of the work: splits outermost (CTAs that run together share k, hence B), then groups of `group_n` tile columns,
+// then rows, then the columns of the group. A unit of a cluster is `cluster_size` tiles above each other.
+template <int kBlockM, int kBlockN>
+struct Schedule {
+  int m_units, n_tiles, k_tiles, units;
+  const Problem& problem;
+
+  __device__ __forceinline__ Schedule(const Problem& problem, int cluster_size) : problem(problem) {
+    m_units = (problem.m + kBlockM * cluster_size - 1) / (kBlockM * cluster_size);
+    n_tiles = (problem.n + kBlockN - 1) / kBlockN;
+    k_tiles = (problem.k + kBlockK - 1) / kBlockK;
+    units = m_units * n_tiles * problem.splits;
+  }
+
+  __device__ __forceinline__ WorkUnit unit(int index, int cluster_size, int cta_rank) const {
+    const int split = index / (m_units * n_tiles);
+    const int tile = index % (m_units * n_tiles);
+    const int first_column = tile / (m_units * problem.group_n) * problem.group_n;
+    const int columns = min(problem.group_n, n_tiles - first_column);
+    const int in_group = tile - first_column * m_units;
+    return {in_group / columns * cluster_size + cta_rank, first_column + in_group % columns, split,
+            static_cast<int>(static_cast<int64_t>(k_tiles) * split / problem.splits),
+            static_cast<int>(static_cast<int64_t>(k_tiles) * (split + 1) / problem.splits)};
+  }
+};
+
+// Position in the ring of stages; `parity` flips each time round.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// Words outside the matrix arrive as 0 from TMA, which is no legal metadata; legal words are never 0.
+__device__ __forceinline__ uint32_t make_legal(uint32_t words) {
+  if ((words & 0xffffu) == 0) words |= kLegalMetadata;
+  if ((words >> 16) == 0) words |= kLegalMetadata << 16;
+  return words;
+}
+
+// The metadata operands of the four instructions that cover 128 k: e[i] serves instruction i from lanes 0 and 1 of each
+// quad (selector 0) and instruction i + 2 from lanes 2 and 3 (selector 1). An instruction wants, for row g = lane / 4 in
+// the low half and row g + 8 in the high half, k 0-15 from the even lane and k 16-31 from the odd one; ldmatrix gives
+// lane q the words 2q and 2q + 1 of its rows, so neighbouring lanes exchange one register.
+template <Major kMajorA>
+__device__ __forceinline__ void load_metadata(uint32_t (&e)[2], uint32_t slab, int warp, int lane) {
+  uint32_t row_address;
+  if constexpr (kMajorA == Major::K) {
+    row_address = slab + (warp * 16 + (lane & 15)) * 16;  // 8 words per row
+  } else {
+    const int k_word = lane & 7, chunk = warp * 2 + (lane >> 3 & 1);  // 64 rows per k word, 128-byte swizzle
+    row_address = slab + k_word * 128 + (chunk ^ k_word) * 16;
+  }
+  uint32_t upper, lower;
+  load_matrix_x2<kMajorA == Major::MN>(upper, lower, row_address);
+  upper = make_legal(upper);
+  lower = make_legal(lower);
+  const uint32_t first = __byte_perm(upper, lower, 0x5410);
+  const uint32_t second = __byte_perm(upper, lower, 0x7632);
+  const bool odd = lane & 1;
+  const uint32_t received = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
+  e[0] = odd ? received : first;
+  e[1] = odd ? second : received;
+}
+
+template <typename Element>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t packed;
+  if constexpr (std::is_same_v<Element, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    packed = reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    packed = reinterpret_cast<const uint32_t&>(pair);
+  }
+  return packed;
+}
+
+template <typename Element>
+__device__ __forceinline__ float2 unpack(uint32_t packed) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    return __half22float2(reinterpret_cast<const __half2&>(packed));
+  } else {
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(packed));
+  }
+}
+
+// Transposes 4 x 4 words held by the four lanes of a quad: afterwards lane q holds word q of lanes 0, 1, 2, 3.
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int lane) {
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+    const bool high = lane & step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const uint32_t received = __shfl_xor_sync(0xffffffffu, high ? words[i] : words[i + step], step);
+      (high ? words[i] : words[i + step]) = received;
+    }
+  }
+}
+
+// Writes a 64 x kBlockN slab of accumulators. Lane l of warp w holds columns 8j + 2(l%4) + {0, 1} of row 16w + l/4 in
+// d[4j], d[4j+1] and of the row 8 below in d[4j+2], d[4j+3].
+template <typename Element, int kBlockN, bool kAccumulate>
+__device__ __forceinline__ void store_slab(const float (&d)[kBlockN / 2], const Problem& problem, int split, int row,
+                                           int column, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half, row += 8) {
+    if (problem.output == Output::kElement) {
+      Element* out = static_cast<Element*>(problem.out) + static_cast<int64_t>(row) * problem.n;
+#pragma unroll
+      for (int block = 0; block < kBlockN / 8; block += 4) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float low = d[4 * (block + i) + 2 * half], high = d[4 * (block + i) + 2 * half + 1];
+          const int own_column = column + 8 * (block + i) + 2 * (lane & 3);
+          if (kAccumulate && row < problem.m && own_column < problem.n) {
+            const float2 old = unpack<Element>(*reinterpret_cast<const uint32_t*>(out + own_column));
+            low += old.x, high += old.y;
+          }
+          words[i] = pack<Element>(low, high);
+        }
+        transpose_quad(words, lane);
+        const int store_column = column + 8 * (block + (lane & 3));
+        if (row < problem.m && store_column < problem.n)
+          *reinterpret_cast<uint4*>(out + store_column) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    } else {
+      const int64_t out_row = static_cast<int64_t>(problem.output == Output::kPartial ? split : 0) * problem.m + row;
+      float* out = static_cast<float*>(problem.out) + out_row * problem.n;
+#pragma unroll
+      for (int block = 0; block < kBlockN / 8; ++block) {
+        const int own_column = column + 8 * block + 2 * (lane & 3);
+        if (row < problem.m && own_column < problem.n) {
+          float2 value = make_float2(d[4 * block + 2 * half], d[4 * block + 2 * half + 1]);
+          float2* target = reinterpret_cast<float2*>(out + own_column);
+          if constexpr (kAccumulate) {
+            const float2 old = *target;
+            value.x += old.x, value.y += old.y;
+          }
+          *target = value;
+        }
+      }
+    }
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    sparse_gemm_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_constant__ CUtensorMap metadata_map,
+                       const __grid_constant__ CUtensorMap b_map, const __grid_constant__ Problem problem,
+                       const int cluster_size) {
+  using Element = typename Config::Element;
+  constexpr Major kMajorA = Config::kMajorA;
+  constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kStages = Config::kStages;
+  constexpr int kColumnBlocks = kBlockN / kSwizzleElements;
+  constexpr int kColumnBlockBytes = kBlockK * kSwizzleElements * 2;
+
+  // Shared memory: A stages, B stages, metadata stages, barriers.
+  extern __shared__ uint8_t shared[];
+  const uint32_t base = (smem_address(shared) + Config::kAlignment - 1) & ~(Config::kAlignment - 1u);
+  const uint32_t a_tiles = base;
+  const uint32_t b_tiles = a_tiles + kStages * Config::kABytes;
+  const uint32_t metadata_tiles = b_tiles + kStages * Config::kBBytes;
+  const uint32_t full_barriers = metadata_tiles + kStages * Config::kMetadataBytes;
+  const uint32_t empty_barriers = full_barriers + kStages * 8;
+
+  const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
+  const int lane = threadIdx.x % 32;
+  const int cta_rank = cluster_cta_rank();
+
+  // Barriers: a stage is full when its bytes have landed (one arrival announces how many), empty when every consumer
+  // warp of every CTA that the stage's B tile is multicast to has let go of it.
+  if (threadIdx.x == 0) {
+    prefetch_tensor_map(&values_map);
+    prefetch_tensor_map(&metadata_map);
+    prefetch_tensor_map(&b_map);
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbarrier_init(full_barriers + 8 * stage, 1);
+      mbarrier_init(empty_barriers + 8 * stage, 4 * kConsumers * cluster_size);
+    }
+    fence_mbarrier_init();
+  }
+  if (cluster_size > 1) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
+
+  const Schedule<kBlockM, kBlockN> schedule(problem, cluster_size);
+  const int first_unit = blockIdx.x / cluster_size, unit_step = gridDim.x / cluster_size;
+  RingPosition<kStages> ring;
+
+  if (warpgroup == kConsumers) {
+    // Producer: one thread.
+    decrease_registers<Config::kProducerRegisters>();
+    if (warp == 0 && lane == 0) {
+      const int b_rows = kBlockK / cluster_size, first_b_row = cta_rank * b_rows;  // this CTA's share of B
+      const auto cta_mask = static_cast<uint16_t>((1u << cluster_size) - 1);
+      for (int index = first_unit; index < schedule.units; index += unit_step) {
+        const WorkUnit unit = schedule.unit(index, cluster_size, cta_rank);
+        const int row = unit.m_tile * kBlockM, column = unit.n_tile * kBlockN;
+#pragma unroll 1
+        for (int k_tile = unit.k_begin; k_tile < unit.k_end; ++k_tile, ring.advance()) {
+          const bool with_metadata = (k_tile - unit.k_begin) % 2 == 0;
+          const uint32_t full = full_barriers + 8 * ring.stage;
+          const uint32_t a_tile = a_tiles + ring.stage * Config::kABytes;
+          const uint32_t b_tile = b_tiles + ring.stage * Config::kBBytes;
+          const uint32_t metadata_tile = metadata_tiles + ring.stage * Config::kMetadataBytes;
+          mbarrier_wait(empty_barriers + 8 * ring.stage, ring.parity ^ 1);
+          mbarrier_arrive_expect_tx(full,
+                                    Config::kABytes + Config::kBBytes + (with_metadata ? Config::kMetadataBytes : 0));
+          const int b_row = k_tile * kBlockK + first_b_row;
+#pragma unroll
+          for (int block = 0; block < kColumnBlocks; ++block) {
+            const uint32_t target = b_tile + block * kColumnBlockBytes + first_b_row * 128;
+            const int block_column = column + block * kSwizzleElements;
+            if (cluster_size > 1) {
+              tma_load_multicast(&b_map, full, target, block_column, b_row, cta_mask);
+            } else {
+              tma_load(&b_map, full, target, block_column, b_row);
+            }
+          }
+          const int value = k_tile * kBlockK / 2, word = k_tile * kBlockK / 16;
+          if constexpr (kMajorA == Major::K) {
+            tma_load(&values_map, full, a_tile, value, row);
+            if (with_metadata) tma_load(&metadata_map, full, metadata_tile, word, row);
+          } else {
+            for (int slab = 0; slab < kBlockM / kSlabM; ++slab) {
+              const int slab_row = row + slab * kSlabM;
+              tma_load(&values_map, full, a_tile + slab * Config::kSlabABytes, slab_row, value);
+              if (with_metadata)
+                tma_load(&metadata_map, full, metadata_tile + slab * Config::kSlabMetadataBytes, slab_row, word);
+            }
+          }
+        }
+      }
+    }
+  } else {
+    // Consumers: kSlabs slabs of 64 x kBlockN per warpgroup.
+    increase_registers<Config::kConsumerRegisters>();
+    constexpr uint64_t kDescriptorA = kMajorA == Major::K ? matrix_descriptor(Swizzle::k64B, 16, 8 * kBlockK / 2 * 2)
+                                                          : matrix_descriptor(Swizzle::k128B, 0, 8 * 128);
+    constexpr uint64_t kDescriptorB = matrix_descriptor(Swizzle::k128B, kColumnBlockBytes, 8 * 128);
+    constexpr int kStepA = kMajorA == Major::K ? kInstructionK / 2 * 2 : kInstructionK / 2 * 128;  // bytes
+    constexpr int kStepB = kInstructionK * 128;
+    constexpr int kSlabs = Config::kSlabs;
+    const uint32_t first_a_slab = a_tiles + warpgroup * kSlabs * Config::kSlabABytes;
+    const uint32_t first_metadata_slab = metadata_tiles + warpgroup * kSlabs * Config::kSlabMetadataBytes;
+
+    float d[kSlabs][kBlockN / 2];
+    uint32_t e[kSlabs][2];
+    for (int index = first_unit; index < schedule.units; index += unit_step) {
+      const WorkUnit unit = schedule.unit(index, cluster_size, cta_rank);
+      uint32_t previous_empty = 0;  // barrier of the stage whose MMAs may still be running
+
+      const auto release_previous = [&] {
+        if (previous_empty != 0 && lane < cluster_size) mbarrier_arrive_cluster(previous_empty, lane);
+      };
+      // The MMAs of one stage: two of 32 k per slab. Every other stage brings metadata for itself and the next one.
+      const auto consume_stage = [&]<SparseSel kSelector>(bool accumulate) {
+        mbarrier_wait(full_barriers + 8 * ring.stage, ring.parity);
+        if constexpr (kSelector == SparseSel::Zero) {
+          const uint32_t slab = first_metadata_slab + ring.stage * Config::kMetadataBytes;
+#pragma unroll
+          for (int s = 0; s < kSlabs; ++s)
+            load_metadata<kMajorA>(e[s], slab + s * Config::kSlabMetadataBytes, warp, lane);
+        }
+        const uint64_t a = kDescriptorA | (first_a_slab + ring.stage * Config::kABytes) >> 4;
+        const uint64_t b = kDescriptorB | (b_tiles + ring.stage * Config::kBBytes) >> 4;
+        using Wgmma = SparseWgmma<Element, kBlockN, kMajorA, kSelector>;
+#pragma unroll
+        for (int s = 0; s < kSlabs; ++s) fence_registers(d[s]);
+        wgmma_fence();
+#pragma unroll
+        for (int s = 0; s < kSlabs; ++s) {
+          const uint64_t slab_a = a + s * (Config::kSlabABytes >> 4);
+          Wgmma::issue(slab_a, b, e[s][0], d[s], accumulate);
+          Wgmma::issue(slab_a + (kStepA >> 4), b + (kStepB >> 4), e[s][1], d[s], true);
+        }
+        wgmma_commit_group();
+        wgmma_wait_group<1>();
+        release_previous();
+        previous_empty = empty_barriers + 8 * ring.stage;
+        ring.advance();
+      };
+
+#pragma unroll 1
+      for (int k_tile = unit.k_begin; k_tile < unit.k_end; k_tile += 2) {
+        consume_stage.template operator()<SparseSel::Zero>(k_tile > unit.k_begin);
+        if (k_tile + 1 < unit.k_end) consume_stage.template operator()<SparseSel::One>(true);
+      }
+      wgmma_wait_group<0>();
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s) fence_registers(d[s]);
+      release_previous();
+
+      const int column = unit.n_tile * kBlockN;
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s) {
+        const int row = unit.m_tile * kBlockM + (warpgroup * kSlabs + s) * kSlabM + warp * 16 + lane / 4;
+        if (problem.accumulate) {
+          store_slab<Element, kBlockN, true>(d[s], problem, unit.split, row, column, lane);
+        } else {
+          store_slab<Element, kBlockN, false>(d[s], problem, unit.split, row, column, lane);
+        }
+      }
+    }
+  }
+
+  // A CTA must not leave while its peer may still arrive on its barriers or multicast into its tiles.
+  __syncwarp();
+  if (cluster_size > 1) cluster_sync();
+}
+
+// out[i] (+)= sum over splits of partials[split][i], added in the order of the splits: the same bits on every run.
+template <typename Out>
+__global__ void __launch_bounds__(256)
+    reduce_partials_kernel(const float* __restrict__ partials, Out* __restrict__ out, const int64_t count,
+                           const int splits, const bool accumulate) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x * 4;
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4; i < count; i += stride) {
+    float4 sum = *reinterpret_cast<const float4*>(partials + i);
+    for (int split = 1; split < splits; ++split) {
+      const float4 part = *reinterpret_cast<const float4*>(partials + split * count + i);
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+    if constexpr (std::is_same_v<Out, float>) {
+      float4* target = reinterpret_cast<float4*>(out + i);
+      if (accumulate) {
+        const float4 old = *target;
+        sum.x += old.x, sum.y += old.y, sum.z += old.z, sum.w += old.w;
+      }
+      *target = sum;
+    } else {
+      uint2* target = reinterpret_cast<uint2*>(out + i);
+      if (accumulate) {
+        const uint2 old = *target;
+        const float2 low = unpack<Out>(old.x), high = unpack<Out>(old.y);
+        sum.x += low.x, sum.y += low.y, sum.z += high.x, sum.w += high.y;
+      }
+      *target = make_uint2(pack<Out>(sum.x, sum.y), pack<Out>(sum.z, sum.w));
+    }
+  }
+}
+
+}  // namespace sdgp::sm90
