@@ -34,24 +34,25 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrives on the barrier at the same shared-memory offset in CTA `cta` of the cluster.
+// Arrives on the barrier at the same shared-memory offset in CTA `cta` of the cluster. Without .release.cluster: what it
+// orders are reads by wgmma that have completed, and the qualifier costs a membar of ~1000 cycles.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32_t cta) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}\n" ::"r"(barrier), "r"(cta)
       : "memory");
 }
 
-// Blocks until the phase of parity `parity` has completed. Acquires at cluster scope: arrivals may come from a peer CTA.
+// Blocks until the phase of parity `parity` has completed.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "retry:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra finished;\n"
       "bra retry;\n"
       "finished:\n"
@@ -114,16 +115,31 @@ __device__ __forceinline__ void fence_registers(float (&values)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i])::"memory");
 }
 
+// Keeps registers allocated up to this point: operands of instructions in flight must not be reused for something else.
+template <int kSets, int kRows, int kColumns>
+__device__ __forceinline__ void keep_registers(const uint32_t (&values)[kSets][kRows][kColumns]) {
+#pragma unroll
+  for (int i = 0; i < kSets; ++i)
+#pragma unroll
+    for (int j = 0; j < kRows; ++j)
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) asm volatile("" ::"r"(values[i][j][k]));
+}
+
 // Bits 62-63 of a shared-memory matrix descriptor.
 enum class Swizzle : uint64_t { k128B = 1, k64B = 2 };
 
-// Descriptor of a matrix in shared memory without its start address (bits 0-13, in units of 16 bytes).
+// Descriptor of a matrix in shared memory without its start address (`descriptor_address`).
 // MN-major, 128 B swizzle: `leading_bytes` from one 64-wide MN block to the next, `stride_bytes` from 8 k to the next 8 k.
 // K-major: `stride_bytes` from 8 rows to the next 8 rows, `leading_bytes` unused.
 constexpr uint64_t matrix_descriptor(Swizzle swizzle, int leading_bytes, int stride_bytes) {
   return static_cast<uint64_t>(swizzle) << 62 | static_cast<uint64_t>(stride_bytes >> 4) << 32 |
          static_cast<uint64_t>(leading_bytes >> 4) << 16;
 }
+
+// The start address in a descriptor: bits 0-13, in units of 16 bytes. In a cluster, bits 24 and up of a shared-memory
+// address hold the rank of the CTA; they must not reach the other fields.
+__device__ __forceinline__ uint64_t descriptor_address(uint32_t address) { return (address & 0x3ffff) >> 4; }
 
 // D[64, kN] (+)= A[64, 32 at 2:4] * B[32, kN], float32 accumulators, A and B in shared memory, B MN-major.
 template <typename Element, int kN, Major kMajorA, SparseSel kSelector>
@@ -155,6 +171,19 @@ SDGP_SPARSE_WGMMA(__nv_bfloat16, 256, GMMA_64x256x32_F32BF16BF16_SS)
 #undef SDGP_SPARSE_WGMMA
 
 // ---- registers and warps -------------------------------------------------------------------------------
+
+// True in one lane of the (converged) warp; the compiler knows that, and issues uniform instructions without a loop.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred chosen;\n"
+      "elect.sync _|chosen, 0xffffffff;\n"
+      "selp.b32 %0, 1, 0, chosen;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
 
 template <int kRegisters>
 __device__ __forceinline__ void increase_registers() {

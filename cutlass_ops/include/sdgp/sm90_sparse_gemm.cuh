@@ -67,23 +67,28 @@ struct TileConfig {
   static_assert(kBlockM == kSlabs * kConsumers * kSlabM && kSlabs * kBlockN / 2 <= 192, "accumulators must fit the registers");
 };
 
-// The tile and k range of one step of a persistent CTA.
+// The tile and k range of one step of a persistent CTA. k in units of kBlockK; ranges begin at a multiple of kMetadataK.
 struct WorkUnit {
-  int m_tile, n_tile, split, k_begin, k_end;  // k in units of kBlockK
+  int m_tile, n_tile, split, k_begin, k_end;
 };
 
 // Order of the work: splits outermost (CTAs that run together share k, hence B), then groups of `group_n` tile columns,
 // then rows, then the columns of the group. A unit of a cluster is `cluster_size` tiles above each other.
 template <int kBlockM, int kBlockN>
 struct Schedule {
-  int m_units, n_tiles, k_tiles, units;
+  int m_units, n_tiles, k_tiles, k_chunks, units;
   const Problem& problem;
 
   __device__ __forceinline__ Schedule(const Problem& problem, int cluster_size) : problem(problem) {
     m_units = (problem.m + kBlockM * cluster_size - 1) / (kBlockM * cluster_size);
     n_tiles = (problem.n + kBlockN - 1) / kBlockN;
     k_tiles = (problem.k + kBlockK - 1) / kBlockK;
+    k_chunks = (problem.k + kMetadataK - 1) / kMetadataK;
     units = m_units * n_tiles * problem.splits;
+  }
+
+  __device__ __forceinline__ int first_k_tile(int split) const {
+    return static_cast<int>(static_cast<int64_t>(k_chunks) * split / problem.splits) * (kMetadataK / kBlockK);
   }
 
   __device__ __forceinline__ WorkUnit unit(int index, int cluster_size, int cta_rank) const {
@@ -93,8 +98,7 @@ struct Schedule {
     const int columns = min(problem.group_n, n_tiles - first_column);
     const int in_group = tile - first_column * m_units;
     return {in_group / columns * cluster_size + cta_rank, first_column + in_group % columns, split,
-            static_cast<int>(static_cast<int64_t>(k_tiles) * split / problem.splits),
-            static_cast<int>(static_cast<int64_t>(k_tiles) * (split + 1) / problem.splits)};
+            first_k_tile(split), min(first_k_tile(split + 1), k_tiles)};
   }
 };
 
@@ -274,7 +278,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (warpgroup == kConsumers) {
     // Producer: one thread.
     decrease_registers<Config::kProducerRegisters>();
-    if (warp == 0 && lane == 0) {
+    if (warp == 0 && elect_one()) {
       const int b_rows = kBlockK / cluster_size, first_b_row = cta_rank * b_rows;  // this CTA's share of B
       const auto cta_mask = static_cast<uint16_t>((1u << cluster_size) - 1);
       for (int index = first_unit; index < schedule.units; index += unit_step) {
@@ -282,7 +286,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         const int row = unit.m_tile * kBlockM, column = unit.n_tile * kBlockN;
 #pragma unroll 1
         for (int k_tile = unit.k_begin; k_tile < unit.k_end; ++k_tile, ring.advance()) {
-          const bool with_metadata = (k_tile - unit.k_begin) % 2 == 0;
+          const bool with_metadata = k_tile % (kMetadataK / kBlockK) == 0;
           const uint32_t full = full_barriers + 8 * ring.stage;
           const uint32_t a_tile = a_tiles + ring.stage * Config::kABytes;
           const uint32_t b_tile = b_tiles + ring.stage * Config::kBBytes;
@@ -329,7 +333,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const uint32_t first_metadata_slab = metadata_tiles + warpgroup * kSlabs * Config::kSlabMetadataBytes;
 
     float d[kSlabs][kBlockN / 2];
-    uint32_t e[kSlabs][2];
+    uint32_t e_sets[2][kSlabs][2] = {};  // two sets: the MMAs in flight may still read one while the other is loaded
     for (int index = first_unit; index < schedule.units; index += unit_step) {
       const WorkUnit unit = schedule.unit(index, cluster_size, cta_rank);
       uint32_t previous_empty = 0;  // barrier of the stage whose MMAs may still be running
@@ -338,7 +342,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         if (previous_empty != 0 && lane < cluster_size) mbarrier_arrive_cluster(previous_empty, lane);
       };
       // The MMAs of one stage: two of 32 k per slab. Every other stage brings metadata for itself and the next one.
-      const auto consume_stage = [&]<SparseSel kSelector>(bool accumulate) {
+      const auto consume_stage = [&]<int kSet, SparseSel kSelector>(int k_tile) {
+        if (k_tile >= unit.k_end) return;
+        auto& e = e_sets[kSet];
         mbarrier_wait(full_barriers + 8 * ring.stage, ring.parity);
         if constexpr (kSelector == SparseSel::Zero) {
           const uint32_t slab = first_metadata_slab + ring.stage * Config::kMetadataBytes;
@@ -346,8 +352,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
           for (int s = 0; s < kSlabs; ++s)
             load_metadata<kMajorA>(e[s], slab + s * Config::kSlabMetadataBytes, warp, lane);
         }
-        const uint64_t a = kDescriptorA | (first_a_slab + ring.stage * Config::kABytes) >> 4;
-        const uint64_t b = kDescriptorB | (b_tiles + ring.stage * Config::kBBytes) >> 4;
+        const uint64_t a = kDescriptorA | descriptor_address(first_a_slab + ring.stage * Config::kABytes);
+        const uint64_t b = kDescriptorB | descriptor_address(b_tiles + ring.stage * Config::kBBytes);
         using Wgmma = SparseWgmma<Element, kBlockN, kMajorA, kSelector>;
 #pragma unroll
         for (int s = 0; s < kSlabs; ++s) fence_registers(d[s]);
@@ -355,20 +361,23 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
         for (int s = 0; s < kSlabs; ++s) {
           const uint64_t slab_a = a + s * (Config::kSlabABytes >> 4);
-          Wgmma::issue(slab_a, b, e[s][0], d[s], accumulate);
+          Wgmma::issue(slab_a, b, e[s][0], d[s], k_tile > unit.k_begin);
           Wgmma::issue(slab_a + (kStepA >> 4), b + (kStepB >> 4), e[s][1], d[s], true);
         }
         wgmma_commit_group();
         wgmma_wait_group<1>();
+        keep_registers(e_sets);
         release_previous();
         previous_empty = empty_barriers + 8 * ring.stage;
         ring.advance();
       };
 
 #pragma unroll 1
-      for (int k_tile = unit.k_begin; k_tile < unit.k_end; k_tile += 2) {
-        consume_stage.template operator()<SparseSel::Zero>(k_tile > unit.k_begin);
-        if (k_tile + 1 < unit.k_end) consume_stage.template operator()<SparseSel::One>(true);
+      for (int k_tile = unit.k_begin; k_tile < unit.k_end; k_tile += 4) {
+        consume_stage.template operator()<0, SparseSel::Zero>(k_tile);
+        consume_stage.template operator()<0, SparseSel::One>(k_tile + 1);
+        consume_stage.template operator()<1, SparseSel::Zero>(k_tile + 2);
+        consume_stage.template operator()<1, SparseSel::One>(k_tile + 3);
       }
       wgmma_wait_group<0>();
 #pragma unroll
