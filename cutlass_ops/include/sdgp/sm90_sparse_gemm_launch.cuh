@@ -55,6 +55,9 @@ int launch_sparse_gemm(const SdgpSm90SparseGemm& gemm) {
   constexpr auto kWords = CU_TENSOR_MAP_DATA_TYPE_UINT16;
   constexpr int kValues = kBlockK / 2, kMetadataWords = kMetadataK / 16;
 
+  // A part of an empty k range would have nothing to write.
+  if (gemm.splits < 1 || gemm.splits > (gemm.k + kMetadataK - 1) / kMetadataK) return cudaErrorInvalidValue;
+
   CUtensorMap values, metadata, b;
   const int64_t stored_values = gemm.padded_k / 2, stored_words = gemm.padded_k / 16;
   int error;
@@ -76,7 +79,8 @@ int launch_sparse_gemm(const SdgpSm90SparseGemm& gemm) {
                           CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != 0) return error;
 
-  static const cudaError_t attribute = cudaFuncSetAttribute(
+  // Every time: the attribute belongs to the current device.
+  const cudaError_t attribute = cudaFuncSetAttribute(
       sparse_gemm_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
   if (attribute != cudaSuccess) return attribute;
 
