@@ -23,6 +23,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c '$(USABLE)' >/dev/null 2>&
 bench: $(VENV)/.installed-bench
 	$(BIN)/sdgp doctor
 	$(BIN)/sdgp validate digits --batch 64
+	$(BIN)/sdgp train
 	$(BIN)/sdgp bench digits --batch 64 --json $(RUNS)/digits.json --html $(RUNS)/digits.html
 	$(BIN)/sdgp bench resnet9 --batch 8 --json $(RUNS)/resnet9.json --html $(RUNS)/resnet9.html
 
