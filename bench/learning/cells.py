@@ -13,12 +13,16 @@ PRUNED = (*PASSES, "both")
 
 @dataclass(frozen=True)
 class Cell:
-    """`function` keeps `n` of `m` in the passes `pruned`; ``Cell("dense")`` is the baseline."""
+    """`function` keeps `n` of `m` in the passes `pruned`; ``Cell("dense")`` is the baseline.
+
+    With `dense_head` the last layer, whose gradient is softmax minus target, is left alone.
+    """
 
     function: str
     pruned: str = ""
     n: int = 0
     m: int = 0
+    dense_head: bool = False
 
     def config(self) -> SDGPConfig | None:
         """What `accelerate_` is given, or None for the baseline. The reference backend, for it runs everywhere."""
@@ -34,17 +38,20 @@ class Cell:
         )
 
     def __str__(self) -> str:
-        return self.function if self.function == "dense" else f"{self.function} {self.n}:{self.m} {self.pruned}"
+        if self.function == "dense":
+            return self.function
+        return f"{self.function} {self.n}:{self.m} {self.pruned}{', dense head' if self.dense_head else ''}"
 
 
 DENSE = Cell("dense")
 
 
 def by_value(patterns: tuple[tuple[int, int], ...] = OTHER_PATTERNS) -> list[Cell]:
-    """Every cell, the most telling first: dense, then 2:4 in each choice of passes, then the other patterns."""
+    """Every cell, the most telling first: dense, 2:4 in each choice of passes, 2:4 but for the head, other patterns."""
     functions = sorted(FUNCTIONS, key=("mvue", "rescale_magnitude", "magnitude", "random").index)
     two_four = [Cell(function, pruned, 2, 4) for pruned in ("both", *PASSES) for function in functions]
+    dense_heads = [Cell(function, "both", 2, 4, dense_head=True) for function in functions]
     others = [
         Cell(function, pruned, n, m) for pruned in ("both", *PASSES) for function in functions for n, m in patterns
     ]
-    return [DENSE, *two_four, *others]
+    return [DENSE, *two_four, *dense_heads, *others]

@@ -6,6 +6,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,11 +64,14 @@ def summarise(task: Task, lines: Sequence[dict[str, Any]]) -> dict[Cell, Entry]:
 
 
 def write(lines: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write convergence.json, convergence.md and convergence.png into `folder`."""
+    """Write convergence.json, convergence.md, its first tables as convergence_2_4.md, and convergence.png."""
     tables = {task: summarise(task, lines) for task in TASKS.values()}
     tables = {task: entries for task, entries in tables.items() if entries}
     (folder / "convergence.json").write_text(json.dumps(as_json(tables, lines), indent=1) + "\n")
     (folder / "convergence.md").write_text("\n".join(markdown(task, entries) for task, entries in tables.items()))
+    (folder / "convergence_2_4.md").write_text(
+        "\n".join("\n".join([*heading(task, entries), *two_four(entries)]) for task, entries in tables.items())
+    )
     plot(tables, folder / "convergence.png")
 
 
@@ -89,21 +93,32 @@ def as_json(tables: dict[Task, dict[Cell, Entry]], lines: Sequence[dict[str, Any
 
 def markdown(task: Task, entries: dict[Cell, Entry]) -> str:
     """Two tables: 2:4 by pruned pass, and the other patterns with both passes pruned."""
-    measure = "validation loss, nats per byte (lower is better)" if task.score == "loss" else "test accuracy, %"
-    seeds = sorted({entry.seeds for entry in entries.values()})
-    lines = [
-        f"### {task.title}",
-        "",
-        f"{measure}; mean ± std of {' or '.join(map(str, seeds))} seeds, {task.steps} steps; in brackets "
-        f"the mean difference to dense with the same seed. Dense: **{entries[DENSE]}**.",
-        "",
-    ]
-    two_four = [[_cell(entries, Cell(function, pruned, 2, 4)) for pruned in PRUNED] for function in FUNCTIONS]
-    lines += _table("2:4", [TITLES[pruned] for pruned in PRUNED], FUNCTIONS, two_four)
+    lines = [*heading(task, entries), *two_four(entries)]
     patterns = [f"{n}:{m}" for n, m in PATTERNS]
     others = [[_cell(entries, Cell(function, "both", n, m)) for function in FUNCTIONS] for n, m in PATTERNS]
     lines += _table("both passes", FUNCTIONS, patterns, others)
     return "\n".join(lines)
+
+
+def heading(task: Task, entries: dict[Cell, Entry]) -> list[str]:
+    """What the tables of `task` show."""
+    measure = "validation loss, nats per byte (lower is better)" if task.score == "loss" else "test accuracy, %"
+    seeds = sorted({entry.seeds for entry in entries.values()})
+    return [
+        f"### {task.title}",
+        "",
+        f"Dense: **{entries[DENSE]}** {measure}; mean ± std of {' or '.join(map(str, seeds))} seeds after {task.steps} "
+        "steps; in brackets the mean difference to dense with the same seed.",
+        "",
+    ]
+
+
+def two_four(entries: dict[Cell, Entry]) -> list[str]:
+    """The 2:4 table: functions by what is pruned."""
+    columns = [*(Cell("", pruned, 2, 4) for pruned in PRUNED), Cell("", "both", 2, 4, dense_head=True)]
+    titles = [*(TITLES[pruned] for pruned in PRUNED), "both, but not in the head"]
+    rows = [[_cell(entries, replace(column, function=function)) for column in columns] for function in FUNCTIONS]
+    return _table("2:4", titles, FUNCTIONS, rows)
 
 
 def _cell(entries: dict[Cell, Entry], cell: Cell) -> str:
@@ -134,14 +149,22 @@ def plot(tables: dict[Task, dict[Cell, Entry]], path: Path) -> None:
                 curves.plot(*zip(*both.curve, strict=True), color=color, label=function)
             _dots(passes, [entries.get(Cell(function, pruned, 2, 4)) for pruned in PRUNED], shift, color)
             _dots(patterns, [entries.get(Cell(function, "both", n, m)) for n, m in PATTERNS], shift, color)
-        curves.set(title=task.title, xlabel="step", ylabel=f"{task.score}, both passes pruned 2:4")
+        curves.set_title(task.title, fontsize="medium")
+        curves.set(xlabel="step", ylabel=f"{task.score}, both passes pruned 2:4")
+        values = [value for _, value in entries[DENSE].curve]
+        margin = 0.4 * abs(values[-1] - values[0])  # the curves that diverge leave the picture
+        curves.set_ylim(min(values) - margin / 4, max(values) + margin)
         curves.legend()
         passes.set(title="2:4, by pruned pass", ylabel=f"{task.score} minus dense")
         passes.set_xticks(range(len(PRUNED)), [TITLES[pruned] for pruned in PRUNED])
         patterns.set(title="N:M, both passes pruned", ylabel=f"{task.score} minus dense")
-        patterns.set_xticks(range(len(PATTERNS)), [f"{n}:{m}" for n, m in PATTERNS])
+        patterns.set_xticks(range(len(PATTERNS)), [f"{n}:{m}" for n, m in PATTERNS], fontsize="small")
         for axis in (passes, patterns):
             axis.axhline(0, color="black", linewidth=0.8)
+            if task.score == "loss":
+                axis.set_yscale("symlog", linthresh=0.05)  # from 0.003 to divergence
+                axis.set_ylim(bottom=-0.05)
+            axis.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -30,7 +30,7 @@ class Run:
         self.model = task.build().to(device)
         config = cell.config()
         if config is not None:
-            sdgp.accelerate_(self.model, config)
+            sdgp.accelerate_(self.model, config, lambda module, name: not (cell.dense_head and name == "head"))
         self.data = data
         self.batches = data.draw(task.steps, task.batch, seed)
         self.rates = learning_rates(task).to(device)

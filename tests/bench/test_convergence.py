@@ -11,6 +11,7 @@ from bench import convergence
 from bench.learning import summary
 from bench.learning.cells import DENSE, OTHER_PATTERNS, Cell, by_value
 from bench.learning.tasks import TASKS
+from sdgp_accel import SDGPConv2d
 
 TINY = {
     "transformer": replace(
@@ -66,7 +67,7 @@ def run(lines, *arguments):
 
 def test_matrix_has_every_cell_once_and_the_telling_ones_first():
     cells = by_value()
-    assert len(cells) == len(set(cells)) == 1 + 4 * 3 * (1 + len(OTHER_PATTERNS))
+    assert len(cells) == len(set(cells)) == 1 + 4 + 4 * 3 * (1 + len(OTHER_PATTERNS))
     assert cells[:3] == [DENSE, Cell("mvue", "both", 2, 4), Cell("rescale_magnitude", "both", 2, 4)]
     for cell in cells[1:]:
         config = cell.config()
@@ -106,6 +107,14 @@ def test_same_seed_means_same_start_and_same_batches_for_every_cell():
     assert torch.equal(dense.batches, pruned.batches)
     for a, b in zip(dense.model.parameters(), pruned.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_dense_head_is_left_alone():
+    task = TINY["conv_lm"]
+    cell = Cell("magnitude", "both", 2, 4, dense_head=True)
+    run = convergence.training.Run(task, cell, 0, task.data(torch.device("cpu")), torch.device("cpu"))
+    swapped = {name for name, module in run.model.named_modules() if isinstance(module, SDGPConv2d)}
+    assert swapped == {"blocks.0.conv", "blocks.1.conv"}
 
 
 def test_closed_time_box_leaves_nothing_half_done(tiny, tmp_path):
