@@ -144,67 +144,70 @@ def mvue(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
        largest finite value of x's dtype, rounded once to it. Elements of C are kept as they are.
     """
     dtype = accumulate_dtype(x.dtype)
+    integer = BITS[dtype]
     m, b = x.shape
     full, plane = (m, b), (b,)
     wide = x if x.dtype == dtype else scratch("wide", full, dtype).copy_(x)
     a = torch.abs(wide, out=scratch("magnitudes", full, dtype))
     largest = _plane_maximum(a, scratch("largest", plane, dtype))
 
-    # Steps 1 and 2. Groups that keep all they have become groups in which everything is capped.
-    nonzero = torch.ne(a, 0, out=scratch("nonzero", full, dtype))
-    total = scratch("total", plane, dtype)
-    many = torch.gt(_ordered_sum(nonzero, total), n, out=scratch("many", plane, dtype))
-    free = torch.mul(nonzero, many, out=scratch("free", full, dtype))
-    torch.mul(a, _power_of_two(largest, scratch).mul_(many), out=a)
+    # Steps 1 and 2. A group that keeps all it has becomes one in which everything is capped and k = 0.
+    nonzero = torch.ne(a, 0, out=scratch("nonzero", full, integer))
+    count = _ordered_sum(nonzero, scratch("count", plane, integer))
+    many = torch.gt(count, n, out=scratch("many", plane, integer))
+    free = torch.mul(nonzero, many, out=scratch("free", full, integer))
+    scale = _power_of_two(largest, scratch)
+    a.mul_(scale.mul_(many).view(dtype))
 
     # Step 3. Capped elements get magnitude 0.
     p = scratch("p", full, dtype)
-    k = scratch("k", plane, dtype).fill_(n)
-    below_one = scratch("below_one", full, dtype)
+    below_one = scratch("below_one", full, integer)
+    total = scratch("total", plane, dtype)
+    c = scratch("c", plane, dtype)
+    k = many.mul_(n)
     for round_index in range(n):
         torch.clamp_min(_ordered_sum(a, total), SMALLEST_SUM, out=total)
-        torch.mul(a, torch.div(k, total, out=total), out=p)
+        torch.mul(a, c.copy_(k).div_(total), out=p)
         torch.lt(p, 1, out=below_one)
-        uncapped = _ordered_sum(below_one, total)
+        uncapped = _ordered_sum(below_one, count)
         if a.device.type == "cpu" and uncapped.amin() == m:
             break
         k.add_(uncapped).sub_(m)
         free.mul_(below_one)
         if round_index < n - 1:
-            a.mul_(below_one)
+            a.view(integer).mul_(below_one)
 
-    # Step 4. q becomes w. Where the last round capped something, p is stale, but k = 0 and so every R is 0.
-    w = scratch("w", full, torch.int32).copy_(p.mul_(UNIT))
-    end = scratch("end", plane, torch.int32).copy_(k).mul_(UNIT)
-    after = scratch("after", plane, dtype).zero_()  # 1 where a later element is free
-    last = scratch("last", plane, torch.int32)
-    for weight, is_free in zip(reversed(w.unbind()), reversed(free.unbind()), strict=True):
-        weight.add_(torch.gt(is_free, after, out=last), alpha=n * UNIT)  # enough to reach the end
-        torch.maximum(after, is_free, out=after)
+    # Step 4. running[i + 1] is R_i, then w the weights. Where the last round capped something p is stale, but k is 0.
+    after = scratch("after", full, integer)  # 1 where a later element is free
+    after[-1].zero_()
+    for i in reversed(range(m - 1)):
+        torch.maximum(after[i + 1], free[i + 1], out=after[i])
+    w = scratch("w", full, integer).copy_(p.mul_(UNIT))
+    w.add_(n * UNIT).sub_(after, alpha=n * UNIT)  # from the last free element on, enough to reach the end
+    end = k.mul_(UNIT)
+    running = scratch("running", (m + 1, b), integer)
+    running[0].zero_()
+    for weight, before, now in zip(w.unbind(), running[:-1].unbind(), running[1:].unbind(), strict=True):
+        torch.minimum(torch.add(before, weight, out=now), end, out=now)
+    torch.sub(running[1:], running[:-1], out=w)
 
-    # Steps 4 and 5. `points` counts the j with j * 2^24 + u < R.
-    offset = scratch("offset", plane, torch.int32)
+    # Step 5. How many points j * 2^24 + u lie below each R.
+    offset = scratch("offset", plane, integer)
     for word in words(1):
         offset.copy_(word.bitwise_right_shift_(8)).neg_().add_(UNIT - 1)
-    running, points = (scratch(name, plane, torch.int32).zero_() for name in ("running", "points"))
-    next_running, next_points = (scratch(name, plane, torch.int32) for name in ("next_running", "next_points"))
-    keep = a  # no longer needed
-    for weight, kept in zip(w.unbind(), keep.unbind(), strict=True):
-        torch.minimum(torch.add(running, weight, out=next_running), end, out=next_running)
-        torch.sub(next_running, running, out=weight)
-        torch.add(next_running, offset, out=next_points).bitwise_right_shift_(24)
-        torch.ne(next_points, points, out=kept)
-        running, next_running = next_running, running
-        points, next_points = next_points, points
+    points = running.add_(offset).bitwise_right_shift_(24)
+    keep = torch.ne(points[1:], points[:-1], out=after)
 
-    # Step 6. Capped elements have w = 0 so far; the others that are kept do not.
-    capped = torch.sub(nonzero, free, out=nonzero)
-    probability = p.copy_(w).mul_(1 / UNIT).add_(capped)
+    # Step 6. Capped elements have w = 0 so far: nothing else kept has.
+    capped = nonzero.sub_(free)
+    keep.add_(capped)
+    probability = p.copy_(w.add_(capped, alpha=UNIT)).mul_(1 / UNIT)
     largest_finite = torch.finfo(x.dtype).max
     scaled = torch.div(wide, probability, out=p).clamp_(-largest_finite, largest_finite)
-    rounded = scaled if x.dtype == dtype else scratch("rounded", full, x.dtype).copy_(scaled)
-    mask = scratch("w", full, BITS[x.dtype]).copy_(keep.add_(capped))
-    return _with_non_finite(_masked(rounded, mask), x, n, largest)
+    if x.dtype != dtype:
+        keep = scratch("mask", full, BITS[x.dtype]).copy_(keep)
+        scaled = scratch("rounded", full, x.dtype).copy_(scaled)
+    return _with_non_finite(_masked(scaled, keep), x, n, largest)
 
 
 def select_largest(keys: Tensor, n: int, dtype: torch.dtype, scratch: Scratch) -> Tensor:
@@ -236,20 +239,20 @@ def _order_keys(x: Tensor, scratch: Scratch) -> Tensor:
 
 def _with_non_finite(pruned: Tensor, x: Tensor, n: int, largest: Tensor) -> Tensor:
     """`pruned`, but `magnitude` for groups whose `largest` magnitude is NaN or inf."""
-    finite = largest < math.inf
-    if x.device.type == "cpu" and bool(finite.all()):
+    if x.device.type == "cpu" and largest.amax() < math.inf:
         return pruned
-    return torch.where(finite, pruned, magnitude(x, n, Scratch(x.device)))  # `pruned` lives in the other scratch
+    return torch.where(
+        largest < math.inf, pruned, magnitude(x, n, Scratch(x.device))
+    )  # `pruned` lives in the other scratch
 
 
 def _power_of_two(largest: Tensor, scratch: Scratch) -> Tensor:
-    """The power of two that brings `largest` near 1 (step 2 of `mvue`)."""
+    """The bits of the power of two that brings `largest` near 1 (step 2 of `mvue`)."""
     bits = BITS[largest.dtype]
     mantissa, fields = (23, 254) if bits == torch.int32 else (52, 2046)
     exponent = scratch("exponent", tuple(largest.shape), bits)
     torch.bitwise_right_shift(largest.view(bits), mantissa, out=exponent)
-    exponent.neg_().add_(fields).clamp_(1, fields).bitwise_left_shift_(mantissa)
-    return exponent.view(largest.dtype)
+    return exponent.neg_().add_(fields).clamp_(1, fields).bitwise_left_shift_(mantissa)
 
 
 def _largest_magnitude(x: Tensor, scratch: Scratch) -> Tensor:
