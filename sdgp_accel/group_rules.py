@@ -1,8 +1,10 @@
 """The prune functions on groups laid out as planes.
 
-A batch of groups is one contiguous tensor [m, b]: plane ``i`` holds element ``i`` of each of the ``b`` groups, so
-that everything below is a few long elementwise operations, whatever m is. Magnitudes are compared as integers, by
-their bit patterns, which order NaN > inf > finite > 0.
+A batch of t * s groups is one contiguous tensor [t, m, s]: plane ``[:, i]`` holds element ``i`` of each group, so that
+everything below is a few long elementwise operations, whatever m is. (Why not [m, b]: torch gives each thread one
+stretch of memory of each operation, and with t > 1 that is the same groups for whole tensors and for single planes,
+so that they stay in one core's cache.) Magnitudes are compared as integers, by their bit patterns, which order
+NaN > inf > finite > 0.
 
 Two habits come from measurements on a CPU: buffers are reused (page faults cost more than arithmetic), and masks
 are 0 and 1 in the dtype they are next multiplied with (`torch.where`, `masked_fill` and bool outputs are not
@@ -24,7 +26,7 @@ _INF_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F8
 UNIT = 1 << 24  # probabilities and uniforms are integers in units of 2^-24
 SMALLEST_SUM = 2.0**-100
 
-# The first `count` random words of each group, one after the other: int64 tensors [b], values < 2^32, to be consumed.
+# The first `count` random words of each group, one after the other: int64 tensors [t * s] of 32-bit values, to consume.
 Words = Callable[[int], Iterator[Tensor]]
 
 
@@ -57,7 +59,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def magnitude(x: Tensor, n: int, scratch: Scratch) -> Tensor:
-    """Keep the n largest |x| of each group, ties to the lower index. x: [m, b]."""
+    """Keep the n largest |x| of each group, ties to the lower index. x: [t, m, s]."""
     return _masked(x, select_largest(_order_keys(x, scratch), n, BITS[x.dtype], scratch))
 
 
@@ -86,8 +88,10 @@ def magnitude_quads(x: Tensor, n: int, out: Tensor, scratch: Scratch) -> None:
 def random(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
     """Keep the n elements with the largest random keys, unscaled; non-finite groups by `magnitude`."""
     keys = scratch("random_keys", tuple(x.shape), torch.int32)
-    for plane, word in zip(keys.unbind(), words(x.shape[0]), strict=True):
-        plane.copy_(word.sub_(1 << 31))  # the signed order of the keys is the unsigned order of the words
+    for plane, word in zip(keys.unbind(1), words(x.shape[1]), strict=True):
+        plane.copy_(
+            word.sub_(1 << 31).view(plane.shape)
+        )  # the signed order of the keys is the unsigned order of the words
     result = _masked(x, select_largest(keys, n, BITS[x.dtype], scratch))
     return _with_non_finite(result, x, n, _largest_magnitude(x, scratch))
 
@@ -99,13 +103,13 @@ def rescale_magnitude(x: Tensor, n: int, eps: float, scratch: Scratch) -> Tensor
     sum |kept| is 0 there is nothing to scale: zeros stay zeros.)
     """
     dtype = accumulate_dtype(x.dtype)
-    full, plane = tuple(x.shape), (x.shape[1],)
+    full, plane = tuple(x.shape), (x.shape[0], x.shape[2])
     magnitudes = torch.abs(x, out=scratch("magnitudes", full, x.dtype))
     total = _ordered_sum(magnitudes, scratch("total", plane, dtype))
     kept = _masked(x, select_largest(_order_keys(x, scratch), n, BITS[x.dtype], scratch))
     torch.abs(kept, out=magnitudes)
     kept_total = _ordered_sum(magnitudes, scratch("kept_total", plane, dtype))
-    scale = torch.div(total, kept_total.add_(eps), out=total)
+    scale = torch.div(total, kept_total.add_(eps), out=total).unsqueeze(1)
     result = scale_nonzero(kept, scale, scratch("scaled", full, x.dtype), scratch)
     return _with_non_finite(result, x, n, _largest_magnitude(x, scratch))
 
@@ -145,8 +149,8 @@ def mvue(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
     """
     dtype = accumulate_dtype(x.dtype)
     integer = BITS[dtype]
-    m, b = x.shape
-    full, plane = (m, b), (b,)
+    t, m, s = full = tuple(x.shape)
+    plane = (t, s)
     wide = x if x.dtype == dtype else scratch("wide", full, dtype).copy_(x)
     a = torch.abs(wide, out=scratch("magnitudes", full, dtype))
     largest = _plane_maximum(a, scratch("largest", plane, dtype))
@@ -155,9 +159,9 @@ def mvue(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
     nonzero = torch.ne(a, 0, out=scratch("nonzero", full, integer))
     count = _ordered_sum(nonzero, scratch("count", plane, integer))
     many = torch.gt(count, n, out=scratch("many", plane, integer))
-    free = torch.mul(nonzero, many, out=scratch("free", full, integer))
+    free = torch.mul(nonzero, many.unsqueeze(1), out=scratch("free", full, integer))
     scale = _power_of_two(largest, scratch)
-    a.mul_(scale.mul_(many).view(dtype))
+    a.mul_(scale.mul_(many).view(dtype).unsqueeze(1))
 
     # Step 3. Capped elements get magnitude 0.
     p = scratch("p", full, dtype)
@@ -167,7 +171,7 @@ def mvue(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
     k = many.mul_(n)
     for round_index in range(n):
         torch.clamp_min(_ordered_sum(a, total), SMALLEST_SUM, out=total)
-        torch.mul(a, c.copy_(k).div_(total), out=p)
+        torch.mul(a, c.copy_(k).div_(total).unsqueeze(1), out=p)
         torch.lt(p, 1, out=below_one)
         uncapped = _ordered_sum(below_one, count)
         if a.device.type == "cpu" and uncapped.amin() == m:
@@ -177,26 +181,26 @@ def mvue(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
         if round_index < n - 1:
             a.view(integer).mul_(below_one)
 
-    # Step 4. running[i + 1] is R_i, then w the weights. Where the last round capped something p is stale, but k is 0.
+    # Step 4. running[:, i + 1] is R_i, w becomes the weights. If the last round capped something p is stale, but k is 0.
     after = scratch("after", full, integer)  # 1 where a later element is free
-    after[-1].zero_()
+    after[:, -1].zero_()
     for i in reversed(range(m - 1)):
-        torch.maximum(after[i + 1], free[i + 1], out=after[i])
+        torch.maximum(after[:, i + 1], free[:, i + 1], out=after[:, i])
     w = scratch("w", full, integer).copy_(p.mul_(UNIT))
     w.add_(n * UNIT).sub_(after, alpha=n * UNIT)  # from the last free element on, enough to reach the end
     end = k.mul_(UNIT)
-    running = scratch("running", (m + 1, b), integer)
-    running[0].zero_()
-    for weight, before, now in zip(w.unbind(), running[:-1].unbind(), running[1:].unbind(), strict=True):
+    running = scratch("running", (t, m + 1, s), integer)
+    running[:, 0].zero_()
+    for weight, before, now in zip(w.unbind(1), running[:, :-1].unbind(1), running[:, 1:].unbind(1), strict=True):
         torch.minimum(torch.add(before, weight, out=now), end, out=now)
-    torch.sub(running[1:], running[:-1], out=w)
+    torch.sub(running[:, 1:], running[:, :-1], out=w)
 
     # Step 5. How many points j * 2^24 + u lie below each R.
     offset = scratch("offset", plane, integer)
     for word in words(1):
-        offset.copy_(word.bitwise_right_shift_(8)).neg_().add_(UNIT - 1)
-    points = running.add_(offset).bitwise_right_shift_(24)
-    keep = torch.ne(points[1:], points[:-1], out=after)
+        offset.copy_(word.bitwise_right_shift_(8).view(plane)).neg_().add_(UNIT - 1)
+    points = running.add_(offset.unsqueeze(1)).bitwise_right_shift_(24)
+    keep = torch.ne(points[:, 1:], points[:, :-1], out=after)
 
     # Step 6. Capped elements have w = 0 so far: nothing else kept has.
     capped = nonzero.sub_(free)
@@ -213,19 +217,19 @@ def mvue(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
 def select_largest(keys: Tensor, n: int, dtype: torch.dtype, scratch: Scratch) -> Tensor:
     """1 (in `dtype`) where an element is among the n largest of its group, ties to the lower index, else 0.
 
-    keys: integers [m, b]. An element is kept if fewer than n others beat it; the lower index beats an equal key.
+    keys: integers [t, m, s]. An element is kept if fewer than n others beat it; the lower index beats an equal key.
     All pairs are compared, one distance at a time: for m <= 32 that is cheaper than any sort made of torch operations.
     """
-    m = keys.shape[0]
+    m = keys.shape[1]
     # (later elements it beats) - (earlier elements that beat it), shifted so that kept elements end at 0 or above.
     score = scratch("score", tuple(keys.shape), torch.int8)
     for i in range(m):
-        score[i].fill_(i + n - m)
+        score[:, i].fill_(i + n - m)
     for distance in range(1, m):
-        earlier, later = keys[:-distance], keys[distance:]
+        earlier, later = keys[:, :-distance], keys[:, distance:]
         beats = torch.ge(earlier, later, out=scratch("beats", tuple(earlier.shape), torch.int8))
-        score[:-distance].add_(beats)
-        score[distance:].sub_(beats)
+        score[:, :-distance].add_(beats)
+        score[:, distance:].sub_(beats)
     return torch.ge(score, 0, out=scratch("selected", tuple(keys.shape), dtype))
 
 
@@ -257,20 +261,20 @@ def _power_of_two(largest: Tensor, scratch: Scratch) -> Tensor:
 
 def _largest_magnitude(x: Tensor, scratch: Scratch) -> Tensor:
     magnitudes = torch.abs(x, out=scratch("magnitudes", tuple(x.shape), x.dtype))
-    return _plane_maximum(magnitudes, scratch("largest", (x.shape[1],), x.dtype))
+    return _plane_maximum(magnitudes, scratch("largest", (x.shape[0], x.shape[2]), x.dtype))
 
 
 def _plane_maximum(planes: Tensor, out: Tensor) -> Tensor:
-    out.copy_(planes[0])
-    for plane in planes.unbind()[1:]:
+    out.copy_(planes[:, 0])
+    for plane in planes.unbind(1)[1:]:
         torch.maximum(out, plane, out=out)
     return out
 
 
 def _ordered_sum(planes: Tensor, out: Tensor) -> Tensor:
     """((plane 0 + plane 1) + plane 2) + .. in out's dtype: the order is part of the rules."""
-    out.copy_(planes[0])
-    for plane in planes.unbind()[1:]:
+    out.copy_(planes[:, 0])
+    for plane in planes.unbind(1)[1:]:
         torch.add(out, plane, out=out)
     return out
 

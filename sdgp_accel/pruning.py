@@ -175,20 +175,22 @@ def _prune(x: Tensor, spec: PruneSpec, dim: int, sum_dims: tuple[int, ...] | Non
         for piece in _pieces(planes_in.shape[1:], length, x.device):
             starts = [cells.start + first for cells, first in zip(piece, first_index, strict=True)]
             box: tuple[slice, ...] = (slice(None), *piece)
-            part_in, part_out = planes_in[box], planes_out[box]
-            values = scratch("values", (length, part_in[0].numel()), x.dtype)
-            _copy_planes(values.view(part_in.shape), part_in)
+            tiles = _tile_count(planes_in[box].shape[1:], x.device)
+            part_in, part_out = _tiled(planes_in[box], tiles), _tiled(planes_out[box], tiles)
+            values = scratch("values", (tiles, length, part_in[0, 0].numel()), x.dtype)
+            _copy_planes(values.movedim(1, 0).view(part_in.shape), part_in)
             words = None
             if rng is not None:
-                index = _group_indices(starts, part_in.shape[1:], index_strides, x.device)
+                sizes = [cells.stop - cells.start for cells in piece]
+                index = _group_indices(starts, sizes, index_strides, x.device)
                 words = partial(group_words, rng, index, total=total, spare=scratch.spare_words(index.numel()))
             result = _apply(spec, values, words, scratch)
-            _copy_planes(part_out, result.view(part_out.shape))
+            _copy_planes(part_out, result.movedim(1, 0).view(part_out.shape))
     return out
 
 
 def _apply(spec: PruneSpec, values: Tensor, words: rules.Words | None, scratch: rules.Scratch) -> Tensor:
-    n = min(spec.n, values.shape[0])
+    n = min(spec.n, values.shape[1])
     if spec.function == "magnitude":
         return rules.magnitude(values, n, scratch)
     if spec.function == "rescale_magnitude":
@@ -247,6 +249,21 @@ def _planes(x: Tensor, dim: int, start: int, groups: int, length: int) -> Tensor
     """View of the groups in x from `start`: [length, *x.shape with groups in place of dim's size]."""
     shape = (*x.shape[:dim], groups, length, *x.shape[dim + 1 :])
     return x.narrow(dim, start, groups * length).view(shape).movedim(dim + 1, 0)
+
+
+def _tile_count(shape: Sequence[int], device: torch.device) -> int:
+    """In how many equal tiles a piece of `shape` is laid out for the threads of a CPU (see `group_rules`)."""
+    if device.type != "cpu":
+        return 1
+    leading = next((size for size in shape if size > 1), 1)
+    fitting = (t for t in (32, 16, 8, 4, 2) if leading % t == 0 and math.prod(shape) // t >= 1024)
+    return next(fitting, 1)
+
+
+def _tiled(planes: Tensor, tiles: int) -> Tensor:
+    """View [length, *cells] as [length, tiles, *cells of a tile]."""
+    cells = list(itertools.dropwhile(lambda size: size == 1, planes.shape[1:])) or [1]
+    return planes.view(planes.shape[0], tiles, cells[0] // tiles, *cells[1:])
 
 
 def _copy_planes(target: Tensor, source: Tensor) -> None:
