@@ -48,7 +48,9 @@ def decode(text: str) -> LayerPlan:
 
 @functools.cache
 def plan_string(kind: LayerKind, config: SDGPConfig) -> str:
-    """The encoded plan of a layer of `kind` under `config`."""
+    """The encoded plan of a layer of `kind` under `config`; TypeError for anything but an `SDGPConfig`."""
+    if not isinstance(config, SDGPConfig):
+        raise TypeError(f"config must be an SDGPConfig; got {config!r}")
     scope = DEFAULT_SCOPE[kind]
     return encode(
         LayerPlan(config.spec("grad_input", scope), config.spec("grad_weight", scope), config.backend, config.fallback)

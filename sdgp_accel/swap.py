@@ -19,13 +19,13 @@ from sdgp_accel.backends import Decision, decide
 from sdgp_accel.config import PruneSpec, SDGPConfig
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import LayerKind, decode, plan_string
-from sdgp_accel.nn import SDGPConv2d, SDGPLinear
+from sdgp_accel.nn import SDGPConv2d, SDGPLayer, SDGPLinear
 from sdgp_accel.report import LayerReport, SwapReport
 
 Filter = Callable[[nn.Module, str], bool] | str | Iterable[str] | None
 
 _SWAPS: dict[type[Any], type[nn.Module]] = {nn.Linear: SDGPLinear, nn.Conv2d: SDGPConv2d}
-_ORIGINALS: dict[type[Any], type[nn.Module]] = {SDGPLinear: nn.Linear, SDGPConv2d: nn.Conv2d}
+_ORIGINALS: dict[type[Any], type[Any]] = {SDGPLinear: nn.Linear, SDGPConv2d: nn.Conv2d}
 
 # DTensor: FSDP2's sharded parameters, which are ordinary tensors whenever the layer runs.
 _ORDINARY_WEIGHTS = ("Tensor", "Parameter", "DTensor", "FakeTensor")
@@ -57,7 +57,7 @@ def accelerate_(model: nn.Module, config: SDGPConfig | None = None, filter_fn: F
     for step in steps:
         if step.config is not None:
             swap_layer(step.module, step.config)
-        elif type(step.module) in _ORIGINALS:
+        elif isinstance(step.module, SDGPLayer):
             restore_layer(step.module)
     report = SwapReport(tuple(step.report for step in steps))
     if not report.swapped:
@@ -73,10 +73,9 @@ def restore_(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    layers = [module for module in model.modules() if isinstance(module, (SDGPLinear, SDGPConv2d))]
-    derived = {type(module).__name__ for module in layers if type(module) not in _ORIGINALS}
-    if derived:
-        raise RuntimeError(f"cannot restore layers whose class was derived from an SDGP layer: {', '.join(derived)}")
+    layers = [module for module in model.modules() if isinstance(module, SDGPLayer)]
+    for module in layers:
+        _check_restorable(module)
     for module in layers:
         restore_layer(module)
     return model
@@ -97,12 +96,21 @@ def swap_layer(module: nn.Module, config: SDGPConfig) -> None:
     """Make an exact nn.Linear or nn.Conv2d (or one that is swapped already) an SDGP layer with `config`."""
     if type(module) in _SWAPS:
         module.__class__ = _SWAPS[type(module)]
-    assert isinstance(module, (SDGPLinear, SDGPConv2d))
+    assert isinstance(module, SDGPLayer)
     module.sdgp_config = config
 
 
-def restore_layer(module: nn.Module) -> None:
-    """Make an exact SDGPLinear or SDGPConv2d an ordinary layer again."""
+def _check_restorable(module: SDGPLayer) -> None:
+    if type(module) not in _ORIGINALS:
+        raise RuntimeError(
+            f"{type(module).__name__} cannot become an ordinary layer again: its class was derived from an SDGP layer "
+            "(by fully_shard, a parametrization or a subclass); undo that first"
+        )
+
+
+def restore_layer(module: SDGPLayer) -> None:
+    """Make an SDGPLinear or SDGPConv2d an ordinary layer again; RuntimeError for classes derived from them."""
+    _check_restorable(module)
     original = _ORIGINALS[type(module)]
     del module._sdgp_config, module._sdgp_plan
     module.__class__ = original
@@ -151,6 +159,8 @@ def _plan_step(
         return Step(module, None, _skipped_report(module, names, "not selected by filter_fn"))
     reason = _why_not(module, config)
     if reason is not None:
+        if isinstance(module, SDGPLayer):
+            _check_restorable(module)
         return Step(module, None, _skipped_report(module, names, reason))
     assert isinstance(module, (nn.Linear, nn.Conv2d))
     return Step(module, config, _swapped_report(module, names, config, None))
@@ -158,8 +168,7 @@ def _plan_step(
 
 def _why_not(module: nn.Module, config: SDGPConfig) -> str | None:
     """The reason why `module` stays an ordinary layer, or None where it can be swapped."""
-    kind = type(module)
-    if kind not in _SWAPS and kind not in _ORIGINALS:
+    if type(module) not in _SWAPS and not isinstance(module, SDGPLayer):
         return _why_not_class(module)
     assert isinstance(module, (nn.Linear, nn.Conv2d))
     if module.weight.is_complex() or not module.weight.is_floating_point():

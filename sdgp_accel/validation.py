@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from sdgp_accel.batch import LossFn
 from sdgp_accel.config import Pass, PruneSpec, SDGPConfig
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import plan_string
-from sdgp_accel.nn import SDGPConv2d, SDGPLinear
+from sdgp_accel.nn import SDGPLayer
 from sdgp_accel.pruning import prune_matrix
 from sdgp_accel.report import SwapReport
 from sdgp_accel.swap import Filter, layer_kind, plan_swap, restore_layer, swap_layer
@@ -97,7 +98,7 @@ def validate(
     with _left_as_it_was(model):
         targets, swap = _targets(model, config, filter_fn)
         for target in targets:
-            if isinstance(target.module, (SDGPLinear, SDGPConv2d)):
+            if isinstance(target.module, SDGPLayer):
                 restore_layer(target.module)
         checks: list[PassCheck] = []
         handles = [_watch(target, checks, draws) for target in targets]
@@ -113,17 +114,19 @@ def validate(
             swap_layer(target.module, target.config)
         _run(model, batch, loss_fn, autocast, seed)
         cosines = {target.name: _cosine(target.module.weight.grad, gradients[target.name]) for target in targets}
+    if not checks:
+        warnings.warn("validate found no backward pass to check in this model; see the report's `swap`", stacklevel=2)
     return ValidationReport(tuple(_with_end_to_end(check, cosines) for check in checks), swap)
 
 
 def _targets(model: nn.Module, config: SDGPConfig | None, filter_fn: Filter) -> tuple[list[_Target], SwapReport]:
     steps = plan_swap(model, config, filter_fn)
-    accelerated = any(isinstance(step.module, (SDGPLinear, SDGPConv2d)) for step in steps)
+    accelerated = any(isinstance(step.module, SDGPLayer) for step in steps)
     targets = []
     for step in steps:
         chosen = step.config
         if config is None and accelerated:
-            chosen = step.module.sdgp_config if isinstance(step.module, (SDGPLinear, SDGPConv2d)) else None
+            chosen = step.module.sdgp_config if isinstance(step.module, SDGPLayer) else None
         if chosen is not None:
             assert isinstance(step.module, (nn.Linear, nn.Conv2d))
             targets.append(_Target(step.report.name or "(the model)", step.module, chosen))
@@ -134,7 +137,7 @@ def _targets(model: nn.Module, config: SDGPConfig | None, filter_fn: Filter) -> 
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Puts back classes and configurations, gradients, buffers and the random state."""
     configs = {
-        module: module.sdgp_config if isinstance(module, (SDGPLinear, SDGPConv2d)) else None
+        module: module.sdgp_config if isinstance(module, SDGPLayer) else None
         for module in model.modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
     }
@@ -149,7 +152,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         for module, config in configs.items():
             if config is not None:
                 swap_layer(module, config)
-            elif type(module) in (SDGPLinear, SDGPConv2d):
+            elif isinstance(module, SDGPLayer):
                 restore_layer(module)
         for parameter, gradient in gradients:
             parameter.grad = gradient
@@ -160,7 +163,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 def _run(model: nn.Module, batch: Any, loss_fn: LossFn | None, autocast: torch.dtype | None, seed: int) -> None:
     torch.manual_seed(seed)
-    device = next(model.parameters()).device
+    device = next(model.parameters(), torch.empty(0)).device
     with torch.enable_grad():
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             loss = batches.loss(batches.forward(model, batch), batch, loss_fn)

@@ -292,9 +292,10 @@ def _refuse_wrapped(rank: int) -> list[str]:
     fully_shard(model[0], mesh=mesh)
     reason = sdgp.accelerate_(model)["0"].reason
     fully_shard(model[2], mesh=mesh)
+    again = sdgp.accelerate_(model, MAGNITUDE)["2"]  # its configuration can still be changed
     with pytest.raises(RuntimeError) as caught:
         sdgp.restore_(model)
-    return [reason, str(caught.value), type(model[5]).__name__]
+    return [reason, again.dgrad, str(caught.value), type(model[5]).__name__]
 
 
 def _tensor_parallel(rank: int) -> list[Tensor]:
@@ -361,9 +362,10 @@ def test_two_processes_equal_one_with_the_doubled_batch(
 
 
 def test_layers_wrapped_on_their_own_say_so(two_processes: list[dict[str, Any]]) -> None:
-    reason, refused, untouched = two_processes[0]["wrapped"]
+    reason, dgrad, refused, untouched = two_processes[0]["wrapped"]
+    assert dgrad == "magnitude 2:4"
     assert reason == "its class belongs to fully_shard; accelerate before wrapping"
-    assert "FSDPSDGPConv2d" in refused
+    assert refused.startswith("FSDPSDGPConv2d cannot become an ordinary layer again")
     assert untouched == "SDGPLinear"
 
 

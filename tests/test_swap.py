@@ -329,6 +329,27 @@ def test_padding_modes_match_the_dense_layer(padding: Any, padding_mode: str) ->
         torch.testing.assert_close(a, b)
 
 
+def test_a_users_subclass_keeps_its_class() -> None:
+    class Scaled(sdgp.SDGPLinear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    layer = Scaled(8, 8)
+    report = sdgp.accelerate_(layer, sdgp.SDGPConfig(n=1))
+    assert report[""].dgrad == "mvue 1:4"
+    assert type(layer) is Scaled
+    for undo in (sdgp.restore_, lambda layer: sdgp.accelerate_(layer, sdgp.SDGPConfig(min_in_channels=9))):
+        with pytest.raises(RuntimeError, match="Scaled cannot become an ordinary layer again"):
+            undo(layer)
+
+
+def test_a_wrong_configuration_is_refused_and_changes_nothing() -> None:
+    layer = sdgp.SDGPLinear(8, 8)
+    with pytest.raises(TypeError, match="config must be an SDGPConfig; got 'mvue'"):
+        layer.sdgp_config = "mvue"
+    assert layer.sdgp_config == sdgp.SDGPConfig()
+
+
 def test_deepcopy_pickle_and_ema(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(philox, "draw", lambda device, generator=None: torch.tensor([5, 6]))
     model = small_model()

@@ -138,6 +138,14 @@ def test_non_finite_gradients_fail_and_non_finite_losses_are_refused() -> None:
     assert not report.ok
 
 
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(nn.Conv2d(3, 4, 1))])
+def test_nothing_to_check_warns(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    with pytest.warns(UserWarning, match="no backward pass to check"):
+        report = sdgp.validate(model, torch.randn(1, 3, 4, 4, requires_grad=True))
+    assert report.checks == ()
+
+
 def test_the_model_is_left_as_it_was() -> None:
     net = model()
     sdgp.accelerate_(net, sdgp.SDGPConfig(prune="magnitude"), filter_fn="3")
@@ -208,6 +216,9 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(main, ["validate", "digits", "--batch", "2", "--layers", "head", "--draws", "0"])
     assert result.exit_code == 1
     assert "FAILED: head wgrad" in result.output
+    result = CliRunner().invoke(main, ["validate", "digits", "--layers", "no_such_layer"])
+    assert result.exit_code == 1
+    assert "no layer was checked" in result.output
     result = CliRunner().invoke(main, ["validate", "no_such_model"])
     assert result.exit_code == 1
     assert "no_such_model" in result.output

@@ -70,5 +70,7 @@ def command(
         console.print(
             f"FAILED: {check.layer} {check.pass_name}: error {check.error:.2e}, allowed {check.tolerance:.2e}"
         )
+    if not report.checks:
+        raise click.ClickException("no layer was checked; see --layers")
     if not report.ok:
         raise SystemExit(1)
