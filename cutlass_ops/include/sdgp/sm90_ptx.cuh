@@ -78,7 +78,10 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Loads the box at (x, y), x innermost, into shared memory; completes `bytes` on `barrier`.
+// The loads below write a box of a tensor into shared memory and complete its bytes on `barrier`. With a cluster size of
+// 2 they write it to both CTAs, at the same offsets of data and barrier in each.
+
+// Box at (x, y) of a matrix, x innermost.
 __device__ __forceinline__ void tma_load(const CUtensorMap* map, uint32_t barrier, uint32_t destination, int x, int y) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
@@ -87,14 +90,54 @@ __device__ __forceinline__ void tma_load(const CUtensorMap* map, uint32_t barrie
       : "memory");
 }
 
-// As tma_load, into every CTA of `cta_mask`, at the same offsets of data and barrier in each.
-__device__ __forceinline__ void tma_load_multicast(const CUtensorMap* map, uint32_t barrier, uint32_t destination, int x,
-                                                   int y, uint16_t cta_mask) {
+__device__ __forceinline__ void tma_load(const CUtensorMap* map, uint32_t barrier, uint32_t destination,
+                                         int cluster_size, int x, int y) {
+  if (cluster_size == 1) return tma_load(map, barrier, destination, x, y);
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(cta_mask)
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(static_cast<uint16_t>(3))
       : "memory");
+}
+
+// Box at (x, y, z) of a 3-D tensor, x innermost.
+__device__ __forceinline__ void tma_load_3d(const CUtensorMap* map, uint32_t barrier, uint32_t destination,
+                                            int cluster_size, int x, int y, int z) {
+  if (cluster_size == 1) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+        "[%2];" ::"r"(destination),
+        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(destination),
+        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(static_cast<uint16_t>(3))
+        : "memory");
+  }
+}
+
+// Channels from c on of consecutive pixels of an NHWC tensor: the walk starts at pixel (n, h, w) and each pixel is read
+// (offset_h, offset_w) further on.
+__device__ __forceinline__ void tma_load_im2col(const CUtensorMap* map, uint32_t barrier, uint32_t destination,
+                                                int cluster_size, int c, int w, int h, int n, int offset_w,
+                                                int offset_h) {
+  const auto short_w = static_cast<uint16_t>(offset_w), short_h = static_cast<uint16_t>(offset_h);
+  if (cluster_size == 1) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(destination),
+        "l"(map), "r"(barrier), "r"(c), "r"(w), "r"(h), "r"(n), "h"(short_w), "h"(short_h)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8}, %9;" ::"r"(destination),
+        "l"(map), "r"(barrier), "r"(c), "r"(w), "r"(h), "r"(n), "h"(short_w), "h"(short_h),
+        "h"(static_cast<uint16_t>(3))
+        : "memory");
+  }
 }
 
 // ---- warpgroup MMA -------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-// Sparse GEMM with wgmma.sp for Hopper: D[M, N] = A[M, K at 2:4] * B[K, N], float32 accumulation.
+// Sparse product with wgmma.sp for Hopper: D[M, N] = A[M, K at 2:4] * B[K, N], float32 accumulation. Where the tiles of A
+// and B come from and where D goes is a policy (sm90_gather.cuh): matrices here, images for the convolution gradients.
 //
 //   dgrad: dX[T, C_in]     = dY[T, C_out]   * W[C_out, C_in]   A K-major: values [T, Kp/2],     metadata [T, Kp/16]
 //   wgrad: dW[C_out, C_in] = dY^T[C_out, T] * X[T, C_in]       A M-major: values [Kp/2, C_out], metadata [Kp/16, C_out]
@@ -18,40 +19,43 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "sdgp/sm90_ptx.cuh"
+#include "sdgp/sm90_gather.cuh"
 
 namespace sdgp::sm90 {
 
-constexpr int kBlockK = 64;              // k per stage: 32 stored values of A, 64 rows of B
 constexpr int kInstructionK = 32;        // k per wgmma.sp with 16-bit elements
 constexpr int kMetadataK = 128;          // k per metadata load
-constexpr int kSlabM = 64;               // rows per wgmma
+constexpr int kMetadataTiles = kMetadataK / kBlockK;
 constexpr int kConsumers = 2;            // consumer warpgroups
-constexpr int kSwizzleElements = 64;     // 16-bit elements in a 128-byte swizzled row
 constexpr int kSharedMemoryLimit = 232448;
 constexpr uint32_t kLegalMetadata = 0x4444;  // indices 0 and 1 in each of four groups
 
 enum class Output : int { kElement, kFloat, kPartial };
 
 struct Problem {
-  int m, n, k;
+  int m;        // rows of the product
+  int n_tiles;  // tiles along its columns
+  int k_tiles;
+  int rows, row_length;  // of the output
   int splits;   // the k range is cut in this many parts; > 1 only with Output::kPartial
   int group_n;  // tiles along N that run together (L2 reuse)
-  void* out;    // [m, n], or float [splits, m, n] for Output::kPartial
+  void* out;    // [rows, row_length], or float [splits, rows, row_length] for Output::kPartial
   Output output;
   bool accumulate;  // out += result
 };
 
-template <typename Element_, Major kMajorA_, int kBlockM_, int kBlockN_>
+template <typename Element_, typename Gather_, Major kMajorA_, int kBlockM_, int kBlockN_>
 struct TileConfig {
   using Element = Element_;
+  using Gather = Gather_;
   static constexpr Major kMajorA = kMajorA_;
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_;
 
   static constexpr int kSlabs = kBlockM / kSlabM / kConsumers;  // per consumer warpgroup
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  static constexpr int kConsumerRegisters = kSlabs * kBlockN / 2 <= 128 ? 232 : 240;
-  static constexpr int kProducerRegisters = kSlabs * kBlockN / 2 <= 128 ? 40 : 24;
+  // Together the 168 per thread of the launch bound; large accumulators leave less to the producer.
+  static constexpr int kProducerRegisters = kSlabs * kBlockN / 2 <= 128 ? Gather::kProducerRegisters : 24;
+  static constexpr int kConsumerRegisters = (3 * 168 - kProducerRegisters) / kConsumers;
 
   static constexpr int kSlabABytes = kSlabM * kBlockK / 2 * 2;
   static constexpr int kSlabMetadataBytes = kSlabM * kMetadataK / 16 * 2;
@@ -74,31 +78,29 @@ struct WorkUnit {
 
 // Order of the work: splits outermost (CTAs that run together share k, hence B), then groups of `group_n` tile columns,
 // then rows, then the columns of the group. A unit of a cluster is `cluster_size` tiles above each other.
-template <int kBlockM, int kBlockN>
+template <int kBlockM>
 struct Schedule {
-  int m_units, n_tiles, k_tiles, k_chunks, units;
+  int m_units, k_chunks, units;
   const Problem& problem;
 
   __device__ __forceinline__ Schedule(const Problem& problem, int cluster_size) : problem(problem) {
     m_units = (problem.m + kBlockM * cluster_size - 1) / (kBlockM * cluster_size);
-    n_tiles = (problem.n + kBlockN - 1) / kBlockN;
-    k_tiles = (problem.k + kBlockK - 1) / kBlockK;
-    k_chunks = (problem.k + kMetadataK - 1) / kMetadataK;
-    units = m_units * n_tiles * problem.splits;
+    k_chunks = (problem.k_tiles + kMetadataTiles - 1) / kMetadataTiles;
+    units = m_units * problem.n_tiles * problem.splits;
   }
 
   __device__ __forceinline__ int first_k_tile(int split) const {
-    return static_cast<int>(static_cast<int64_t>(k_chunks) * split / problem.splits) * (kMetadataK / kBlockK);
+    return static_cast<int>(static_cast<int64_t>(k_chunks) * split / problem.splits) * kMetadataTiles;
   }
 
   __device__ __forceinline__ WorkUnit unit(int index, int cluster_size, int cta_rank) const {
-    const int split = index / (m_units * n_tiles);
-    const int tile = index % (m_units * n_tiles);
+    const int split = index / (m_units * problem.n_tiles);
+    const int tile = index % (m_units * problem.n_tiles);
     const int first_column = tile / (m_units * problem.group_n) * problem.group_n;
-    const int columns = min(problem.group_n, n_tiles - first_column);
+    const int columns = min(problem.group_n, problem.n_tiles - first_column);
     const int in_group = tile - first_column * m_units;
     return {in_group / columns * cluster_size + cta_rank, first_column + in_group % columns, split,
-            first_k_tile(split), min(first_k_tile(split + 1), k_tiles)};
+            first_k_tile(split), min(first_k_tile(split + 1), problem.k_tiles)};
   }
 };
 
@@ -183,45 +185,49 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int lane) {
 
 // Writes a 64 x kBlockN slab of accumulators. Lane l of warp w holds columns 8j + 2(l%4) + {0, 1} of row 16w + l/4 in
 // d[4j], d[4j+1] and of the row 8 below in d[4j+2], d[4j+3].
-template <typename Element, int kBlockN, bool kAccumulate>
-__device__ __forceinline__ void store_slab(const float (&d)[kBlockN / 2], const Problem& problem, int split, int row,
-                                           int column, int lane) {
+template <typename Element, int kBlockN, bool kAccumulate, typename Gather>
+__device__ __forceinline__ void store_slab(const float (&d)[kBlockN / 2], const Gather& gather, const Problem& problem,
+                                           int split, int row, int column, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half, row += 8) {
-    if (problem.output == Output::kElement) {
-      Element* out = static_cast<Element*>(problem.out) + static_cast<int64_t>(row) * problem.n;
+    const int64_t out_row = gather.out_row(row);
 #pragma unroll
-      for (int block = 0; block < kBlockN / 8; block += 4) {
+    for (int block = 0; block < kBlockN / 8; block += 4) {  // 32 columns
+      const ColumnRun run = gather.out_columns(column + 8 * block);
+      const int count = out_row < 0 ? 0 : run.count;
+      if (problem.output == Output::kElement) {
+        Element* out = static_cast<Element*>(problem.out) + out_row * problem.row_length + run.first;
         uint32_t words[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           float low = d[4 * (block + i) + 2 * half], high = d[4 * (block + i) + 2 * half + 1];
-          const int own_column = column + 8 * (block + i) + 2 * (lane & 3);
-          if (kAccumulate && row < problem.m && own_column < problem.n) {
+          const int own_column = 8 * i + 2 * (lane & 3);
+          if (kAccumulate && own_column < count) {
             const float2 old = unpack<Element>(*reinterpret_cast<const uint32_t*>(out + own_column));
             low += old.x, high += old.y;
           }
           words[i] = pack<Element>(low, high);
         }
         transpose_quad(words, lane);
-        const int store_column = column + 8 * (block + (lane & 3));
-        if (row < problem.m && store_column < problem.n)
+        const int store_column = 8 * (lane & 3);
+        if (store_column < count)
           *reinterpret_cast<uint4*>(out + store_column) = make_uint4(words[0], words[1], words[2], words[3]);
-      }
-    } else {
-      const int64_t out_row = static_cast<int64_t>(problem.output == Output::kPartial ? split : 0) * problem.m + row;
-      float* out = static_cast<float*>(problem.out) + out_row * problem.n;
+      } else {
+        const int64_t float_row = problem.output == Output::kPartial ? out_row + static_cast<int64_t>(split) * problem.rows
+                                                                     : out_row;
+        float* out = static_cast<float*>(problem.out) + float_row * problem.row_length + run.first;
 #pragma unroll
-      for (int block = 0; block < kBlockN / 8; ++block) {
-        const int own_column = column + 8 * block + 2 * (lane & 3);
-        if (row < problem.m && own_column < problem.n) {
-          float2 value = make_float2(d[4 * block + 2 * half], d[4 * block + 2 * half + 1]);
-          float2* target = reinterpret_cast<float2*>(out + own_column);
-          if constexpr (kAccumulate) {
-            const float2 old = *target;
-            value.x += old.x, value.y += old.y;
+        for (int i = 0; i < 4; ++i) {
+          const int own_column = 8 * i + 2 * (lane & 3);
+          if (own_column < count) {
+            float2 value = make_float2(d[4 * (block + i) + 2 * half], d[4 * (block + i) + 2 * half + 1]);
+            float2* target = reinterpret_cast<float2*>(out + own_column);
+            if constexpr (kAccumulate) {
+              const float2 old = *target;
+              value.x += old.x, value.y += old.y;
+            }
+            *target = value;
           }
-          *target = value;
         }
       }
     }
@@ -230,9 +236,8 @@ __device__ __forceinline__ void store_slab(const float (&d)[kBlockN / 2], const 
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    sparse_gemm_kernel(const __grid_constant__ CUtensorMap values_map, const __grid_constant__ CUtensorMap metadata_map,
-                       const __grid_constant__ CUtensorMap b_map, const __grid_constant__ Problem problem,
-                       const int cluster_size) {
+    sparse_gemm_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ typename Config::Gather gather,
+                       const __grid_constant__ Problem problem, const int cluster_size) {
   using Element = typename Config::Element;
   constexpr Major kMajorA = Config::kMajorA;
   constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kStages = Config::kStages;
@@ -256,9 +261,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   // Barriers: a stage is full when its bytes have landed (one arrival announces how many), empty when every consumer
   // warp of every CTA that the stage's B tile is multicast to has let go of it.
   if (threadIdx.x == 0) {
-    prefetch_tensor_map(&values_map);
-    prefetch_tensor_map(&metadata_map);
-    prefetch_tensor_map(&b_map);
+    prefetch_tensor_map(&maps.values);
+    prefetch_tensor_map(&maps.metadata);
+    prefetch_tensor_map(&maps.b);
     for (int stage = 0; stage < kStages; ++stage) {
       mbarrier_init(full_barriers + 8 * stage, 1);
       mbarrier_init(empty_barriers + 8 * stage, 4 * kConsumers * cluster_size);
@@ -271,7 +276,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     __syncthreads();
   }
 
-  const Schedule<kBlockM, kBlockN> schedule(problem, cluster_size);
+  const Schedule<kBlockM> schedule(problem, cluster_size);
+  const int segment_tiles = gather.segment_tiles();  // metadata loads start anew with every segment of k
   const int first_unit = blockIdx.x / cluster_size, unit_step = gridDim.x / cluster_size;
   RingPosition<kStages> ring;
 
@@ -279,44 +285,26 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     // Producer: one thread.
     decrease_registers<Config::kProducerRegisters>();
     if (warp == 0 && elect_one()) {
-      const int b_rows = kBlockK / cluster_size, first_b_row = cta_rank * b_rows;  // this CTA's share of B
-      const auto cta_mask = static_cast<uint16_t>((1u << cluster_size) - 1);
+      const int first_b_row = cta_rank * (kBlockK / cluster_size);  // of this CTA's share of B
       for (int index = first_unit; index < schedule.units; index += unit_step) {
         const WorkUnit unit = schedule.unit(index, cluster_size, cta_rank);
-        const int row = unit.m_tile * kBlockM, column = unit.n_tile * kBlockN;
+        typename Config::Gather::template Producer<kMajorA, kBlockM, kColumnBlocks> producer(
+            gather, maps, unit.m_tile * kBlockM, unit.n_tile * kBlockN, unit.k_begin, first_b_row);
+        int tile_in_segment = 0;
 #pragma unroll 1
-        for (int k_tile = unit.k_begin; k_tile < unit.k_end; ++k_tile, ring.advance()) {
-          const bool with_metadata = k_tile % (kMetadataK / kBlockK) == 0;
+        for (int k_tile = unit.k_begin; k_tile < unit.k_end; ++k_tile, ring.advance(), producer.advance()) {
+          const bool with_metadata = tile_in_segment % kMetadataTiles == 0;
+          if (++tile_in_segment == segment_tiles) tile_in_segment = 0;
           const uint32_t full = full_barriers + 8 * ring.stage;
-          const uint32_t a_tile = a_tiles + ring.stage * Config::kABytes;
-          const uint32_t b_tile = b_tiles + ring.stage * Config::kBBytes;
-          const uint32_t metadata_tile = metadata_tiles + ring.stage * Config::kMetadataBytes;
+          const uint32_t b_tile = b_tiles + ring.stage * Config::kBBytes + first_b_row * 128;
           mbarrier_wait(empty_barriers + 8 * ring.stage, ring.parity ^ 1);
           mbarrier_arrive_expect_tx(full,
                                     Config::kABytes + Config::kBBytes + (with_metadata ? Config::kMetadataBytes : 0));
-          const int b_row = k_tile * kBlockK + first_b_row;
 #pragma unroll
-          for (int block = 0; block < kColumnBlocks; ++block) {
-            const uint32_t target = b_tile + block * kColumnBlockBytes + first_b_row * 128;
-            const int block_column = column + block * kSwizzleElements;
-            if (cluster_size > 1) {
-              tma_load_multicast(&b_map, full, target, block_column, b_row, cta_mask);
-            } else {
-              tma_load(&b_map, full, target, block_column, b_row);
-            }
-          }
-          const int value = k_tile * kBlockK / 2, word = k_tile * kBlockK / 16;
-          if constexpr (kMajorA == Major::K) {
-            tma_load(&values_map, full, a_tile, value, row);
-            if (with_metadata) tma_load(&metadata_map, full, metadata_tile, word, row);
-          } else {
-            for (int slab = 0; slab < kBlockM / kSlabM; ++slab) {
-              const int slab_row = row + slab * kSlabM;
-              tma_load(&values_map, full, a_tile + slab * Config::kSlabABytes, slab_row, value);
-              if (with_metadata)
-                tma_load(&metadata_map, full, metadata_tile + slab * Config::kSlabMetadataBytes, slab_row, word);
-            }
-          }
+          for (int block = 0; block < kColumnBlocks; ++block)
+            producer.load_b(full, b_tile + block * kColumnBlockBytes, block, cluster_size);
+          producer.load_values(full, a_tiles + ring.stage * Config::kABytes);
+          if (with_metadata) producer.load_metadata(full, metadata_tiles + ring.stage * Config::kMetadataBytes);
         }
       }
     }
@@ -342,8 +330,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         if (previous_empty != 0 && lane < cluster_size) mbarrier_arrive_cluster(previous_empty, lane);
       };
       // The MMAs of one stage: two of 32 k per slab. Every other stage brings metadata for itself and the next one.
-      const auto consume_stage = [&]<int kSet, SparseSel kSelector>(int k_tile) {
-        if (k_tile >= unit.k_end) return;
+      const auto consume_stage = [&]<int kSet, SparseSel kSelector>(bool accumulate) {
         auto& e = e_sets[kSet];
         mbarrier_wait(full_barriers + 8 * ring.stage, ring.parity);
         if constexpr (kSelector == SparseSel::Zero) {
@@ -361,7 +348,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
         for (int s = 0; s < kSlabs; ++s) {
           const uint64_t slab_a = a + s * (Config::kSlabABytes >> 4);
-          Wgmma::issue(slab_a, b, e[s][0], d[s], k_tile > unit.k_begin);
+          Wgmma::issue(slab_a, b, e[s][0], d[s], accumulate);
           Wgmma::issue(slab_a + (kStepA >> 4), b + (kStepB >> 4), e[s][1], d[s], true);
         }
         wgmma_commit_group();
@@ -372,12 +359,20 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         ring.advance();
       };
 
+      int k_tile = unit.k_begin, left_in_segment = segment_tiles;
+      const auto consume_pair = [&]<int kSet>() {
+        if (k_tile >= unit.k_end) return;
+        consume_stage.template operator()<kSet, SparseSel::Zero>(k_tile > unit.k_begin);
+        const bool has_second = left_in_segment > 1 && k_tile + 1 < unit.k_end;
+        if (has_second) consume_stage.template operator()<kSet, SparseSel::One>(true);
+        k_tile += has_second ? 2 : 1;
+        left_in_segment -= has_second ? 2 : 1;
+        if (left_in_segment == 0) left_in_segment = segment_tiles;
+      };
 #pragma unroll 1
-      for (int k_tile = unit.k_begin; k_tile < unit.k_end; k_tile += 4) {
-        consume_stage.template operator()<0, SparseSel::Zero>(k_tile);
-        consume_stage.template operator()<0, SparseSel::One>(k_tile + 1);
-        consume_stage.template operator()<1, SparseSel::Zero>(k_tile + 2);
-        consume_stage.template operator()<1, SparseSel::One>(k_tile + 3);
+      while (k_tile < unit.k_end) {
+        consume_pair.template operator()<0>();
+        consume_pair.template operator()<1>();
       }
       wgmma_wait_group<0>();
 #pragma unroll
@@ -389,9 +384,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       for (int s = 0; s < kSlabs; ++s) {
         const int row = unit.m_tile * kBlockM + (warpgroup * kSlabs + s) * kSlabM + warp * 16 + lane / 4;
         if (problem.accumulate) {
-          store_slab<Element, kBlockN, true>(d[s], problem, unit.split, row, column, lane);
+          store_slab<Element, kBlockN, true>(d[s], gather, problem, unit.split, row, column, lane);
         } else {
-          store_slab<Element, kBlockN, false>(d[s], problem, unit.split, row, column, lane);
+          store_slab<Element, kBlockN, false>(d[s], gather, problem, unit.split, row, column, lane);
         }
       }
     }

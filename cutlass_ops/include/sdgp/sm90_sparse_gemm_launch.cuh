@@ -1,4 +1,4 @@
-// Host side of sm90_sparse_gemm.cuh: tensor maps, launch, reduction of split-K partials.
+// Host side of sm90_sparse_gemm.cuh: tensor maps of matrices, launch, reduction of split-K partials.
 #pragma once
 
 #include <cudaTypedefs.h>
@@ -38,88 +38,116 @@ inline int encode_matrix(CUtensorMap& map, CUtensorMapDataType type, const void*
   return result == CUDA_SUCCESS ? 0 : kDriverErrorBase + result;
 }
 
-template <typename Element, typename Out>
-int reduce_partials(const SdgpSm90SparseGemm& gemm) {
-  const int64_t count = static_cast<int64_t>(gemm.m) * gemm.n;
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>((count + 1023) / 1024, 4 * gemm.sm_count));
-  reduce_partials_kernel<Out><<<blocks, 256, 0, static_cast<cudaStream_t>(gemm.stream)>>>(
-      static_cast<const float*>(gemm.workspace), static_cast<Out*>(gemm.out), count, gemm.splits, gemm.accumulate != 0);
+template <typename Element>
+constexpr CUtensorMapDataType kTensorMapType =
+    std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+
+// Maps of the compressed operand as a matrix.
+template <typename Config>
+int encode_matrix_operand(TensorMaps& maps, const void* values, const void* metadata, int64_t m, int64_t padded_k) {
+  constexpr auto kType = kTensorMapType<typename Config::Element>;
+  constexpr auto kWords = CU_TENSOR_MAP_DATA_TYPE_UINT16;
+  constexpr int kValues = kBlockK / 2, kMetadataWords = kMetadataK / 16;
+  const int64_t stored_values = padded_k / 2, stored_words = padded_k / 16;
+  if constexpr (Config::kMajorA == Major::K) {
+    const int error = encode_matrix(maps.values, kType, values, m, stored_values, stored_values, Config::kBlockM,
+                                    kValues, CU_TENSOR_MAP_SWIZZLE_64B);
+    return error != 0 ? error
+                      : encode_matrix(maps.metadata, kWords, metadata, m, stored_words, stored_words, Config::kBlockM,
+                                      kMetadataWords, CU_TENSOR_MAP_SWIZZLE_NONE);
+  } else {
+    const int error =
+        encode_matrix(maps.values, kType, values, stored_values, m, m, kValues, kSlabM, CU_TENSOR_MAP_SWIZZLE_128B);
+    return error != 0 ? error
+                      : encode_matrix(maps.metadata, kWords, metadata, stored_words, m, m, kMetadataWords, kSlabM,
+                                      CU_TENSOR_MAP_SWIZZLE_128B);
+  }
+}
+
+// Where the result goes and how it is cut, for both kinds of product.
+struct Target {
+  void* out;        // 16-bit like the operands, or float32 where is_float
+  void* workspace;  // float32 [splits, rows, row_length] where splits > 1
+  bool is_float, accumulate;
+  int splits, group_n, cluster_size, sm_count;
+  cudaStream_t stream;
+};
+
+template <typename Out>
+int reduce_partials(const Target& target, int64_t count) {
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>((count + 1023) / 1024, 4 * target.sm_count));
+  reduce_partials_kernel<Out><<<blocks, 256, 0, target.stream>>>(static_cast<const float*>(target.workspace),
+                                                                 static_cast<Out*>(target.out), count, target.splits,
+                                                                 target.accumulate);
   return cudaGetLastError();
 }
 
+// The product has `m` rows, `columns` columns and `k_tiles` k tiles; the output [rows, row_length].
 template <typename Config>
-int launch_sparse_gemm(const SdgpSm90SparseGemm& gemm) {
-  using Element = typename Config::Element;
-  constexpr bool kIsHalf = std::is_same_v<Element, __half>;
-  constexpr auto kType = kIsHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  constexpr auto kWords = CU_TENSOR_MAP_DATA_TYPE_UINT16;
-  constexpr int kValues = kBlockK / 2, kMetadataWords = kMetadataK / 16;
-
+int launch(const TensorMaps& maps, const typename Config::Gather& gather, const Target& target, int m, int columns,
+           int k_tiles, int rows, int row_length) {
   // A part of an empty k range would have nothing to write.
-  if (gemm.splits < 1 || gemm.splits > (gemm.k + kMetadataK - 1) / kMetadataK) return cudaErrorInvalidValue;
-
-  CUtensorMap values, metadata, b;
-  const int64_t stored_values = gemm.padded_k / 2, stored_words = gemm.padded_k / 16;
-  int error;
-  if constexpr (Config::kMajorA == Major::K) {
-    error = encode_matrix(values, kType, gemm.values, gemm.m, stored_values, stored_values, Config::kBlockM, kValues,
-                          CU_TENSOR_MAP_SWIZZLE_64B);
-    if (error == 0)
-      error = encode_matrix(metadata, kWords, gemm.metadata, gemm.m, stored_words, stored_words, Config::kBlockM,
-                            kMetadataWords, CU_TENSOR_MAP_SWIZZLE_NONE);
-  } else {
-    error = encode_matrix(values, kType, gemm.values, stored_values, gemm.m, gemm.m, kValues, kSlabM,
-                          CU_TENSOR_MAP_SWIZZLE_128B);
-    if (error == 0)
-      error = encode_matrix(metadata, kWords, gemm.metadata, stored_words, gemm.m, gemm.m, kMetadataWords, kSlabM,
-                            CU_TENSOR_MAP_SWIZZLE_128B);
-  }
-  if (error == 0)
-    error = encode_matrix(b, kType, gemm.b, gemm.k, gemm.n, gemm.n, kBlockK / gemm.cluster_size, kSwizzleElements,
-                          CU_TENSOR_MAP_SWIZZLE_128B);
-  if (error != 0) return error;
-
+  if (target.splits < 1 || target.splits > (k_tiles + kMetadataTiles - 1) / kMetadataTiles) return cudaErrorInvalidValue;
   // Every time: the attribute belongs to the current device.
   const cudaError_t attribute = cudaFuncSetAttribute(
       sparse_gemm_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
   if (attribute != cudaSuccess) return attribute;
 
-  const bool split = gemm.splits > 1;
-  const Problem problem{gemm.m,
-                        gemm.n,
-                        gemm.k,
-                        gemm.splits,
-                        gemm.group_n,
-                        split ? gemm.workspace : gemm.out,
-                        split                ? Output::kPartial
-                        : gemm.out_is_float ? Output::kFloat
-                                            : Output::kElement,
-                        !split && gemm.accumulate != 0};
-  const int rows_per_unit = Config::kBlockM * gemm.cluster_size;
-  const int64_t units = static_cast<int64_t>((gemm.m + rows_per_unit - 1) / rows_per_unit) *
-                        ((gemm.n + Config::kBlockN - 1) / Config::kBlockN) * gemm.splits;
+  const bool split = target.splits > 1;
+  const int n_tiles = (columns + Config::kBlockN - 1) / Config::kBlockN;
+  const Problem problem{m,
+                        n_tiles,
+                        k_tiles,
+                        rows,
+                        row_length,
+                        target.splits,
+                        target.group_n,
+                        split ? target.workspace : target.out,
+                        split             ? Output::kPartial
+                        : target.is_float ? Output::kFloat
+                                          : Output::kElement,
+                        !split && target.accumulate};
+  const int rows_per_unit = Config::kBlockM * target.cluster_size;
+  const int64_t units = static_cast<int64_t>((m + rows_per_unit - 1) / rows_per_unit) * n_tiles * target.splits;
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(gemm.cluster_size), 1, 1};
+  cluster.val.clusterDim = {static_cast<unsigned>(target.cluster_size), 1, 1};
   cudaLaunchConfig_t launch{};
-  launch.gridDim = static_cast<unsigned>(std::min<int64_t>(units, gemm.sm_count / gemm.cluster_size)) *
-                   static_cast<unsigned>(gemm.cluster_size);
+  launch.gridDim = static_cast<unsigned>(std::min<int64_t>(units, target.sm_count / target.cluster_size)) *
+                   static_cast<unsigned>(target.cluster_size);
   launch.blockDim = Config::kThreads;
   launch.dynamicSmemBytes = Config::kSharedBytes;
-  launch.stream = static_cast<cudaStream_t>(gemm.stream);
+  launch.stream = target.stream;
   launch.attrs = &cluster;
   launch.numAttrs = 1;
   const cudaError_t launched =
-      cudaLaunchKernelEx(&launch, sparse_gemm_kernel<Config>, values, metadata, b, problem, gemm.cluster_size);
+      cudaLaunchKernelEx(&launch, sparse_gemm_kernel<Config>, maps, gather, problem, target.cluster_size);
   if (launched != cudaSuccess || !split) return launched;
-  return gemm.out_is_float ? reduce_partials<Element, float>(gemm) : reduce_partials<Element, Element>(gemm);
+  const int64_t count = static_cast<int64_t>(rows) * row_length;
+  return target.is_float ? reduce_partials<float>(target, count)
+                         : reduce_partials<typename Config::Element>(target, count);
+}
+
+template <typename Config>
+int launch_sparse_gemm(const SdgpSm90SparseGemm& gemm) {
+  TensorMaps maps;
+  int error = encode_matrix_operand<Config>(maps, gemm.values, gemm.metadata, gemm.m, gemm.padded_k);
+  if (error == 0)
+    error = encode_matrix(maps.b, kTensorMapType<typename Config::Element>, gemm.b, gemm.k, gemm.n, gemm.n,
+                          kBlockK / gemm.cluster_size, kSwizzleElements, CU_TENSOR_MAP_SWIZZLE_128B);
+  if (error != 0) return error;
+  const Target target{gemm.out,     gemm.workspace,    gemm.out_is_float != 0,
+                      gemm.accumulate != 0, gemm.splits, gemm.group_n,
+                      gemm.cluster_size, gemm.sm_count, static_cast<cudaStream_t>(gemm.stream)};
+  return launch<Config>(maps, MatrixGather{gemm.m, gemm.n}, target, gemm.m, gemm.n, (gemm.k + kBlockK - 1) / kBlockK,
+                        gemm.m, gemm.n);
 }
 
 }  // namespace sdgp::sm90
 
 // Defines the entry point of one instance.
-#define SDGP_SM90_SPARSE_GEMM(NAME, ELEMENT, MAJOR, BLOCK_M, BLOCK_N)                                              \
-  extern "C" int NAME(const SdgpSm90SparseGemm* gemm) {                                                            \
-    using Config = sdgp::sm90::TileConfig<ELEMENT, sdgp::sm90::Major::MAJOR, BLOCK_M, BLOCK_N>;                     \
-    return sdgp::sm90::launch_sparse_gemm<Config>(*gemm);                                                           \
+#define SDGP_SM90_SPARSE_GEMM(NAME, ELEMENT, MAJOR, BLOCK_M, BLOCK_N)                                                 \
+  extern "C" int NAME(const SdgpSm90SparseGemm* gemm) {                                                               \
+    using Config = sdgp::sm90::TileConfig<ELEMENT, sdgp::sm90::MatrixGather, sdgp::sm90::Major::MAJOR, BLOCK_M, BLOCK_N>; \
+    return sdgp::sm90::launch_sparse_gemm<Config>(*gemm);                                                              \
   }

@@ -1,0 +1,229 @@
+// Where the producer finds the tiles of A and B, and where the epilogue puts the tiles of D: the one thing in which a
+// convolution differs from a matrix product.
+//
+//   MatrixGather   D = A * B, all three plain matrices
+//   DgradGather    rows of A are pixels of the compressed gradient, k runs over filter taps and, inside a tap, channels
+//   WgradGather    k runs over output pixels; columns of B are the activations under one filter tap, 64 channels at a time
+//
+// TMA's im2col mode walks the pixels of an image in memory order and adds a tap's offset to each, zero outside the
+// image; so a tap costs the producer two small integers, and the padding costs nothing.
+#pragma once
+
+#include <climits>
+
+#include "sdgp/sm90_ptx.cuh"
+
+namespace sdgp::sm90 {
+
+constexpr int kBlockK = 64;              // k per stage: 32 stored values of A, 64 rows of B
+constexpr int kSlabM = 64;               // rows per wgmma
+constexpr int kSwizzleElements = 64;     // 16-bit elements in a 128-byte swizzled row
+
+struct TensorMaps {
+  CUtensorMap values, metadata, b;
+};
+
+// Consecutive columns of D that a tile's columns map to; `count` <= 0 where there are none.
+struct ColumnRun {
+  int first, count;
+};
+
+// A as a matrix: [m, k] for Major::K, [k, m] for Major::MN, compressed along k.
+template <Major kMajorA, int kBlockM>
+__device__ __forceinline__ void load_matrix_values(const CUtensorMap& map, uint32_t barrier, uint32_t tile, int row,
+                                                   int k_tile) {
+  const int value = k_tile * (kBlockK / 2);
+  if constexpr (kMajorA == Major::K) {
+    tma_load(&map, barrier, tile, value, row);
+  } else {
+#pragma unroll
+    for (int slab = 0; slab < kBlockM / kSlabM; ++slab)
+      tma_load(&map, barrier, tile + slab * (kSlabM * kBlockK), row + slab * kSlabM, value);
+  }
+}
+
+template <Major kMajorA, int kBlockM>
+__device__ __forceinline__ void load_matrix_metadata(const CUtensorMap& map, uint32_t barrier, uint32_t tile, int row,
+                                                     int k_tile) {
+  const int word = k_tile * (kBlockK / 16);
+  if constexpr (kMajorA == Major::K) {
+    tma_load(&map, barrier, tile, word, row);
+  } else {
+#pragma unroll
+    for (int slab = 0; slab < kBlockM / kSlabM; ++slab)
+      tma_load(&map, barrier, tile + slab * (kSlabM * 16), row + slab * kSlabM, word);
+  }
+}
+
+struct MatrixGather {
+  static constexpr int kProducerRegisters = 40;
+  int m, n;
+
+  // k tiles that share metadata loads: pairs are counted from the start of a segment.
+  __device__ __forceinline__ int segment_tiles() const { return INT_MAX; }
+  __device__ __forceinline__ int64_t out_row(int row) const { return row < m ? row : -1; }
+  __device__ __forceinline__ ColumnRun out_columns(int column) const { return {column, n - column}; }
+
+  template <Major kMajorA, int kBlockM, int kColumnBlocks>
+  struct Producer {
+    const TensorMaps& maps;
+    int row, column, k_tile, b_row;
+
+    __device__ __forceinline__ Producer(const MatrixGather&, const TensorMaps& maps, int row, int column, int k_tile,
+                                        int first_b_row)
+        : maps(maps), row(row), column(column), k_tile(k_tile), b_row(k_tile * kBlockK + first_b_row) {}
+    __device__ __forceinline__ void advance() { ++k_tile, b_row += kBlockK; }
+    __device__ __forceinline__ void load_values(uint32_t barrier, uint32_t tile) const {
+      load_matrix_values<kMajorA, kBlockM>(maps.values, barrier, tile, row, k_tile);
+    }
+    __device__ __forceinline__ void load_metadata(uint32_t barrier, uint32_t tile) const {
+      load_matrix_metadata<kMajorA, kBlockM>(maps.metadata, barrier, tile, row, k_tile);
+    }
+    __device__ __forceinline__ void load_b(uint32_t barrier, uint32_t target, int block, int cluster_size) const {
+      tma_load(&maps.b, barrier, target, cluster_size, column + block * kSwizzleElements, b_row);
+    }
+  };
+};
+
+// The pixels of one image that the gather starts from, in the coordinates of the gathered tensor: pixel (i, j) starts at
+// (lower_h + i * step_h, lower_w + j * step_w).
+struct PixelGrid {
+  int height, width;
+  int lower_h, lower_w;
+  int step_h, step_w;
+};
+
+struct PixelStart {
+  int n, h, w;
+};
+
+__device__ __forceinline__ PixelStart pixel_start(const PixelGrid& grid, int pixel) {
+  const int line = pixel / grid.width, n = line / grid.height;
+  return {n, grid.lower_h + (line - n * grid.height) * grid.step_h, grid.lower_w + (pixel - line * grid.width) * grid.step_w};
+}
+
+// dX[pixels, C_in] of one residue class of input pixels modulo the stride: rows (i, j) of the class are the pixels
+// (first_h + i * stride_h, first_w + j * stride_w) of dX, and only the taps that meet a gradient pixel there take part.
+struct DgradGather {
+  static constexpr int kProducerRegisters = 56;
+  PixelGrid grid;           // of the class, over dY
+  int pixels, n;            // rows and columns of D
+  int tiles_per_tap;        // k tiles of one tap: C_out / 64 rounded up
+  int taps_w;               // taps of the class in a filter row
+  int last_offset_h, last_offset_w, offset_step_h, offset_step_w;  // tap (t, u) reads at last - (t, u) * step
+  int first_tap, tap_step_h, tap_step_w;                           // index of tap (t, u) in the filter
+  int out_height, out_width, first_h, first_w, stride_h, stride_w;
+
+  __device__ __forceinline__ int segment_tiles() const { return tiles_per_tap; }
+  __device__ __forceinline__ int64_t out_row(int row) const {
+    if (row >= pixels) return -1;
+    if (stride_h == 1 && stride_w == 1) return row;
+    const int line = row / grid.width, image = line / grid.height;
+    const int h = first_h + (line - image * grid.height) * stride_h;
+    return (static_cast<int64_t>(image) * out_height + h) * out_width + first_w + (row - line * grid.width) * stride_w;
+  }
+  __device__ __forceinline__ ColumnRun out_columns(int column) const { return {column, n - column}; }
+
+  // Division is for the start of a tile only: one thread feeds the whole CTA, and a step of 64 k lasts some 500 cycles.
+  template <Major kMajorA, int kBlockM, int kColumnBlocks>
+  struct Producer {
+    static_assert(kMajorA == Major::K);
+    const DgradGather& gather;
+    const TensorMaps& maps;
+    const PixelStart start;
+    int column, first_b_row, channel, u, tap, offset_h, offset_w;
+
+    // The k range starts at the first tap: a dgrad is not split along k.
+    __device__ __forceinline__ Producer(const DgradGather& gather, const TensorMaps& maps, int row, int column, int,
+                                        int first_b_row)
+        : gather(gather), maps(maps), start(pixel_start(gather.grid, row)), column(column), first_b_row(first_b_row),
+          channel(0), u(0), tap(gather.first_tap), offset_h(gather.last_offset_h), offset_w(gather.last_offset_w) {}
+    __device__ __forceinline__ void advance() {
+      channel += kBlockK;
+      if (channel < gather.tiles_per_tap * kBlockK) return;
+      channel = 0;
+      tap += gather.tap_step_w;
+      offset_w -= gather.offset_step_w;
+      if (++u < gather.taps_w) return;
+      u = 0;
+      tap += gather.tap_step_h - gather.taps_w * gather.tap_step_w;
+      offset_w = gather.last_offset_w;
+      offset_h -= gather.offset_step_h;
+    }
+    __device__ __forceinline__ void load_values(uint32_t barrier, uint32_t tile) const {
+      tma_load_im2col(&maps.values, barrier, tile, 1, channel / 2, start.w, start.h, start.n, offset_w, offset_h);
+    }
+    __device__ __forceinline__ void load_metadata(uint32_t barrier, uint32_t tile) const {
+      tma_load_im2col(&maps.metadata, barrier, tile, 1, channel / 16, start.w, start.h, start.n, offset_w, offset_h);
+    }
+    __device__ __forceinline__ void load_b(uint32_t barrier, uint32_t target, int block, int cluster_size) const {
+      tma_load_3d(&maps.b, barrier, target, cluster_size, column + block * kSwizzleElements, tap, channel + first_b_row);
+    }
+  };
+};
+
+// dW[C_out, taps * C_in]. Columns of the product are counted in blocks of 64, `blocks_per_tap` for each tap.
+struct WgradGather {
+  static constexpr int kProducerRegisters = 56;
+  PixelGrid grid;  // output pixels, over X
+  int m, channels, taps, taps_w, blocks_per_tap, dilation_h, dilation_w;
+
+  __device__ __forceinline__ int segment_tiles() const { return INT_MAX; }
+  __device__ __forceinline__ int64_t out_row(int row) const { return row < m ? row : -1; }
+  __device__ __forceinline__ ColumnRun out_columns(int column) const {
+    const int block = column / kSwizzleElements, tap = block / blocks_per_tap;
+    const int channel = column - tap * blocks_per_tap * kSwizzleElements;
+    return {tap * channels + channel, tap < taps ? channels - channel : 0};
+  }
+
+  template <Major kMajorA, int kBlockM, int kColumnBlocks>
+  struct Producer {
+    static_assert(kMajorA == Major::MN);
+    const WgradGather& gather;
+    const TensorMaps& maps;
+    PixelStart start;
+    int row, k_tile, step_lines, step_pixels;
+    int channel[kColumnBlocks], offsets[kColumnBlocks];  // of the column blocks; offset_w | offset_h << 16
+
+    __device__ __forceinline__ Producer(const WgradGather& gather, const TensorMaps& maps, int row, int column,
+                                        int k_tile, int first_b_row)
+        : gather(gather), maps(maps), start(pixel_start(gather.grid, k_tile * kBlockK + first_b_row)), row(row),
+          k_tile(k_tile), step_lines(kBlockK / gather.grid.width) {
+      step_pixels = kBlockK - step_lines * gather.grid.width;
+#pragma unroll
+      for (int i = 0; i < kColumnBlocks; ++i) {
+        const int block = column / kSwizzleElements + i, tap = block / gather.blocks_per_tap;
+        const int t = tap / gather.taps_w, u = tap - t * gather.taps_w;
+        // Blocks past the last tap still owe their bytes to the barrier: channels outside the tensor load as zero.
+        channel[i] = (tap < gather.taps ? block - tap * gather.blocks_per_tap : gather.blocks_per_tap) * kSwizzleElements;
+        offsets[i] = tap < gather.taps ? u * gather.dilation_w | t * gather.dilation_h << 16 : 0;
+      }
+    }
+    __device__ __forceinline__ void advance() {
+      const PixelGrid& grid = gather.grid;
+      ++k_tile;
+      start.w += step_pixels * grid.step_w;
+      start.h += step_lines * grid.step_h;
+      if (start.w >= grid.lower_w + grid.width * grid.step_w) {
+        start.w -= grid.width * grid.step_w;
+        start.h += grid.step_h;
+      }
+      while (start.h >= grid.lower_h + grid.height * grid.step_h) {
+        start.h -= grid.height * grid.step_h;
+        ++start.n;
+      }
+    }
+    __device__ __forceinline__ void load_values(uint32_t barrier, uint32_t tile) const {
+      load_matrix_values<kMajorA, kBlockM>(maps.values, barrier, tile, row, k_tile);
+    }
+    __device__ __forceinline__ void load_metadata(uint32_t barrier, uint32_t tile) const {
+      load_matrix_metadata<kMajorA, kBlockM>(maps.metadata, barrier, tile, row, k_tile);
+    }
+    __device__ __forceinline__ void load_b(uint32_t barrier, uint32_t target, int block, int cluster_size) const {
+      tma_load_im2col(&maps.b, barrier, target, cluster_size, channel[block], start.w, start.h, start.n,
+                      offsets[block] & 0xffff, offsets[block] >> 16);
+    }
+  };
+};
+
+}  // namespace sdgp::sm90
