@@ -174,7 +174,7 @@ class _Parser:
     def parse(self) -> Module:
         while self.skip_space():
             rest = self.text[self.pos : self.pos + 16]
-            if rest.startswith((".version", ".target", ".address_size", ".file", ".loc")):
+            if rest.startswith((".version", ".target", ".address_size", ".file", ".loc ", ".loc\t")):
                 directive = self.advance(self._line_end()).strip()
                 if directive.startswith(".target"):
                     self.module.target = directive.split()[1].rstrip(",")
@@ -290,7 +290,7 @@ class _Parser:
                 else:
                     kernel.labels[name] = len(kernel.instrs)
                 continue
-            if self.text.startswith(".loc", self.pos):
+            if re.compile(r"\.loc\s").match(self.text, self.pos):
                 self.advance(self._line_end())
                 continue
             line = self.line

@@ -534,3 +534,20 @@ def test_producer_consumer_through_named_barriers(launcher):
         execute(
             launcher, body.replace("barrier.cta.sync 1, 256;", "").replace("barrier.cta.arrive 1, 256;", ""), [x], 32
         )
+
+
+def test_local_memory_and_generic_addresses(launcher):
+    """A per-thread array in local memory, written directly and read through a generic address."""
+    body = """
+    { .local .align 8 .b8 frame[32];
+    .reg .b64 %SP, %SPL;
+    mov.u64 %SPL, frame;
+    cvta.local.u64 %SP, %SPL;
+    st.local.u32 [%SPL+8], %r1;
+    st.local.u32 [%SPL+12], %r2;
+    ld.u64 %d0, [%SP+8]; }
+    """
+    a, b = words(np.random.default_rng(), 32), words(np.random.default_rng(), 32)
+    np.testing.assert_array_equal(execute(launcher, body, [a, b]), b << np.uint64(32) | a)
+    with pytest.raises(SimError, match="out-of-bounds"):
+        execute(launcher, body.replace("[%SP+8]", "[%SP+4096]"), [a, b])

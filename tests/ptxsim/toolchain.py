@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -114,6 +116,12 @@ def build_library(
         command += ["-I", str(path)]
     command += [f"-L{home / sub}" for sub in ("lib64", "lib") if (home / sub).exists()]
     return _build(".so", source.read_bytes() + _nvcc_version().encode(), [*command, str(source)])
+
+
+def build_all(jobs: dict[str, Callable[[], Path]]) -> dict[str, Path]:
+    """Runs build jobs side by side, one per core."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(jobs, pool.map(lambda job: job(), jobs.values()), strict=True))
 
 
 def build_shim() -> Path:

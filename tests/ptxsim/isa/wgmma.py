@@ -180,6 +180,8 @@ def _mma_async(b: Binder) -> Make:
     def run(mask: Array) -> None:
         for group in warpgroups(b, mask):
             here = slice(group * 128, group * 128 + 128)
+            # The instruction starts when all four warps are there: what they read before (metadata) is read.
+            wave.shared.barrier(np.arange(group * 4, group * 4 + 4))
             if sparse:
                 wave.counters.mma_sparse += 1
             else:

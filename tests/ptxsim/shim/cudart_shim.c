@@ -276,7 +276,7 @@ static CUresult encode_tiled(CUtensorMap *map, CUtensorMapDataType type, cuuint3
                              CUtensorMapFloatOOBfill fill) {
   (void)promotion;
   struct tensor_map recorded = {.magic = 0x50545854, .type = type, .rank = rank, .swizzle = swizzle, .interleave = interleave};
-  if (rank < 1 || rank > 5 || !address || (uintptr_t)address % 16 || type > CU_TENSOR_MAP_DATA_TYPE_TFLOAT32_FTZ) return CUDA_ERROR_INVALID_VALUE;
+  if (rank < 1 || rank > 5 || (uintptr_t)address % 16 || type > CU_TENSOR_MAP_DATA_TYPE_TFLOAT32_FTZ) return CUDA_ERROR_INVALID_VALUE;
   if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || swizzle > CU_TENSOR_MAP_SWIZZLE_128B || fill) return CUDA_ERROR_NOT_SUPPORTED;
   recorded.address = (uintptr_t)address;
   for (unsigned i = 0; i < rank; i++) {

@@ -1,0 +1,82 @@
+// One warpgroup computes D[64, 64] = A[64, 64] B[64, 64]^T with wgmma: A stored by the threads, B loaded by TMA, both K-major with a
+// 128-byte swizzle. `mistake` breaks one rule of the asynchronous machinery.
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+enum Mistake { kNone, kLostArrive, kWrongBytes, kWrongSwizzle, kNoBarrierWait, kNoProxyFence, kNoWgmmaWait, kHalfWarpgroup };
+
+constexpr int kN = 64, kTileBytes = kN * kN * 2;
+
+__device__ uint64_t descriptor(uint32_t address, uint64_t swizzle) {
+  return swizzle << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 | (address >> 4 & 0x3fff);
+}
+
+__device__ void multiply(float (&d)[32], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, 1, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26,"
+      " %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0; }"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),
+        "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]),
+        "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "l"(a), "l"(b));
+}
+
+__global__ void __launch_bounds__(128) product(const __nv_bfloat16* a, const __grid_constant__ CUtensorMap b_map, float* out, int mistake) {
+  __shared__ __align__(1024) uint4 a_tile[kTileBytes / 16];
+  __shared__ __align__(1024) uint4 b_tile[kTileBytes / 16];
+  __shared__ uint64_t full;
+  const uint32_t a_at = static_cast<uint32_t>(__cvta_generic_to_shared(a_tile));
+  const uint32_t b_at = static_cast<uint32_t>(__cvta_generic_to_shared(b_tile));
+  const uint32_t barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&full));
+  const int thread = threadIdx.x;
+
+  if (thread == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %3}], [%2];" ::"r"(b_at),
+                 "l"(&b_map), "r"(barrier), "r"(0) : "memory");
+    const uint32_t bytes = kTileBytes + (mistake == kWrongBytes ? 16 : 0);
+    if (mistake != kLostArrive) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  }
+  for (int unit = thread; unit < kTileBytes / 16; unit += 128)
+    a_tile[unit ^ (unit / 8 & 7)] = reinterpret_cast<const uint4*>(a)[unit];
+  if (mistake != kNoProxyFence) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+  if (mistake != kNoBarrierWait)
+    asm volatile("{ .reg .pred p; retry: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0; @!p bra retry; }" ::"r"(barrier) : "memory");
+
+  float d[32] = {};
+  if (mistake != kHalfWarpgroup || thread < 64) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    for (int k = 0; k < 4; ++k)
+      multiply(d, descriptor(a_at + 32 * k, mistake == kWrongSwizzle ? 2 : 1), descriptor(b_at + 32 * k, 1));
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    if (mistake != kNoWgmmaWait) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  }
+  __syncthreads();
+  a_tile[thread] = make_uint4(0, 0, 0, 0);  // the next stage's data
+
+  const int row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
+  for (int i = 0; i < 32; ++i) out[(row + i / 2 % 2 * 8) * kN + column + i / 4 * 8 + i % 2] = d[i];
+}
+
+extern "C" int run(const void* a, void* b, float* out, int mistake) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult status;
+  cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status);
+  CUtensorMap map;
+  const cuuint64_t extents[] = {kN, kN}, strides[] = {kN * 2};
+  const cuuint32_t box[] = {kN, kN}, steps[] = {1, 1};
+  auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, b, extents, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE))
+    return -1;
+  product<<<1, 128>>>(static_cast<const __nv_bfloat16*>(a), map, out, mistake);
+  return cudaGetLastError();
+}

@@ -1,0 +1,121 @@
+"""sm_90a: a warpgroup kernel with TMA, mbarriers and wgmma, right and with one mistake each."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from .toolchain import HERE, build_all, build_library, cutlass_include
+
+MISTAKES = [  # number in broken_sm90.cu, the fault, a part of its description
+    ("lost_arrive", 1, "deadlock", "still expects 1 arrivals"),
+    ("wrong_transaction_count", 2, "deadlock", "16 bytes"),
+    ("missing_barrier_wait", 4, "shared-race", "a TMA load"),
+    ("missing_proxy_fence", 5, "shared-race", "fence.proxy.async"),
+    ("missing_wgmma_wait", 6, "shared-race", "the tensor cores"),
+    ("half_a_warpgroup", 7, "divergent-aligned", "of the warpgroup"),
+]
+
+
+@pytest.fixture(scope="module")
+def hopper(sim):
+    from .engine import SimEngine
+
+    return SimEngine((9, 0))
+
+
+@pytest.fixture(scope="module")
+def library(hopper):
+    return hopper.load(build_library(HERE / "kernels" / "broken_sm90.cu", arch="90a"))
+
+
+def _run(hopper, library, mistake: int) -> float:
+    """Largest error of the product."""
+    from .engine import pointer
+
+    a, b = torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    da, db, out = hopper.put(a), hopper.put(b), hopper.empty(64, 64)
+    with hopper.checked():
+        assert library.run(pointer(da), pointer(db), pointer(out), mistake) == 0
+    return (out.double() - a.double() @ b.double().t()).abs().max().item()
+
+
+def test_product_is_right(hopper, library):
+    assert _run(hopper, library, 0) < 1e-4
+
+
+def test_wrong_swizzle_gives_wrong_numbers(hopper, library):
+    assert _run(hopper, library, 3) > 0.1
+
+
+@pytest.mark.parametrize(("name", "mistake", "kind", "detail"), MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_mistake_is_reported_by_name(hopper, library, name, mistake, kind, detail):
+    from .faults import SimError
+
+    with pytest.raises(SimError) as caught:
+        _run(hopper, library, mistake)
+    assert caught.value.kind == kind
+    assert detail in caught.value.detail
+
+
+# CUTLASS's sm_90a collectives: sparse, layout of A, cluster along m, schedule of the main loop, of the epilogue.
+_COOPERATIVE = ("KernelTmaWarpSpecializedCooperative", "TmaWarpSpecializedCooperative")
+COLLECTIVES = {
+    "sparse-row-cluster2": (1, "RowMajor", 2, *_COOPERATIVE),
+    "sparse-col": (1, "ColumnMajor", 1, *_COOPERATIVE),
+    "dense-row-pingpong": (0, "RowMajor", 2, "KernelTmaWarpSpecializedPingpong", "TmaWarpSpecialized"),
+}
+
+
+def _collective(case: str) -> Path:
+    names = ("IS_SPARSE", "LAYOUT_A", "CLUSTER_M", "SCHEDULE", "EPILOGUE")
+    defines = {name: str(value) for name, value in zip(names, COLLECTIVES[case], strict=True)}
+    source = HERE / "kernels" / "cutlass_sm90_gemm.cu"
+    return build_library(source, arch="90a", defines=defines, includes=cutlass_include())
+
+
+@pytest.fixture(scope="module")
+def collectives(sim) -> dict[str, Path]:
+    """All of them, compiled side by side: each takes half a minute or more of one core."""
+    return build_all({case: functools.partial(_collective, case) for case in COLLECTIVES})
+
+
+@pytest.mark.skipif(not cutlass_include(), reason="no CUTLASS headers: pip install nvidia-cutlass==4.2.0.0")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("case", COLLECTIVES)
+def test_cutlass_collective(hopper, collectives, case):
+    """Kernels that are not ours, sparse operands packed by CUTLASS's own compressor kernel, against float64."""
+    from .engine import pointer
+
+    sparse, layout, *_ = COLLECTIVES[case]
+    lib = hopper.load(collectives[case])
+    m, n, k = 256, 136, 384
+    a, b = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
+    if sparse:
+        keep = torch.rand(m, k // 4, 4).argsort(dim=2) < 2
+        a = torch.where(keep.view(m, k), a, torch.zeros((), dtype=a.dtype))
+    da, db, d = (
+        hopper.put(a if layout == "RowMajor" else a.t().contiguous()),
+        hopper.put(b),
+        hopper.empty(m, n, dtype=a.dtype),
+    )
+    metadata = None
+    with hopper.checked(), hopper.poisoned_shared():
+        if sparse:
+            values, size = ctypes.c_int64(), ctypes.c_int64()
+            lib.sizes(m, n, k, ctypes.byref(values), ctypes.byref(size))
+            packed = hopper.empty(values.value, dtype=a.dtype)
+            metadata = hopper.empty(size.value, dtype=torch.uint8)
+            assert lib.compress(m, n, k, pointer(da), pointer(packed), pointer(metadata)) == 0
+            da = packed
+        assert lib.run(m, n, k, pointer(da), pointer(metadata), pointer(db), pointer(d)) == 0
+    reference = a.double() @ b.double()
+    scale = a.double().abs() @ b.double().abs()
+    rounding = reference.abs() * 2.0**-8  # of the bfloat16 result
+    error = ((d.double() - reference).abs() - rounding) / scale
+    print(f"{case}: error beyond the result's rounding / sum|ab| = {max(error.max().item(), 0):.1e}")
+    assert error.max() <= 2.0**-22
