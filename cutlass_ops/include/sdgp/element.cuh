@@ -43,14 +43,10 @@ __device__ __forceinline__ uint32_t zip_high(uint32_t a, uint32_t b) { return __
 
 // Spreads the top bit of each half over the half.
 __device__ __forceinline__ uint32_t spread_top_bits(uint32_t pair) {
-#ifdef SDGP_EMULATED
-  return __byte_perm(pair, pair, 0xbb99);
-#else
   uint32_t mask;
   // Selector nibbles with bit 3 set replicate the sign of the byte they name.
   asm("prmt.b32 %0, %1, %1, 0xbb99;" : "=r"(mask) : "r"(pair));
   return mask;
-#endif
 }
 
 // Top bit of each half: a >= b, for halves below 0x8000.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "sdgp/element.cuh"
+#include "sdgp/metadata.cuh"
 #include "sdgp/philox.cuh"
 
 namespace sdgp {
@@ -87,11 +88,24 @@ __device__ __forceinline__ float rescale_factor(float total, float kept, float e
   return kept == 0.0f ? 1.0f : __fdiv_rn(total, __fadd_rn(kept, eps));
 }
 
-// Each rule: static prune(x, groups, parameters) sets the dropped elements of both groups to +0 and scales the kept.
+// How a rule is called. Every rule has prune(x, groups, parameters): sets the dropped elements of a pair of groups to +0
+// and scales the kept. For 2:4 some have a shorter way to the packed form.
+enum class Packing {
+  kFromPruned,  // prune, then pack what is not zero
+  kPair,        // pack(x, parameters): a pair of quads
+  kSingle,      // MvueQuad: one quad at a time
+};
 
 template <typename Element, int N, int M>
 struct Magnitude {
   static constexpr bool kIsRandom = false;
+  static constexpr Packing kPacking = N == 2 && M == 4 ? Packing::kPair : Packing::kFromPruned;
+
+  static __device__ __forceinline__ PackedQuads pack(const uint32_t (&x)[4], const RuleParameters&) {
+    uint32_t keep[4];
+    two_largest_of_four<Element>(x, keep);
+    return pack_kept(x, keep);
+  }
 
   static __device__ __forceinline__ void prune(uint32_t (&x)[M], const GroupPair&, const RuleParameters&) {
     if constexpr (N == 2 && M == 4) {
@@ -110,6 +124,14 @@ struct Magnitude {
 template <typename Element, int N, int M>
 struct RescaleMagnitude {
   static constexpr bool kIsRandom = false;
+  static constexpr Packing kPacking = N == 2 && M == 4 ? Packing::kPair : Packing::kFromPruned;
+
+  static __device__ __forceinline__ PackedQuads pack(const uint32_t (&x)[4], const RuleParameters& parameters) {
+    PackedQuads packed = Magnitude<Element, N, M>::pack(x, parameters);
+    rescale_packed<0>(x, packed, parameters.eps);
+    rescale_packed<1>(x, packed, parameters.eps);
+    return packed;
+  }
 
   static __device__ __forceinline__ void prune(uint32_t (&x)[M], const GroupPair& groups,
                                                const RuleParameters& parameters) {
@@ -138,11 +160,27 @@ struct RescaleMagnitude {
 #pragma unroll
     for (int i = 0; i < M; ++i) replace_half<kHalf>(kept[i], scale_nonzero<Element>(half_of<kHalf>(kept[i]), scale));
   }
+
+  template <int kHalf>
+  static __device__ __forceinline__ void rescale_packed(const uint32_t (&x)[4], PackedQuads& packed, float eps) {
+    using Traits = ElementTraits<Element>;
+    const uint32_t low = half_of<kHalf>(packed.low), high = half_of<kHalf>(packed.high);
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) total = __fadd_rn(total, fabsf(Traits::to_float(half_of<kHalf>(x[i]))));
+    const float kept_total = __fadd_rn(fabsf(Traits::to_float(low)), fabsf(Traits::to_float(high)));
+    // The sum of a finite group can overflow, so a sum that is not finite only calls for a closer look.
+    if (!(total < __int_as_float(0x7f800000)) && !is_finite_group<Element, 4, kHalf>(x)) return;
+    const float scale = rescale_factor(total, kept_total, eps);
+    replace_half<kHalf>(packed.low, scale_nonzero<Element>(low, scale));
+    replace_half<kHalf>(packed.high, scale_nonzero<Element>(high, scale));
+  }
 };
 
 template <typename Element, int N, int M>
 struct Random {
   static constexpr bool kIsRandom = true;
+  static constexpr Packing kPacking = Packing::kFromPruned;
 
   static __device__ __forceinline__ void prune(uint32_t (&x)[M], const GroupPair& groups,
                                                const RuleParameters& parameters) {
@@ -174,7 +212,9 @@ struct Random {
 
 template <typename Element, int N, int M>
 struct Mvue {
+  using ElementType = Element;
   static constexpr bool kIsRandom = true;
+  static constexpr Packing kPacking = N == 2 && M == 4 ? Packing::kSingle : Packing::kFromPruned;
   static constexpr int kUnit = 1 << 24;  // probabilities and uniforms are integers in units of 2^-24
 
   static __device__ __forceinline__ void prune(uint32_t (&x)[M], const GroupPair& groups,
@@ -183,7 +223,7 @@ struct Mvue {
     estimate<1>(x, philox(parameters.stream, groups.index[1], 0).x >> 8);
   }
 
- private:
+  // The group in half kHalf of x, by the uniform number `uniform` / kUnit.
   template <int kHalf>
   static __device__ __forceinline__ void estimate(uint32_t (&x)[M], int uniform) {
     using Traits = ElementTraits<Element>;

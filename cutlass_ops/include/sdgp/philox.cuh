@@ -18,24 +18,51 @@ __device__ __forceinline__ Stream load_stream(const int64_t* seed, uint32_t rank
           2 * rank + pass_index};
 }
 
-// The four words of one block of one group. Rounds whose inputs are the same for every group are folded by the
-// compiler when the caller unrolls over groups.
+constexpr int kPhiloxRounds = 10;
+
+// One round on one counter.
+__device__ __forceinline__ void philox_round(uint4& counter, uint32_t key0, uint32_t key1) {
+  const uint64_t product0 = static_cast<uint64_t>(counter.x) * 0xD2511F53u;
+  const uint64_t product1 = static_cast<uint64_t>(counter.z) * 0xCD9E8D57u;
+  counter = {static_cast<uint32_t>(product1 >> 32) ^ counter.y ^ key0, static_cast<uint32_t>(product1),
+             static_cast<uint32_t>(product0 >> 32) ^ counter.w ^ key1, static_cast<uint32_t>(product0)};
+}
+
+// The round keys.
+__device__ __forceinline__ uint32_t key0_of(const Stream& stream, uint32_t round) { return stream.key0 + round * 0x9E3779B9u; }
+__device__ __forceinline__ uint32_t key1_of(const Stream& stream, uint32_t round) { return stream.key1 + round * 0xBB67AE85u; }
+
+// The four words of one block of one group.
 __device__ __forceinline__ uint4 philox(const Stream& stream, uint64_t group, uint32_t block) {
-  constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
-  constexpr uint32_t kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
-  constexpr int kRounds = 10;
   uint4 counter = {static_cast<uint32_t>(group), (static_cast<uint32_t>(group >> 32) & 0xffffffu) | block << 24,
                    stream.offset, stream.rank_and_pass};
 #pragma unroll
-  for (uint32_t round = 0; round < kRounds; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(counter.x) * kMultiplier0;
-    const uint64_t product1 = static_cast<uint64_t>(counter.z) * kMultiplier1;
-    counter = {static_cast<uint32_t>(product1 >> 32) ^ counter.y ^ (stream.key0 + round * kWeyl0),
-               static_cast<uint32_t>(product1),
-               static_cast<uint32_t>(product0 >> 32) ^ counter.w ^ (stream.key1 + round * kWeyl1),
-               static_cast<uint32_t>(product0)};
+  for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+    philox_round(counter, key0_of(stream, round), key1_of(stream, round));
   }
   return counter;
+}
+
+// Word 0 of the first block of kGroups groups, in runs of kRun with consecutive indices; `run_index` holds the first of
+// each. Round by round for all groups, so that a round key is computed once; within a run, the rounds that the low half
+// of the index has not reached yet are shared. Needs runs whose indices agree in the high half.
+template <int kGroups, int kRun>
+__device__ __forceinline__ void philox_first_words(const Stream& stream, const uint64_t (&run_index)[kGroups / kRun],
+                                                   uint32_t (&words)[kGroups]) {
+  uint4 counters[kGroups];
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    counters[i] = {static_cast<uint32_t>(run_index[i / kRun]) + i % kRun,
+                   static_cast<uint32_t>(run_index[i / kRun] >> 32) & 0xffffffu, stream.offset, stream.rank_and_pass};
+  }
+#pragma unroll
+  for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+    const uint32_t key0 = key0_of(stream, round), key1 = key1_of(stream, round);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) philox_round(counters[i], key0, key1);
+  }
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) words[i] = counters[i].x;
 }
 
 }  // namespace sdgp

@@ -17,6 +17,7 @@
 
 #include "sdgp/group_rules.cuh"
 #include "sdgp/metadata.cuh"
+#include "sdgp/mvue_quad.cuh"
 #include "sdgp/prune_compress_api.h"
 #include "sdgp/prune_compress_cover.h"
 
@@ -24,6 +25,7 @@ namespace sdgp {
 
 // The scope of one group: the rule itself has scaled its values.
 struct GroupScope {
+  static constexpr bool kScales = false;
   template <int M>
   __device__ __forceinline__ void scale_along_channels(uint32_t (&)[M], int, int) const {}
   template <int M>
@@ -33,6 +35,7 @@ struct GroupScope {
 // A larger scope: kept values are multiplied by a factor of their sample and channel.
 template <typename Element>
 struct WideScope {
+  static constexpr bool kScales = true;
   const float* factors;  // [samples, c] from this thread's first channel on, or a single one
   int64_t row_length;    // c, or 0 for a single factor
   int64_t first_position;
@@ -64,6 +67,54 @@ struct WideScope {
   }
 };
 
+// Prunes a pair of groups, scales it, and packs its quads.
+template <typename Rule, int M, typename Scale>
+__device__ __forceinline__ void prune_and_pack(uint32_t (&x)[M], const GroupPair& groups,
+                                               const RuleParameters& parameters, const Scale& scale,
+                                               PackedQuads (&packed)[M / 4]) {
+  if constexpr (Rule::kPacking == Packing::kPair) {
+    packed[0] = Rule::pack(x, parameters);
+  } else {
+    Rule::prune(x, groups, parameters);
+    scale();
+#pragma unroll
+    for (int quad = 0; quad < M / 4; ++quad) {
+      packed[quad] = pack_pruned({x[4 * quad], x[4 * quad + 1], x[4 * quad + 2], x[4 * quad + 3]});
+    }
+  }
+}
+
+// mvue 2:4 of single quads, in runs of kRun whose groups have consecutive indices from run_index[..] on.
+template <typename Element, int kQuads, int kRun>
+__device__ __forceinline__ void compress_mvue_quads(const uint32_t (&x01)[kQuads], const uint32_t (&x23)[kQuads],
+                                                    const uint64_t (&run_index)[kQuads / kRun], const Stream& stream,
+                                                    PackedQuad (&packed)[kQuads]) {
+  uint32_t words[kQuads];
+  philox_first_words<kQuads, kRun>(stream, run_index, words);
+  uint32_t irregular = 0;
+#pragma unroll
+  for (int i = 0; i < kQuads; ++i) {
+    const bool same_high = static_cast<uint32_t>(run_index[i / kRun]) <= 0u - kRun;
+    const bool regular = MvueQuad<Element>::compress(x01[i], x23[i], words[i], packed[i]);
+    irregular |= regular && same_high ? 0u : 1u << i;
+  }
+  while (irregular != 0) {
+    const int which = __ffs(static_cast<int>(irregular)) - 1;
+    irregular &= irregular - 1;
+    uint32_t first = 0, second = 0;
+    uint64_t index = 0;
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      if (i == which) first = x01[i], second = x23[i], index = run_index[i / kRun] + i % kRun;
+    }
+    const PackedQuad result = MvueQuad<Element>::compress_any(first, second, philox(stream, index, 0).x);
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) {
+      if (i == which) packed[i] = result;
+    }
+  }
+}
+
 // The in-register part, for this kernel and for the epilogues of kernels that produce dY. x[r][p] holds channels 2p
 // (low half) and 2p + 1 (high half) of position r; kRows and kChannels are multiples of M.
 
@@ -75,6 +126,27 @@ __device__ __forceinline__ void compress_along_channels(const uint32_t (&x)[kRow
                                                         int channels_left, const RuleParameters& parameters,
                                                         const Scope& scope, uint32_t (&values)[kRows][kChannels / 4],
                                                         uint32_t (&metadata)[kRows]) {
+  if constexpr (Rule::kPacking == Packing::kSingle) {
+    constexpr int kRun = kChannels / 4;
+    uint32_t x01[kRows * kRun], x23[kRows * kRun];
+    uint64_t row_index[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows * kRun; ++i) x01[i] = x[i / kRun][i % kRun * 2], x23[i] = x[i / kRun][i % kRun * 2 + 1];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) row_index[r] = first_group + static_cast<uint64_t>(r) * groups_per_row;
+    PackedQuad packed[kRows * kRun];
+    compress_mvue_quads<typename Rule::ElementType, kRows * kRun, kRun>(x01, x23, row_index, parameters.stream, packed);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      metadata[r] = 0;
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) {
+        values[r][j] = packed[r * kRun + j].values;
+        metadata[r] |= packed[r * kRun + j].nibble << (4 * j);
+      }
+    }
+    return;
+  }
 #pragma unroll
   for (int r = 0; r < kRows; r += 2) {
     uint32_t nibbles = 0;
@@ -88,16 +160,15 @@ __device__ __forceinline__ void compress_along_channels(const uint32_t (&x)[kRow
       }
       const uint64_t index = first_group + static_cast<uint64_t>(r) * groups_per_row + g;
       const int length = channels_left - g * M;
-      Rule::prune(group, {{index, index + groups_per_row}, {length, length}}, parameters);
-      scope.scale_along_channels(group, r, g * M);
+      PackedQuads packed[M / 4];
+      prune_and_pack<Rule, M>(group, {{index, index + groups_per_row}, {length, length}}, parameters,
+                              [&] { scope.scale_along_channels(group, r, g * M); }, packed);
 #pragma unroll
       for (int quad = 0; quad < M / 4; ++quad) {
         const int j = g * (M / 4) + quad;
-        const PackedQuads packed =
-            pack_pruned({group[4 * quad], group[4 * quad + 1], group[4 * quad + 2], group[4 * quad + 3]});
-        values[r][j] = zip_low(packed.low, packed.high);
-        values[r + 1][j] = zip_high(packed.low, packed.high);
-        nibbles |= packed.nibbles << (4 * j);
+        values[r][j] = zip_low(packed[quad].low, packed[quad].high);
+        values[r + 1][j] = zip_high(packed[quad].low, packed[quad].high);
+        nibbles |= packed[quad].nibbles << (4 * j);
       }
     }
     metadata[r] = nibbles & 0xffffu;
@@ -114,6 +185,25 @@ __device__ __forceinline__ void compress_along_positions(const uint32_t (&x)[kRo
                                                          const Scope& scope,
                                                          uint32_t (&values)[kRows / 2][kChannels / 2],
                                                          uint32_t (&metadata)[kChannels / 2]) {
+  if constexpr (Rule::kPacking == Packing::kSingle) {
+    static_assert(kRows == 4);
+    uint32_t x01[kChannels], x23[kChannels];
+#pragma unroll
+    for (int p = 0; p < kChannels / 2; ++p) {
+      x01[2 * p] = zip_low(x[0][p], x[1][p]), x01[2 * p + 1] = zip_high(x[0][p], x[1][p]);
+      x23[2 * p] = zip_low(x[2][p], x[3][p]), x23[2 * p + 1] = zip_high(x[2][p], x[3][p]);
+    }
+    PackedQuad packed[kChannels];
+    compress_mvue_quads<typename Rule::ElementType, kChannels, kChannels>(x01, x23, {first_group}, parameters.stream,
+                                                                         packed);
+#pragma unroll
+    for (int p = 0; p < kChannels / 2; ++p) {
+      values[0][p] = zip_low(packed[2 * p].values, packed[2 * p + 1].values);
+      values[1][p] = zip_high(packed[2 * p].values, packed[2 * p + 1].values);
+      metadata[p] = packed[2 * p].nibble | packed[2 * p + 1].nibble << 16;
+    }
+    return;
+  }
 #pragma unroll
   for (int p = 0; p < kChannels / 2; ++p) {
     metadata[p] = 0;
@@ -124,16 +214,15 @@ __device__ __forceinline__ void compress_along_positions(const uint32_t (&x)[kRo
       for (int i = 0; i < M; ++i) group[i] = x[g * M + i][p];
       const uint64_t index = first_group + static_cast<uint64_t>(g) * groups_per_row + 2 * p;
       const int length = static_cast<int>(positions_left < kRows ? positions_left : kRows) - g * M;
-      Rule::prune(group, {{index, index + 1}, {length, length}}, parameters);
-      scope.scale_along_positions(group, g * M, 2 * p);
+      PackedQuads packed[M / 4];
+      prune_and_pack<Rule, M>(group, {{index, index + 1}, {length, length}}, parameters,
+                              [&] { scope.scale_along_positions(group, g * M, 2 * p); }, packed);
 #pragma unroll
       for (int quad = 0; quad < M / 4; ++quad) {
         const int j = g * (M / 4) + quad;
-        const PackedQuads packed =
-            pack_pruned({group[4 * quad], group[4 * quad + 1], group[4 * quad + 2], group[4 * quad + 3]});
-        values[2 * j][p] = packed.low;
-        values[2 * j + 1][p] = packed.high;
-        metadata[p] |= packed.nibbles << (4 * j);
+        values[2 * j][p] = packed[quad].low;
+        values[2 * j + 1][p] = packed[quad].high;
+        metadata[p] |= packed[quad].nibbles << (4 * j);
       }
     }
   }
