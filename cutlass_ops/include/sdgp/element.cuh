@@ -20,6 +20,7 @@ struct ElementTraits<__half> {
   static constexpr float kLargest = 65504.0f;
   static __device__ float to_float(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<unsigned short>(bits))); }
   static __device__ uint32_t from_float(float x) { return __half_as_ushort(__float2half_rn(x)); }
+  static __device__ __half2 from_floats(float low, float high) { return __floats2half2_rn(low, high); }
 };
 
 template <>
@@ -28,6 +29,7 @@ struct ElementTraits<__nv_bfloat16> {
   static constexpr float kLargest = 3.3895313892515355e38f;
   static __device__ float to_float(uint32_t bits) { return __uint_as_float(bits << 16); }
   static __device__ uint32_t from_float(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+  static __device__ __nv_bfloat162 from_floats(float low, float high) { return __floats2bfloat162_rn(low, high); }
 };
 
 __device__ __forceinline__ uint32_t both_halves(uint32_t half) { return half | half << 16; }
@@ -37,17 +39,26 @@ __device__ __forceinline__ uint32_t half_of(uint32_t pair) {
   return kHalf == 0 ? pair & 0xffffu : pair >> 16;
 }
 
+// Two values, rounded.
+template <typename Element>
+__device__ __forceinline__ uint32_t pack_floats(float low, float high) {
+  const auto pair = ElementTraits<Element>::from_floats(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // (low half of a, low half of b) and (high half of a, high half of b).
 __device__ __forceinline__ uint32_t zip_low(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ uint32_t zip_high(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
-// Spreads the top bit of each half over the half.
-__device__ __forceinline__ uint32_t spread_top_bits(uint32_t pair) {
-  uint32_t mask;
-  // Selector nibbles with bit 3 set replicate the sign of the byte they name.
-  asm("prmt.b32 %0, %1, %1, 0xbb99;" : "=r"(mask) : "r"(pair));
-  return mask;
+// PTX's prmt itself: a selector nibble with bit 3 set replicates the sign of the byte it names (__byte_perm masks bit 3).
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+  return result;
 }
+
+// Spreads the top bit of each half over the half.
+__device__ __forceinline__ uint32_t spread_top_bits(uint32_t pair) { return permute(pair, pair, 0xbb99); }
 
 // Top bit of each half: a >= b, for halves below 0x8000.
 __device__ __forceinline__ uint32_t at_least(uint32_t a, uint32_t b) { return (a | 0x80008000u) - b; }

@@ -3,6 +3,7 @@
 // multiply-add would change the result.
 #pragma once
 
+#include "sdgp/division.cuh"
 #include "sdgp/element.cuh"
 #include "sdgp/metadata.cuh"
 #include "sdgp/philox.cuh"
@@ -93,7 +94,7 @@ __device__ __forceinline__ float rescale_factor(float total, float kept, float e
 enum class Packing {
   kFromPruned,  // prune, then pack what is not zero
   kPair,        // pack(x, parameters): a pair of quads
-  kSingle,      // MvueQuad: one quad at a time
+  kSingle,      // quad_rules.cuh: one quad at a time
 };
 
 template <typename Element, int N, int M>
@@ -127,9 +128,29 @@ struct RescaleMagnitude {
   static constexpr Packing kPacking = N == 2 && M == 4 ? Packing::kPair : Packing::kFromPruned;
 
   static __device__ __forceinline__ PackedQuads pack(const uint32_t (&x)[4], const RuleParameters& parameters) {
+    using Traits = ElementTraits<Element>;
     PackedQuads packed = Magnitude<Element, N, M>::pack(x, parameters);
-    rescale_packed<0>(x, packed, parameters.eps);
-    rescale_packed<1>(x, packed, parameters.eps);
+    const float low[2] = {Traits::to_float(half_of<0>(packed.low)), Traits::to_float(half_of<1>(packed.low))};
+    const float high[2] = {Traits::to_float(half_of<0>(packed.high)), Traits::to_float(half_of<1>(packed.high))};
+    const float total[2] = {sum_of<0>(x), sum_of<1>(x)};
+    float denominator[2], numerator[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float kept = __fadd_rn(fabsf(low[half]), fabsf(high[half]));
+      numerator[half] = kept == 0.0f ? 1.0f : total[half];
+      denominator[half] = kept == 0.0f ? 1.0f : __fadd_rn(kept, parameters.eps);
+    }
+    const float smallest = fminf(fminf(numerator[0], denominator[0]), fminf(numerator[1], denominator[1]));
+    // Not max: fmaxf drops a NaN, their sum does not.
+    const float bound = (numerator[0] + denominator[0]) + (numerator[1] + denominator[1]);
+    if (smallest >= 0x1p-60f && bound <= 0x1p60f) {
+      const float scale[2] = {divide(numerator[0], denominator[0]), divide(numerator[1], denominator[1])};
+      packed.low = pack_floats<Element>(__fmul_rn(low[0], scale[0]), __fmul_rn(low[1], scale[1]));
+      packed.high = pack_floats<Element>(__fmul_rn(high[0], scale[0]), __fmul_rn(high[1], scale[1]));
+    } else {
+      rescale_packed<0>(x, packed, total[0], parameters.eps);
+      rescale_packed<1>(x, packed, total[1], parameters.eps);
+    }
     return packed;
   }
 
@@ -148,26 +169,25 @@ struct RescaleMagnitude {
  private:
   template <int kHalf>
   static __device__ __forceinline__ void rescale(const uint32_t (&x)[M], uint32_t (&kept)[M], float eps) {
-    using Traits = ElementTraits<Element>;
-    float total = 0.0f, kept_total = 0.0f;
-#pragma unroll
-    for (int i = 0; i < M; ++i) {
-      total = __fadd_rn(total, fabsf(Traits::to_float(half_of<kHalf>(x[i]))));
-      kept_total = __fadd_rn(kept_total, fabsf(Traits::to_float(half_of<kHalf>(kept[i]))));
-    }
     if (!is_finite_group<Element, M, kHalf>(x)) return;
-    const float scale = rescale_factor(total, kept_total, eps);
+    const float scale = rescale_factor(sum_of<kHalf>(x), sum_of<kHalf>(kept), eps);
 #pragma unroll
     for (int i = 0; i < M; ++i) replace_half<kHalf>(kept[i], scale_nonzero<Element>(half_of<kHalf>(kept[i]), scale));
   }
 
   template <int kHalf>
-  static __device__ __forceinline__ void rescale_packed(const uint32_t (&x)[4], PackedQuads& packed, float eps) {
+  static __device__ __forceinline__ float sum_of(const uint32_t (&x)[M]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < M; ++i) sum = __fadd_rn(sum, fabsf(ElementTraits<Element>::to_float(half_of<kHalf>(x[i]))));
+    return sum;
+  }
+
+  template <int kHalf>
+  static __device__ __forceinline__ void rescale_packed(const uint32_t (&x)[4], PackedQuads& packed, float total,
+                                                        float eps) {
     using Traits = ElementTraits<Element>;
     const uint32_t low = half_of<kHalf>(packed.low), high = half_of<kHalf>(packed.high);
-    float total = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) total = __fadd_rn(total, fabsf(Traits::to_float(half_of<kHalf>(x[i]))));
     const float kept_total = __fadd_rn(fabsf(Traits::to_float(low)), fabsf(Traits::to_float(high)));
     // The sum of a finite group can overflow, so a sum that is not finite only calls for a closer look.
     if (!(total < __int_as_float(0x7f800000)) && !is_finite_group<Element, 4, kHalf>(x)) return;
@@ -180,31 +200,34 @@ struct RescaleMagnitude {
 template <typename Element, int N, int M>
 struct Random {
   static constexpr bool kIsRandom = true;
-  static constexpr Packing kPacking = Packing::kFromPruned;
+  static constexpr Packing kPacking = N == 2 && M == 4 ? Packing::kSingle : Packing::kFromPruned;
 
   static __device__ __forceinline__ void prune(uint32_t (&x)[M], const GroupPair& groups,
                                                const RuleParameters& parameters) {
-    const uint32_t keep0 = choose<0>(x, groups, parameters.stream), keep1 = choose<1>(x, groups, parameters.stream);
+    uint32_t keys[2][M];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int block = 0; block < M / 4; ++block) {
+        const uint4 words = philox(parameters.stream, groups.index[half], block);
+        keys[half][4 * block] = words.x, keys[half][4 * block + 1] = words.y;
+        keys[half][4 * block + 2] = words.z, keys[half][4 * block + 3] = words.w;
+      }
+    }
+    const uint32_t keep0 = choose<0>(x, keys[0], groups.length[0]), keep1 = choose<1>(x, keys[1], groups.length[1]);
 #pragma unroll
     for (int i = 0; i < M; ++i) x[i] &= (keep0 >> i & 1 ? 0xffffu : 0u) | (keep1 >> i & 1 ? 0xffff0000u : 0u);
   }
 
- private:
+  // Bit i: element i of the group in half kHalf of x is kept, given a random key for each.
   template <int kHalf>
-  static __device__ __forceinline__ uint32_t choose(const uint32_t (&x)[M], const GroupPair& groups,
-                                                    const Stream& stream) {
+  static __device__ __forceinline__ uint32_t choose(const uint32_t (&x)[M], const uint32_t (&random_keys)[M], int length) {
+    const bool finite = is_finite_group<Element, M, kHalf>(x);
     uint32_t keys[M];
 #pragma unroll
-    for (int block = 0; block < M / 4; ++block) {
-      const uint4 words = philox(stream, groups.index[kHalf], block);
-      keys[4 * block] = words.x, keys[4 * block + 1] = words.y;
-      keys[4 * block + 2] = words.z, keys[4 * block + 3] = words.w;
-    }
-    const bool finite = is_finite_group<Element, M, kHalf>(x);
-#pragma unroll
     for (int i = 0; i < M; ++i) {
-      if (!finite) keys[i] = half_of<kHalf>(magnitude_keys<Element>(x[i]));
-      if (i >= groups.length[kHalf]) keys[i] = 0;  // loses every tie, having the higher index
+      keys[i] = finite ? random_keys[i] : half_of<kHalf>(magnitude_keys<Element>(x[i]));
+      if (i >= length) keys[i] = 0;  // loses every tie, having the higher index
     }
     return largest_two<N, M>(keys);
   }
@@ -212,7 +235,6 @@ struct Random {
 
 template <typename Element, int N, int M>
 struct Mvue {
-  using ElementType = Element;
   static constexpr bool kIsRandom = true;
   static constexpr Packing kPacking = N == 2 && M == 4 ? Packing::kSingle : Packing::kFromPruned;
   static constexpr int kUnit = 1 << 24;  // probabilities and uniforms are integers in units of 2^-24

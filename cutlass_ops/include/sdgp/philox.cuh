@@ -43,13 +43,12 @@ __device__ __forceinline__ uint4 philox(const Stream& stream, uint64_t group, ui
   return counter;
 }
 
-// Word 0 of the first block of kGroups groups, in runs of kRun with consecutive indices; `run_index` holds the first of
-// each. Round by round for all groups, so that a round key is computed once; within a run, the rounds that the low half
-// of the index has not reached yet are shared. Needs runs whose indices agree in the high half.
+// The first block of kGroups groups, in runs of kRun with consecutive indices; `run_index` holds the first of each. Round
+// by round for all groups, so that a round key is computed once; what only depends on the high half of the index is
+// shared within a run. Needs runs whose indices agree in the high half. Words that are not used cost nothing.
 template <int kGroups, int kRun>
-__device__ __forceinline__ void philox_first_words(const Stream& stream, const uint64_t (&run_index)[kGroups / kRun],
-                                                   uint32_t (&words)[kGroups]) {
-  uint4 counters[kGroups];
+__device__ __forceinline__ void philox_first_blocks(const Stream& stream, const uint64_t (&run_index)[kGroups / kRun],
+                                                    uint4 (&counters)[kGroups]) {
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     counters[i] = {static_cast<uint32_t>(run_index[i / kRun]) + i % kRun,
@@ -61,8 +60,6 @@ __device__ __forceinline__ void philox_first_words(const Stream& stream, const u
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) philox_round(counters[i], key0, key1);
   }
-#pragma unroll
-  for (int i = 0; i < kGroups; ++i) words[i] = counters[i].x;
 }
 
 }  // namespace sdgp

@@ -17,7 +17,7 @@
 
 #include "sdgp/group_rules.cuh"
 #include "sdgp/metadata.cuh"
-#include "sdgp/mvue_quad.cuh"
+#include "sdgp/quad_rules.cuh"
 #include "sdgp/prune_compress_api.h"
 #include "sdgp/prune_compress_cover.h"
 
@@ -84,30 +84,43 @@ __device__ __forceinline__ void prune_and_pack(uint32_t (&x)[M], const GroupPair
   }
 }
 
-// mvue 2:4 of single quads, in runs of kRun whose groups have consecutive indices from run_index[..] on.
-template <typename Element, int kQuads, int kRun>
-__device__ __forceinline__ void compress_mvue_quads(const uint32_t (&x01)[kQuads], const uint32_t (&x23)[kQuads],
-                                                    const uint64_t (&run_index)[kQuads / kRun], const Stream& stream,
-                                                    PackedQuad (&packed)[kQuads]) {
-  uint32_t words[kQuads];
-  philox_first_words<kQuads, kRun>(stream, run_index, words);
+// The rule for single quads that belongs to a rule.
+template <typename Rule>
+struct QuadRule;
+template <typename Element>
+struct QuadRule<Random<Element, 2, 4>> : RandomQuad<Element> {};
+template <typename Element>
+struct QuadRule<Mvue<Element, 2, 4>> : MvueQuad<Element> {};
+
+// Single quads, in runs of kRun whose groups have consecutive indices from run_index[..] on. length[i]: how many elements
+// of the i-th quad of a run exist.
+template <typename Rule, int kQuads, int kRun>
+__device__ __forceinline__ void compress_quads(const uint32_t (&x01)[kQuads], const uint32_t (&x23)[kQuads],
+                                               const uint64_t (&run_index)[kQuads / kRun], const int (&length)[kRun],
+                                               const Stream& stream, PackedQuad (&packed)[kQuads]) {
+  uint4 words[kQuads];
+  philox_first_blocks<kQuads, kRun>(stream, run_index, words);
   uint32_t irregular = 0;
 #pragma unroll
   for (int i = 0; i < kQuads; ++i) {
-    const bool same_high = static_cast<uint32_t>(run_index[i / kRun]) <= 0u - kRun;
-    const bool regular = MvueQuad<Element>::compress(x01[i], x23[i], words[i], packed[i]);
-    irregular |= regular && same_high ? 0u : 1u << i;
+    packed[i] = QuadRule<Rule>::compress(x01[i], x23[i], words[i], 1u << i, irregular);
+    if (length[i % kRun] < 4) irregular |= 1u << i;
+    if (static_cast<uint32_t>(run_index[i / kRun]) > 0u - kRun) irregular |= 1u << i;  // the low half wraps in the run
   }
   while (irregular != 0) {
     const int which = __ffs(static_cast<int>(irregular)) - 1;
     irregular &= irregular - 1;
     uint32_t first = 0, second = 0;
     uint64_t index = 0;
+    int elements = 0;
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
-      if (i == which) first = x01[i], second = x23[i], index = run_index[i / kRun] + i % kRun;
+      if (i == which) {
+        first = x01[i], second = x23[i];
+        index = run_index[i / kRun] + i % kRun, elements = length[i % kRun];
+      }
     }
-    const PackedQuad result = MvueQuad<Element>::compress_any(first, second, philox(stream, index, 0).x);
+    const PackedQuad result = QuadRule<Rule>::compress_any(first, second, philox(stream, index, 0), elements);
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
       if (i == which) packed[i] = result;
@@ -135,7 +148,10 @@ __device__ __forceinline__ void compress_along_channels(const uint32_t (&x)[kRow
 #pragma unroll
     for (int r = 0; r < kRows; ++r) row_index[r] = first_group + static_cast<uint64_t>(r) * groups_per_row;
     PackedQuad packed[kRows * kRun];
-    compress_mvue_quads<typename Rule::ElementType, kRows * kRun, kRun>(x01, x23, row_index, parameters.stream, packed);
+    int length[kRun];
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) length[j] = channels_left - 4 * j;
+    compress_quads<Rule, kRows * kRun, kRun>(x01, x23, row_index, length, parameters.stream, packed);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       metadata[r] = 0;
@@ -194,8 +210,10 @@ __device__ __forceinline__ void compress_along_positions(const uint32_t (&x)[kRo
       x23[2 * p] = zip_low(x[2][p], x[3][p]), x23[2 * p + 1] = zip_high(x[2][p], x[3][p]);
     }
     PackedQuad packed[kChannels];
-    compress_mvue_quads<typename Rule::ElementType, kChannels, kChannels>(x01, x23, {first_group}, parameters.stream,
-                                                                         packed);
+    int length[kChannels];
+#pragma unroll
+    for (int e = 0; e < kChannels; ++e) length[e] = positions_left < kRows ? static_cast<int>(positions_left) : kRows;
+    compress_quads<Rule, kChannels, kChannels>(x01, x23, {first_group}, length, parameters.stream, packed);
 #pragma unroll
     for (int p = 0; p < kChannels / 2; ++p) {
       values[0][p] = zip_low(packed[2 * p].values, packed[2 * p + 1].values);

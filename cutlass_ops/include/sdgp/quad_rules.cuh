@@ -1,49 +1,19 @@
-// mvue with 2:4, the default, written for throughput: one group per call, straight-line except where noted, and most of
-// its work on the FMA pipe. Same bits as Mvue<Element, 2, 4> in group_rules.cuh, to which it defers for what it cannot
-// take: NaN, inf, extreme exponents, and values so unequal that a second round of capping finds something.
+// mvue and random with 2:4, written for throughput: one group per call, straight-line except where noted. Same bits as
+// the rules in group_rules.cuh, to which they defer for the rare group that they cannot take.
 //
-// The three tricks:
+// What makes mvue, the default, short, and most of it work for the FMA pipe:
 //  - A capped element is given the weight 1, so that two elements are always sampled, by the points u and 1 + u. In
 //    shifted coordinates (R - 1) all running sums are multiples of 2^-24 in [-1, 1], which float32 holds exactly.
 //  - floor to a multiple of 2^-24 is an addition: p - 1 rounded down, because [-1, -1/2] has just that spacing and
 //    above it the difference is exact.
-//  - Division is an approximate reciprocal and residual corrections; for the operands that reach it, it rounds like an
-//    IEEE division (reciprocal: all 2^23 mantissas; quotient: all pairs of a 16-bit numerator and a weight, checked on a
-//    GPU by tests/kernels).
+//  - Divisions are those of division.cuh, and only the kept values are divided.
 #pragma once
 
+#include "sdgp/division.cuh"
 #include "sdgp/group_rules.cuh"
 #include "sdgp/metadata.cuh"
 
 namespace sdgp {
-
-__device__ __forceinline__ float approximate_reciprocal(float x) {
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-
-// 1 / x rounded to nearest, for x and 1 / x in the normal range.
-__device__ __forceinline__ float reciprocal(float x) {
-  const float guess = approximate_reciprocal(x);
-  return __fmaf_rn(guess, __fmaf_rn(-x, guess, 1.0f), guess);
-}
-
-// x / weight rounded to nearest, for a 16-bit x >= 2^-100 in magnitude and a weight in [2^-24, 1].
-__device__ __forceinline__ float quotient(float x, float weight) {
-  const float inverse = reciprocal(weight);
-  const float guess = __fmul_rn(x, inverse);
-  return __fmaf_rn(__fmaf_rn(-weight, guess, x), inverse, guess);
-}
-
-__device__ __forceinline__ uint32_t pack_floats(float low, float high, __half) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-__device__ __forceinline__ uint32_t pack_floats(float low, float high, __nv_bfloat16) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
 
 // One compressed quad: the kept values in index order (low half first) and idx0 | idx1 << 2.
 struct PackedQuad {
@@ -56,6 +26,13 @@ __device__ __forceinline__ PackedQuad pack_single(const uint32_t (&x)[4]) {
   return {zip_low(packed.low, packed.high), packed.nibbles & 0xfu};
 }
 
+// At most two of the four are non-zero.
+__device__ __forceinline__ bool has_few_nonzeros(uint32_t x01, uint32_t x23) {
+  // Top bit of each half: non-zero; then each to a byte of 8 equal bits.
+  const uint32_t first = (x01 & 0x7fff7fffu) + 0x7fff7fffu, second = (x23 & 0x7fff7fffu) + 0x7fff7fffu;
+  return __popc(permute(first, second, 0xfdb9)) <= 2 * 8;
+}
+
 template <typename Element>
 struct MvueQuad {
   // Where every step below is exact and nothing saturates: sums up to 2^14 (fp16: x / weight stays finite) or 2^30, and
@@ -65,14 +42,13 @@ struct MvueQuad {
   static constexpr float kSmallestFreeSum = 0x1p-70f;
   static constexpr float kSmallestSample = 0x1p-100f;
 
-  // x01, x23: the group's elements 0, 1 and 2, 3; word: its random word. Returns false where only `compress_any` gives
-  // the result.
-  static __device__ __forceinline__ bool compress(uint32_t x01, uint32_t x23, uint32_t word, PackedQuad& packed) {
+  // x01, x23: the group's elements 0, 1 and 2, 3; words: its random words. Adds `flag` to `irregular` where only
+  // `compress_any` gives the result: NaN, inf, extreme exponents, and values so unequal that a second round of capping
+  // finds something.
+  static __device__ __forceinline__ PackedQuad compress(uint32_t x01, uint32_t x23, const uint4& words, uint32_t flag,
+                                                        uint32_t& irregular) {
     using Traits = ElementTraits<Element>;
-    if (few_nonzeros(x01, x23)) {
-      packed = pack_single({x01, x01 >> 16, x23, x23 >> 16});
-      return true;
-    }
+    if (has_few_nonzeros(x01, x23)) return pack_single({x01, x01 >> 16, x23, x23 >> 16});
     const float a[4] = {fabsf(Traits::to_float(x01 & 0xffffu)), fabsf(Traits::to_float(x01 >> 16)),
                         fabsf(Traits::to_float(x23 & 0xffffu)), fabsf(Traits::to_float(x23 >> 16))};
     const float sum = __fadd_rn(__fadd_rn(__fadd_rn(a[0], a[1]), a[2]), a[3]);
@@ -90,13 +66,13 @@ struct MvueQuad {
     const float free01 = __fadd_rn(free[0], free[1]), free23 = __fadd_rn(free[2], free[3]);
     const float remaining = __fadd_rn(__fadd_rn(free01, free23), -2.0f);
     const float free_sum = __fadd_rn(__fadd_rn(__fadd_rn(size[0], size[1]), size[2]), size[3]);
-    if constexpr (!kIsHalf) regular = regular && free_sum >= kSmallestFreeSum;
+    if constexpr (!kIsHalf) regular &= free_sum >= kSmallestFreeSum;
     const float factor = __fmul_rn(remaining, reciprocal(free_sum));
     float p[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       p[i] = __fmul_rn(factor, size[i]);
-      regular = regular && !(p[i] >= 1.0f);
+      regular &= !(p[i] >= 1.0f);
     }
 
     // Running sums less 1: after elements 0, 1, 2 (after element 3: 1). From the last free non-zero on they are what
@@ -112,7 +88,7 @@ struct MvueQuad {
     running2 = fminf(more_after_2 ? running2 : 2.0f, free[3]);
 
     // The element under each of the two points.
-    const float unit = static_cast<float>(word >> 8);
+    const float unit = static_cast<float>(words.x >> 8);
     const float point0 = __fmaf_rn(unit, 0x1p-24f, -1.0f), point1 = __fmul_rn(unit, 0x1p-24f);
     const float weight1 = __fadd_rn(running1, -running0), weight2 = __fadd_rn(running2, -running1);
     const float weight3 = __fadd_rn(1.0f, -running2);
@@ -126,30 +102,54 @@ struct MvueQuad {
     if (point1 >= running0) kept_weight1 = weight1, code += kNext1;
     if (point1 >= running1) kept_weight1 = weight2, code += kNext1;
     if (point1 >= running2) kept_weight1 = weight3, code += kNext1;
-    regular = regular && kept_weight0 <= 1.0f;  // beyond 1, rounding has put both points on one element
+    regular &= kept_weight0 <= 1.0f;  // beyond 1, rounding has put both points on one element
 
-    const uint32_t kept = __byte_perm(x01, x23, code & 0xffffu);
+    const uint32_t kept = permute(x01, x23, code);
     const float kept0 = Traits::to_float(kept & 0xffffu), kept1 = Traits::to_float(kept >> 16);
     if constexpr (!kIsHalf) {
-      regular = regular && fabsf(kept0) >= kSmallestSample && fabsf(kept1) >= kSmallestSample;
+      regular &= fabsf(kept0) >= kSmallestSample;
+      regular &= fabsf(kept1) >= kSmallestSample;
     }
-    packed.values = pack_floats(quotient(kept0, kept_weight0), quotient(kept1, kept_weight1), Element{});
-    packed.nibble = code >> 16;
-    return regular;
+    if (!regular) irregular |= flag;
+    return {pack_floats<Element>(quotient(kept0, kept_weight0), quotient(kept1, kept_weight1)), code >> 16};
   }
 
-  static __device__ __forceinline__ PackedQuad compress_any(uint32_t x01, uint32_t x23, uint32_t word) {
+  static __device__ __forceinline__ PackedQuad compress_any(uint32_t x01, uint32_t x23, const uint4& words, int) {
     uint32_t x[4] = {x01 & 0xffffu, x01 >> 16, x23 & 0xffffu, x23 >> 16};
-    Mvue<Element, 2, 4>::template estimate<0>(x, static_cast<int>(word >> 8));
+    Mvue<Element, 2, 4>::template estimate<0>(x, static_cast<int>(words.x >> 8));
     return pack_single(x);
   }
+};
 
- private:
-  // At most two of the four are non-zero.
-  static __device__ __forceinline__ bool few_nonzeros(uint32_t x01, uint32_t x23) {
-    // Top bit of each half: non-zero.
-    const uint32_t first = (x01 & 0x7fff7fffu) + 0x7fff7fffu, second = (x23 & 0x7fff7fffu) + 0x7fff7fffu;
-    return __popc((first & 0x80008000u) | (second & 0x80008000u) >> 1) <= 2;
+template <typename Element>
+struct RandomQuad {
+  static __device__ __forceinline__ PackedQuad compress(uint32_t x01, uint32_t x23, const uint4& words, uint32_t flag,
+                                                        uint32_t& irregular) {
+    const bool beats01 = words.x >= words.y, beats02 = words.x >= words.z, beats03 = words.x >= words.w;
+    const bool beats12 = words.y >= words.z, beats13 = words.y >= words.w, beats23 = words.z >= words.w;
+    const bool keep0 = (beats01 && beats02) || (beats01 && beats03) || (beats02 && beats03);
+    const bool keep1 = (!beats01 && beats12) || (!beats01 && beats13) || (beats12 && beats13);
+    const bool keep2 = (!beats02 && !beats12) || (!beats02 && beats23) || (!beats12 && beats23);
+    // Bits 0..15: the byte selector of both elements; bits 16..19: the nibble.
+    const uint32_t code0 = keep1 ? 0x43210u : keep2 ? 0x85410u : 0xc7610u;
+    const uint32_t code12 = keep2 ? 0x95432u : 0xd7632u;
+    const uint32_t code = keep0 ? code0 : keep1 ? code12 : 0xe7654u;
+    const uint32_t kept = permute(x01, x23, code);
+    // A kept zero has to be stored at the lowest free index; a NaN or inf changes what is kept.
+    const uint32_t nonzero = (kept & 0x7fff7fffu) + 0x7fff7fffu;
+    constexpr uint32_t kToTopBit = (0x8000 - ElementTraits<Element>::kInfinity) * 0x10001;
+    const uint32_t not_finite = ((x01 & 0x7fff7fffu) + kToTopBit) | ((x23 & 0x7fff7fffu) + kToTopBit);
+    if (((nonzero & ~not_finite) & 0x80008000u) != 0x80008000u) irregular |= flag;
+    return {kept, code >> 16};
+  }
+
+  static __device__ __forceinline__ PackedQuad compress_any(uint32_t x01, uint32_t x23, const uint4& words,
+                                                            int length) {
+    uint32_t x[4] = {x01 & 0xffffu, x01 >> 16, x23 & 0xffffu, x23 >> 16};
+    const uint32_t keep = Random<Element, 2, 4>::template choose<0>(x, {words.x, words.y, words.z, words.w}, length);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = keep >> i & 1 ? x[i] : 0u;
+    return pack_single(x);
   }
 };
 
