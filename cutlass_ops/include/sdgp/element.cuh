@@ -18,7 +18,9 @@ template <>
 struct ElementTraits<__half> {
   static constexpr uint32_t kInfinity = 0x7c00;
   static constexpr float kLargest = 65504.0f;
-  static __device__ float to_float(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<unsigned short>(bits))); }
+  static __device__ float to_float(uint32_t bits) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  }
   static __device__ uint32_t from_float(float x) { return __half_as_ushort(__float2half_rn(x)); }
   static __device__ __half2 from_floats(float low, float high) { return __floats2half2_rn(low, high); }
 };
@@ -50,7 +52,8 @@ __device__ __forceinline__ uint32_t pack_floats(float low, float high) {
 __device__ __forceinline__ uint32_t zip_low(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ uint32_t zip_high(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
-// PTX's prmt itself: a selector nibble with bit 3 set replicates the sign of the byte it names (__byte_perm masks bit 3).
+// PTX's prmt itself: a selector nibble with bit 3 set replicates the sign of the byte it names (__byte_perm masks bit
+// 3).
 __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t result;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));

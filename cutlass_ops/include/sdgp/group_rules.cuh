@@ -89,8 +89,8 @@ __device__ __forceinline__ float rescale_factor(float total, float kept, float e
   return kept == 0.0f ? 1.0f : __fdiv_rn(total, __fadd_rn(kept, eps));
 }
 
-// How a rule is called. Every rule has prune(x, groups, parameters): sets the dropped elements of a pair of groups to +0
-// and scales the kept. For 2:4 some have a shorter way to the packed form.
+// How a rule is called. Every rule has prune(x, groups, parameters): sets the dropped elements of a pair of groups to
+// +0 and scales the kept. For 2:4 some have a shorter way to the packed form.
 enum class Packing {
   kFromPruned,  // prune, then pack what is not zero
   kPair,        // pack(x, parameters): a pair of quads
@@ -221,7 +221,8 @@ struct Random {
 
   // Bit i: element i of the group in half kHalf of x is kept, given a random key for each.
   template <int kHalf>
-  static __device__ __forceinline__ uint32_t choose(const uint32_t (&x)[M], const uint32_t (&random_keys)[M], int length) {
+  static __device__ __forceinline__ uint32_t choose(const uint32_t (&x)[M], const uint32_t (&random_keys)[M],
+                                                    int length) {
     const bool finite = is_finite_group<Element, M, kHalf>(x);
     uint32_t keys[M];
 #pragma unroll

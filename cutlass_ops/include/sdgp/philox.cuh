@@ -29,8 +29,12 @@ __device__ __forceinline__ void philox_round(uint4& counter, uint32_t key0, uint
 }
 
 // The round keys.
-__device__ __forceinline__ uint32_t key0_of(const Stream& stream, uint32_t round) { return stream.key0 + round * 0x9E3779B9u; }
-__device__ __forceinline__ uint32_t key1_of(const Stream& stream, uint32_t round) { return stream.key1 + round * 0xBB67AE85u; }
+__device__ __forceinline__ uint32_t key0_of(const Stream& stream, uint32_t round) {
+  return stream.key0 + round * 0x9E3779B9u;
+}
+__device__ __forceinline__ uint32_t key1_of(const Stream& stream, uint32_t round) {
+  return stream.key1 + round * 0xBB67AE85u;
+}
 
 // The four words of one block of one group.
 __device__ __forceinline__ uint4 philox(const Stream& stream, uint64_t group, uint32_t block) {
@@ -43,9 +47,9 @@ __device__ __forceinline__ uint4 philox(const Stream& stream, uint64_t group, ui
   return counter;
 }
 
-// The first block of kGroups groups, in runs of kRun with consecutive indices; `run_index` holds the first of each. Round
-// by round for all groups, so that a round key is computed once; what only depends on the high half of the index is
-// shared within a run. Needs runs whose indices agree in the high half. Words that are not used cost nothing.
+// The first block of kGroups groups, in runs of kRun with consecutive indices; `run_index` holds the first of each.
+// Round by round for all groups, so that a round key is computed once; what only depends on the high half of the index
+// is shared within a run. Needs runs whose indices agree in the high half. Words that are not used cost nothing.
 template <int kGroups, int kRun>
 __device__ __forceinline__ void philox_first_blocks(const Stream& stream, const uint64_t (&run_index)[kGroups / kRun],
                                                     uint4 (&counters)[kGroups]) {

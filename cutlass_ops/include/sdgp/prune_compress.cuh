@@ -17,9 +17,9 @@
 
 #include "sdgp/group_rules.cuh"
 #include "sdgp/metadata.cuh"
-#include "sdgp/quad_rules.cuh"
 #include "sdgp/prune_compress_api.h"
 #include "sdgp/prune_compress_cover.h"
+#include "sdgp/quad_rules.cuh"
 
 namespace sdgp {
 
@@ -32,23 +32,20 @@ struct GroupScope {
   __device__ __forceinline__ void scale_along_positions(uint32_t (&)[M], int, int) const {}
 };
 
-// A larger scope: kept values are multiplied by a factor of their sample and channel.
-template <typename Element>
+// A larger scope: kept values are multiplied by a factor of their sample and channel. factors: of this thread's first
+// channel; offsets[r]: from there to the sample of row r; channel_step is 0 where a single factor serves all.
+template <typename Element, int kRows>
 struct WideScope {
   static constexpr bool kScales = true;
-  const float* factors;  // [samples, c] from this thread's first channel on, or a single one
-  int64_t row_length;    // c, or 0 for a single factor
-  int64_t first_position;
-  int64_t positions_per_sample;
-  int channels_left;
+  const float* factors;
+  int64_t offsets[kRows];
+  int channel_step, channels_left;
 
   __device__ __forceinline__ float at(int row, int channel) const {
-    if (row_length == 0) return __ldg(factors);
-    if (channel >= channels_left) return 1.0f;
-    return __ldg(factors + (first_position + row) / positions_per_sample * row_length + channel);
+    return channel < channels_left ? __ldg(factors + offsets[row] + channel * channel_step) : 1.0f;
   }
 
-  __device__ __forceinline__ void scale(uint32_t& pair, float factor0, float factor1) const {
+  __device__ __forceinline__ static void scale(uint32_t& pair, float factor0, float factor1) {
     pair = scale_nonzero<Element>(pair & 0xffffu, factor0) | scale_nonzero<Element>(pair >> 16, factor1) << 16;
   }
 
@@ -67,12 +64,33 @@ struct WideScope {
   }
 };
 
+// Which sample the rows of a thread belong to, row by row.
+struct SampleWalk {
+  int64_t offset, stride;         // of the current row's sample in a table [samples, c], and from sample to sample
+  int64_t left, rows_per_sample;  // rows left in this sample
+  int64_t rows_left;              // rows left in dY: beyond its end the walk stands still
+
+  __device__ __forceinline__ SampleWalk(int64_t row, int64_t t, int64_t c, int64_t positions_per_sample)
+      : stride(positions_per_sample == 0 ? 0 : c),
+        rows_per_sample(positions_per_sample == 0 ? INT64_MAX : positions_per_sample),
+        rows_left(t - row) {
+    const int64_t sample = row / rows_per_sample;
+    offset = rows_left > 0 ? sample * stride : 0;
+    left = rows_per_sample - (row - sample * rows_per_sample);
+  }
+
+  __device__ __forceinline__ void next() {
+    --rows_left;
+    if (--left == 0 && rows_left > 0) offset += stride, left = rows_per_sample;
+  }
+};
+
 // Prunes a pair of groups, scales it, and packs its quads.
-template <typename Rule, int M, typename Scale>
+template <typename Rule, int M, bool kScales, typename Scale>
 __device__ __forceinline__ void prune_and_pack(uint32_t (&x)[M], const GroupPair& groups,
                                                const RuleParameters& parameters, const Scale& scale,
                                                PackedQuads (&packed)[M / 4]) {
-  if constexpr (Rule::kPacking == Packing::kPair) {
+  if constexpr (Rule::kPacking == Packing::kPair && !kScales) {
     packed[0] = Rule::pack(x, parameters);
   } else {
     Rule::prune(x, groups, parameters);
@@ -92,8 +110,8 @@ struct QuadRule<Random<Element, 2, 4>> : RandomQuad<Element> {};
 template <typename Element>
 struct QuadRule<Mvue<Element, 2, 4>> : MvueQuad<Element> {};
 
-// Single quads, in runs of kRun whose groups have consecutive indices from run_index[..] on. length[i]: how many elements
-// of the i-th quad of a run exist.
+// Single quads, in runs of kRun whose groups have consecutive indices from run_index[..] on. length[i]: how many
+// elements of the i-th quad of a run exist.
 template <typename Rule, int kQuads, int kRun>
 __device__ __forceinline__ void compress_quads(const uint32_t (&x01)[kQuads], const uint32_t (&x23)[kQuads],
                                                const uint64_t (&run_index)[kQuads / kRun], const int (&length)[kRun],
@@ -134,10 +152,10 @@ __device__ __forceinline__ void compress_quads(const uint32_t (&x01)[kQuads], co
 // Groups along channels. values[r][j]: the two kept of quad j of position r; metadata[r]: 4 bits per quad.
 // first_group: index of the group that starts at x[0][0]; a position has groups_per_row groups.
 template <typename Rule, int M, int kRows, int kChannels, typename Scope>
-__device__ __forceinline__ void compress_along_channels(const uint32_t (&x)[kRows][kChannels / 2],
-                                                        uint64_t first_group, uint64_t groups_per_row,
-                                                        int channels_left, const RuleParameters& parameters,
-                                                        const Scope& scope, uint32_t (&values)[kRows][kChannels / 4],
+__device__ __forceinline__ void compress_along_channels(const uint32_t (&x)[kRows][kChannels / 2], uint64_t first_group,
+                                                        uint64_t groups_per_row, int channels_left,
+                                                        const RuleParameters& parameters, const Scope& scope,
+                                                        uint32_t (&values)[kRows][kChannels / 4],
                                                         uint32_t (&metadata)[kRows]) {
   if constexpr (Rule::kPacking == Packing::kSingle) {
     constexpr int kRun = kChannels / 4;
@@ -161,34 +179,35 @@ __device__ __forceinline__ void compress_along_channels(const uint32_t (&x)[kRow
         metadata[r] |= packed[r * kRun + j].nibble << (4 * j);
       }
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int r = 0; r < kRows; r += 2) {
-    uint32_t nibbles = 0;
+    for (int r = 0; r < kRows; r += 2) {
+      uint32_t nibbles = 0;
 #pragma unroll
-    for (int g = 0; g < kChannels / M; ++g) {
-      uint32_t group[M];  // low half: position r, high half: position r + 1
+      for (int g = 0; g < kChannels / M; ++g) {
+        uint32_t group[M];  // low half: position r, high half: position r + 1
 #pragma unroll
-      for (int i = 0; i < M; i += 2) {
-        group[i] = zip_low(x[r][(g * M + i) / 2], x[r + 1][(g * M + i) / 2]);
-        group[i + 1] = zip_high(x[r][(g * M + i) / 2], x[r + 1][(g * M + i) / 2]);
+        for (int i = 0; i < M; i += 2) {
+          group[i] = zip_low(x[r][(g * M + i) / 2], x[r + 1][(g * M + i) / 2]);
+          group[i + 1] = zip_high(x[r][(g * M + i) / 2], x[r + 1][(g * M + i) / 2]);
+        }
+        const uint64_t index = first_group + static_cast<uint64_t>(r) * groups_per_row + g;
+        const int length = channels_left - g * M;
+        PackedQuads packed[M / 4];
+        prune_and_pack<Rule, M, Scope::kScales>(
+            group, {{index, index + groups_per_row}, {length, length}}, parameters,
+            [&] { scope.scale_along_channels(group, r, g * M); }, packed);
+#pragma unroll
+        for (int quad = 0; quad < M / 4; ++quad) {
+          const int j = g * (M / 4) + quad;
+          values[r][j] = zip_low(packed[quad].low, packed[quad].high);
+          values[r + 1][j] = zip_high(packed[quad].low, packed[quad].high);
+          nibbles |= packed[quad].nibbles << (4 * j);
+        }
       }
-      const uint64_t index = first_group + static_cast<uint64_t>(r) * groups_per_row + g;
-      const int length = channels_left - g * M;
-      PackedQuads packed[M / 4];
-      prune_and_pack<Rule, M>(group, {{index, index + groups_per_row}, {length, length}}, parameters,
-                              [&] { scope.scale_along_channels(group, r, g * M); }, packed);
-#pragma unroll
-      for (int quad = 0; quad < M / 4; ++quad) {
-        const int j = g * (M / 4) + quad;
-        values[r][j] = zip_low(packed[quad].low, packed[quad].high);
-        values[r + 1][j] = zip_high(packed[quad].low, packed[quad].high);
-        nibbles |= packed[quad].nibbles << (4 * j);
-      }
+      metadata[r] = nibbles & 0xffffu;
+      metadata[r + 1] = nibbles >> 16;
     }
-    metadata[r] = nibbles & 0xffffu;
-    metadata[r + 1] = nibbles >> 16;
   }
 }
 
@@ -220,27 +239,28 @@ __device__ __forceinline__ void compress_along_positions(const uint32_t (&x)[kRo
       values[1][p] = zip_high(packed[2 * p].values, packed[2 * p + 1].values);
       metadata[p] = packed[2 * p].nibble | packed[2 * p + 1].nibble << 16;
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int p = 0; p < kChannels / 2; ++p) {
-    metadata[p] = 0;
+    for (int p = 0; p < kChannels / 2; ++p) {
+      metadata[p] = 0;
 #pragma unroll
-    for (int g = 0; g < kRows / M; ++g) {
-      uint32_t group[M];
+      for (int g = 0; g < kRows / M; ++g) {
+        uint32_t group[M];
 #pragma unroll
-      for (int i = 0; i < M; ++i) group[i] = x[g * M + i][p];
-      const uint64_t index = first_group + static_cast<uint64_t>(g) * groups_per_row + 2 * p;
-      const int length = static_cast<int>(positions_left < kRows ? positions_left : kRows) - g * M;
-      PackedQuads packed[M / 4];
-      prune_and_pack<Rule, M>(group, {{index, index + 1}, {length, length}}, parameters,
-                              [&] { scope.scale_along_positions(group, g * M, 2 * p); }, packed);
+        for (int i = 0; i < M; ++i) group[i] = x[g * M + i][p];
+        const uint64_t index = first_group + static_cast<uint64_t>(g) * groups_per_row + 2 * p;
+        const int length = static_cast<int>(positions_left < kRows ? positions_left : kRows) - g * M;
+        PackedQuads packed[M / 4];
+        prune_and_pack<Rule, M, Scope::kScales>(
+            group, {{index, index + 1}, {length, length}}, parameters,
+            [&] { scope.scale_along_positions(group, g * M, 2 * p); }, packed);
 #pragma unroll
-      for (int quad = 0; quad < M / 4; ++quad) {
-        const int j = g * (M / 4) + quad;
-        values[2 * j][p] = packed[quad].low;
-        values[2 * j + 1][p] = packed[quad].high;
-        metadata[p] |= packed[quad].nibbles << (4 * j);
+        for (int quad = 0; quad < M / 4; ++quad) {
+          const int j = g * (M / 4) + quad;
+          values[2 * j][p] = packed[quad].low;
+          values[2 * j + 1][p] = packed[quad].high;
+          metadata[p] |= packed[quad].nibbles << (4 * j);
+        }
       }
     }
   }
@@ -271,124 +291,189 @@ __device__ __forceinline__ void store_channels(uint16_t* row, int64_t channel, i
   }
 }
 
+// The thread's place in dY.
+struct Place {
+  int lane, block_row, rows_per_block;
+  int64_t channel_block, position_block;
+  int64_t channel, position;  // the first ones of its tile
+
+  __device__ __forceinline__ explicit Place(const Cover& cover)
+      : lane(static_cast<int>(threadIdx.x) % cover.lanes),
+        block_row(static_cast<int>(threadIdx.x) / cover.lanes),
+        rows_per_block(kBlockThreads / cover.lanes) {
+    position_block = blockIdx.x / cover.channel_blocks;
+    channel_block = blockIdx.x - position_block * cover.channel_blocks;
+    channel = (channel_block * cover.lanes + lane) * kTileChannels;
+    position = (position_block * rows_per_block + block_row) * kTilePositions;
+  }
+};
+
+// Rows `row` .. row + kRows - 1, 8 channels each; what does not exist is +0.
+template <int kRows>
+__device__ __forceinline__ void load_rows(const uint16_t* dy, int64_t t, int64_t c, int64_t row_stride, bool vector,
+                                          int64_t row, int64_t channel, uint4 (&rows)[kRows]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    rows[r] = row + r < t ? load_channels(dy + (row + r) * row_stride, channel, c, vector) : uint4{};
+  }
+}
+
+__device__ __forceinline__ bool can_load_vectors(const void* dy, int64_t c, int64_t row_stride) {
+  return (reinterpret_cast<uintptr_t>(dy) % 16 | row_stride % 8 | c % 8) == 0;
+}
+
+template <int kRows>
+__device__ __forceinline__ void unpack_rows(const uint4 (&rows)[kRows], uint32_t (&x)[kRows][4]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) x[r][0] = rows[r].x, x[r][1] = rows[r].y, x[r][2] = rows[r].z, x[r][3] = rows[r].w;
+}
+
+// Compresses kRows x kChannels values along channels and stores them; the dgrad side of the kernel.
+template <typename Rule, int M, int kRows, int kChannels, typename Scope>
+__device__ __forceinline__ void emit_dgrad(const SdgpPruneCompress& problem, const uint32_t (&x)[kRows][kChannels / 2],
+                                           int64_t row, int64_t channel, const RuleParameters& parameters,
+                                           const Scope& scope) {
+  const uint64_t groups_per_row = static_cast<uint64_t>((problem.c + M - 1) / M);
+  const uint64_t first_group = static_cast<uint64_t>(row) * groups_per_row + static_cast<uint64_t>(channel / M);
+  const int channels_left = static_cast<int>(max(min(problem.c - channel, int64_t{kChannels}), int64_t{0}));
+  uint32_t values[kRows][kChannels / 4], metadata[kRows];
+  compress_along_channels<Rule, M, kRows, kChannels>(x, first_group, groups_per_row, channels_left, parameters, scope,
+                                                     values, metadata);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (row + r >= problem.t) break;
+    const int64_t offset = (row + r) * problem.dgrad_k + channel;
+    auto* value_row = static_cast<uint32_t*>(problem.dgrad_values) + offset / 4;
+    auto* metadata_row = static_cast<uint8_t*>(problem.dgrad_metadata) + offset / 8;
+    if constexpr (kChannels == 8) {
+      *reinterpret_cast<uint2*>(value_row) = {values[r][0], values[r][1]};
+      *metadata_row = static_cast<uint8_t>(metadata[r]);
+    } else {
+      *reinterpret_cast<uint4*>(value_row) = {values[r][0], values[r][1], values[r][2], values[r][3]};
+      *reinterpret_cast<uint16_t*>(metadata_row) = static_cast<uint16_t>(metadata[r]);
+    }
+  }
+}
+
+// Lanes 2i and 2i + 1 hold the two halves of 16-channel groups at the same 16 positions. They swap so that the even
+// lane has the first 8 positions of all 16 channels and the odd lane the last 8.
+__device__ __forceinline__ void widen(const uint32_t (&x)[16][4], bool odd, uint32_t (&wide)[8][8]) {
+#pragma unroll
+  for (int r = 0; r < 8; ++r) {
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      const uint32_t keep = odd ? x[r + 8][p] : x[r][p];
+      const uint32_t received = __shfl_xor_sync(0xffffffffu, odd ? x[r][p] : x[r + 8][p], 1);
+      wide[r][p] = odd ? received : keep;
+      wide[r][p + 4] = odd ? keep : received;
+    }
+  }
+}
+
 template <typename Element, typename Rule, int M, bool kWide>
 __global__ void __launch_bounds__(kBlockThreads)
     prune_compress_kernel(const __grid_constant__ SdgpPruneCompress problem, const __grid_constant__ Cover cover) {
-  using Traits = ElementTraits<Element>;
-  constexpr int kRows = M, kChannels = kTileChannels<M>, kOctets = kChannels / 8;
+  constexpr int kRows = M, kChannels = kTileChannels;  // in registers at a time
   __shared__ float bias_sums[kBlockThreads][kChannels];
 
-  const int lane = static_cast<int>(threadIdx.x) % cover.lanes;
-  const int block_row = static_cast<int>(threadIdx.x) / cover.lanes;
-  const int rows_per_block = kBlockThreads / cover.lanes;
-  const int64_t position_block = blockIdx.x / cover.channel_blocks;
-  const int64_t channel_block = blockIdx.x - position_block * cover.channel_blocks;
-  const int64_t channel = (channel_block * cover.lanes + lane) * kChannels;
-  const int64_t position = (position_block * rows_per_block + block_row) * kTilePositions;
-  const int64_t c = problem.c, t = problem.t;
-
-  const bool vector_loads = (reinterpret_cast<uintptr_t>(problem.dy) % 16 | problem.row_stride % 8 | c % 8) == 0;
+  const Place place(cover);
+  const int64_t c = problem.c, t = problem.t, channel = place.channel, position = place.position;
+  const bool vector_loads = can_load_vectors(problem.dy, c, problem.row_stride);
   const bool vector_stores = c % 8 == 0;
   const auto* dy = static_cast<const uint16_t*>(problem.dy);
-  const int channels_left = static_cast<int>(min(c - channel, int64_t{kChannels}));
 
   RuleParameters dgrad_parameters{{}, problem.eps}, wgrad_parameters{{}, problem.eps};
   if constexpr (Rule::kIsRandom) {
     dgrad_parameters.stream = load_stream(problem.seed, problem.rank, 0);
     wgrad_parameters.stream = load_stream(problem.seed, problem.rank, 1);
   }
-  const uint64_t groups_per_row = static_cast<uint64_t>((c + M - 1) / M);
+  SampleWalk walk(position, t, c, kWide ? problem.positions_per_sample : 0);
 
-  auto load_step = [&](uint4 (&step)[kRows][kOctets], int first_row) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int o = 0; o < kOctets; ++o) {
-        const int64_t row = position + first_row + r;
-        step[r][o] = row < t ? load_channels(dy + row * problem.row_stride, channel + 8 * o, c, vector_loads) : uint4{};
-      }
-    }
-  };
-
-  uint4 next[kRows][kOctets];
+  uint4 next[kRows];
   uint32_t wgrad_metadata[kChannels / 2] = {};
   float bias[kChannels] = {};
-  load_step(next, 0);
+  load_rows(dy, t, c, problem.row_stride, vector_loads, position, channel, next);
 #pragma unroll 1
   for (int step = 0; step < kTilePositions; step += kRows) {
-    uint32_t x[kRows][kChannels / 2];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int o = 0; o < kOctets; ++o) {
-        x[r][4 * o] = next[r][o].x, x[r][4 * o + 1] = next[r][o].y;
-        x[r][4 * o + 2] = next[r][o].z, x[r][4 * o + 3] = next[r][o].w;
-      }
-    }
-    if (step + kRows < kTilePositions) load_step(next, step + kRows);
     const int64_t row = position + step;
+    uint32_t x[kRows][kChannels / 2];
+    unpack_rows(next, x);
+    if (step + kRows < kTilePositions) {
+      load_rows(dy, t, c, problem.row_stride, vector_loads, row + kRows, channel, next);
+    }
 
-    if (problem.bias_partials != nullptr) {
+    if (problem.bias != nullptr) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-        for (int e = 0; e < kChannels; ++e) bias[e] += Traits::to_float(x[r][e / 2] >> (16 * (e & 1)) & 0xffffu);
+        for (int e = 0; e < kChannels; ++e) {
+          bias[e] += ElementTraits<Element>::to_float(x[r][e / 2] >> (16 * (e & 1)) & 0xffffu);
+        }
       }
     }
 
-    if (problem.dgrad_values != nullptr && row < t) {
-      uint32_t values[kRows][kChannels / 4], metadata[kRows];
-      const uint64_t first_group = static_cast<uint64_t>(row) * groups_per_row + static_cast<uint64_t>(channel / M);
-      auto compress = [&](const auto& scope) {
-        compress_along_channels<Rule, M, kRows, kChannels>(x, first_group, groups_per_row, channels_left,
-                                                           dgrad_parameters, scope, values, metadata);
-      };
-      if constexpr (kWide) {
-        const bool single = problem.positions_per_sample == 0;
-        compress(WideScope<Element>{problem.dgrad_scale + (single ? 0 : channel), single ? 0 : c, row,
-                                    problem.positions_per_sample, channels_left});
-      } else {
-        compress(GroupScope{});
-      }
-      if (channel < problem.dgrad_k) {
+    int64_t sample_offsets[kRows];
+    if constexpr (kWide) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          if (row + r >= t) break;
-          auto* value_row = static_cast<uint32_t*>(problem.dgrad_values) + ((row + r) * problem.dgrad_k + channel) / 4;
-          auto* metadata_row = static_cast<uint8_t*>(problem.dgrad_metadata) + ((row + r) * problem.dgrad_k + channel) / 8;
-          if constexpr (kChannels == 8) {
-            *reinterpret_cast<uint2*>(value_row) = {values[r][0], values[r][1]};
-            *metadata_row = static_cast<uint8_t>(metadata[r]);
+      for (int r = 0; r < kRows; ++r) sample_offsets[r] = walk.offset, walk.next();
+    }
+    const int channel_step = problem.positions_per_sample == 0 ? 0 : 1;
+
+    if (problem.dgrad_values != nullptr) {
+      if constexpr (M == 16) {
+        const bool odd = place.lane % 2 != 0;
+        const int64_t first_row = row + (odd ? 8 : 0), first_channel = channel - (odd ? 8 : 0);
+        uint32_t wide[8][8];
+        widen(x, odd, wide);
+        if (first_row < t && first_channel < problem.dgrad_k) {
+          if constexpr (kWide) {
+            WideScope<Element, 8> scope{problem.dgrad_scale + first_channel * channel_step,
+                                        {},
+                                        channel_step,
+                                        static_cast<int>(min(c - first_channel, int64_t{16}))};
+#pragma unroll
+            for (int r = 0; r < 8; ++r) scope.offsets[r] = odd ? sample_offsets[r + 8] : sample_offsets[r];
+            emit_dgrad<Rule, M, 8, 16>(problem, wide, first_row, first_channel, dgrad_parameters, scope);
           } else {
-            *reinterpret_cast<uint4*>(value_row) = {values[r][0], values[r][1], values[r][2], values[r][3]};
-            *reinterpret_cast<uint16_t*>(metadata_row) = static_cast<uint16_t>(metadata[r]);
+            emit_dgrad<Rule, M, 8, 16>(problem, wide, first_row, first_channel, dgrad_parameters, GroupScope{});
           }
+        }
+      } else if (row < t && channel < problem.dgrad_k) {
+        if constexpr (kWide) {
+          WideScope<Element, kRows> scope{problem.dgrad_scale + channel * channel_step,
+                                          {},
+                                          channel_step,
+                                          static_cast<int>(min(c - channel, int64_t{8}))};
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) scope.offsets[r] = sample_offsets[r];
+          emit_dgrad<Rule, M, kRows, kChannels>(problem, x, row, channel, dgrad_parameters, scope);
+        } else {
+          emit_dgrad<Rule, M, kRows, kChannels>(problem, x, row, channel, dgrad_parameters, GroupScope{});
         }
       }
     }
 
     if (problem.wgrad_values != nullptr && row < problem.wgrad_k && channel < c) {
       uint32_t values[kRows / 2][kChannels / 2], metadata[kChannels / 2];
-      const uint64_t first_group = static_cast<uint64_t>(row / M) * static_cast<uint64_t>(c) + static_cast<uint64_t>(channel);
-      auto compress = [&](const auto& scope) {
-        compress_along_positions<Rule, M, kRows, kChannels>(x, first_group, static_cast<uint64_t>(c), t - row,
-                                                            wgrad_parameters, scope, values, metadata);
-      };
+      const auto groups_per_row = static_cast<uint64_t>(c);
+      const uint64_t first_group = static_cast<uint64_t>(row / M) * groups_per_row + static_cast<uint64_t>(channel);
       if constexpr (kWide) {
-        const bool single = problem.positions_per_sample == 0;
-        compress(WideScope<Element>{problem.wgrad_scale + (single ? 0 : channel), single ? 0 : c, row,
-                                    problem.positions_per_sample, channels_left});
+        WideScope<Element, kRows> scope{problem.wgrad_scale + channel * channel_step,
+                                        {},
+                                        channel_step,
+                                        static_cast<int>(min(c - channel, int64_t{8}))};
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) scope.offsets[r] = sample_offsets[r];
+        compress_along_positions<Rule, M, kRows, kChannels>(x, first_group, groups_per_row, t - row, wgrad_parameters,
+                                                            scope, values, metadata);
       } else {
-        compress(GroupScope{});
+        compress_along_positions<Rule, M, kRows, kChannels>(x, first_group, groups_per_row, t - row, wgrad_parameters,
+                                                            GroupScope{}, values, metadata);
       }
 #pragma unroll
       for (int v = 0; v < kRows / 2; ++v) {
-        auto* value_row = static_cast<uint16_t*>(problem.wgrad_values) + (row / 2 + v) * c;
-#pragma unroll
-        for (int o = 0; o < kOctets; ++o) {
-          store_channels(value_row, channel + 8 * o, c, vector_stores,
-                         {values[v][4 * o], values[v][4 * o + 1], values[v][4 * o + 2], values[v][4 * o + 3]});
-        }
+        store_channels(static_cast<uint16_t*>(problem.wgrad_values) + (row / 2 + v) * c, channel, c, vector_stores,
+                       {values[v][0], values[v][1], values[v][2], values[v][3]});
       }
 #pragma unroll
       for (int p = 0; p < kChannels / 2; ++p) wgrad_metadata[p] |= metadata[p] << step;
@@ -396,26 +481,22 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 
   if (problem.wgrad_values != nullptr && position < problem.wgrad_k) {
-    auto* metadata_row = static_cast<uint16_t*>(problem.wgrad_metadata) + position / 16 * c;
-#pragma unroll
-    for (int o = 0; o < kOctets; ++o) {
-      store_channels(metadata_row, channel + 8 * o, c, vector_stores,
-                     {wgrad_metadata[4 * o], wgrad_metadata[4 * o + 1], wgrad_metadata[4 * o + 2],
-                      wgrad_metadata[4 * o + 3]});
-    }
+    store_channels(static_cast<uint16_t*>(problem.wgrad_metadata) + position / 16 * c, channel, c, vector_stores,
+                   {wgrad_metadata[0], wgrad_metadata[1], wgrad_metadata[2], wgrad_metadata[3]});
   }
 
   // Sums of the block's positions, added up in a fixed order.
-  if (problem.bias_partials != nullptr) {
+  const int64_t block_positions = place.rows_per_block * kTilePositions;
+  if (problem.bias != nullptr && place.position_block * block_positions < t) {
 #pragma unroll
     for (int e = 0; e < kChannels; ++e) bias_sums[threadIdx.x][e] = bias[e];
     __syncthreads();
     for (int e = static_cast<int>(threadIdx.x); e < cover.lanes * kChannels; e += kBlockThreads) {
-      const int64_t target = channel_block * cover.lanes * kChannels + e;
+      const int64_t target = place.channel_block * cover.lanes * kChannels + e;
       if (target >= c) continue;
       float sum = 0.0f;
-      for (int r = 0; r < rows_per_block; ++r) sum += bias_sums[r * cover.lanes + e / kChannels][e % kChannels];
-      problem.bias_partials[position_block * c + target] = sum;
+      for (int r = 0; r < place.rows_per_block; ++r) sum += bias_sums[r * cover.lanes + e / kChannels][e % kChannels];
+      problem.bias_partials[place.position_block * c + target] = sum;
     }
   }
 }

@@ -7,8 +7,9 @@
 extern "C" {
 #endif
 
-// Prunes dY [t, c] along its channels (dgrad operand) and its positions (wgrad operand) and compresses both, in one pass
-// over dY. An output whose pointers are null is not computed. The operands' layout is in sdgp_accel/semi_structured.py
+// Prunes dY [t, c] along its channels (dgrad operand) and its positions (wgrad operand) and compresses both, in one
+// pass over dY. An output whose pointers are null is not computed. The operands' layout is in
+// sdgp_accel/semi_structured.py
 // ("row_major").
 struct SdgpPruneCompress {
   const void* dy;  // 16-bit, row_stride elements from one position to the next, channels contiguous
@@ -19,7 +20,8 @@ struct SdgpPruneCompress {
   void* wgrad_values;    // [wgrad_k / 2, c]
   void* wgrad_metadata;  // 16-bit words [wgrad_k / 16, c]
   int64_t wgrad_k;       // t padded to a multiple of 16 or more
-  float* bias_partials;  // [sdgp_bias_rows(..), c]: the bias gradient, summed over blocks of positions
+  float* bias;           // [c]: sum of dy over its positions, in a fixed order; null: not wanted
+  float* bias_partials;  // workspace [sdgp_bias_partial_rows(t, c), c]
   const int64_t* seed;   // device, [2]; for random and mvue
   uint32_t rank;
   float eps;  // rescale_magnitude
@@ -31,8 +33,25 @@ struct SdgpPruneCompress {
   void* stream;
 };
 
-// Returns a cudaError_t; nothing is synchronised.
+// The factors of rescale_magnitude for a scope wider than a group: sum |dy| / (sum |kept| + eps) per (sample, channel).
+struct SdgpScopeScales {
+  const void* dy;
+  int64_t t, c, row_stride;
+  int64_t positions_per_sample;  // 0: one factor for the whole tensor
+  float eps;
+  double* sums;  // workspace [3, scopes], zeroed: |dy|, what dgrad keeps, what wgrad keeps; scopes = samples * c or 1
+  float* dgrad_scale;  // [scopes], or null
+  float* wgrad_scale;  // [scopes], or null
+  void* stream;
+};
+
+// Return a cudaError_t; nothing is synchronised.
 typedef int SdgpPruneCompressFunction(const struct SdgpPruneCompress*);
+typedef int SdgpScopeScalesFunction(const struct SdgpScopeScales*);
+
+// The two stages of the bias gradient.
+int64_t sdgp_bias_partial_rows(int64_t t, int64_t c);
+int sdgp_sum_bias_partials(const float* partials, int64_t t, int64_t c, float* bias, void* stream);
 
 #ifdef __cplusplus
 }

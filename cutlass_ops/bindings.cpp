@@ -1,0 +1,198 @@
+// Python's view of the kernels: raw pointers, sizes and a stream as integers, no libtorch. Arguments are checked before
+// anything is launched; a launch that fails raises RuntimeError with the kernel's name and CUDA's message.
+//
+// Every instance is a C function in this shared library and is found by its name, so adding one means adding a file.
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "sdgp/prune_compress_api.h"
+
+namespace py = pybind11;
+
+namespace {
+
+void* find_function(const std::string& name) {
+  static std::unordered_map<std::string, void*> known;
+  const auto found = known.find(name);
+  if (found != known.end()) return found->second;
+  static void* const library = [] {
+    Dl_info self;
+    dladdr(reinterpret_cast<void*>(&find_function), &self);
+    return dlopen(self.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+  }();
+  return known[name] = library == nullptr ? nullptr : dlsym(library, name.c_str());
+}
+
+template <typename Function>
+Function* instance(const std::string& name) {
+  void* const function = find_function(name);
+  if (function == nullptr) throw py::value_error("this build has no kernel " + name + "; built for " SDGP_ARCHS);
+  return reinterpret_cast<Function*>(function);
+}
+
+void check_launch(const std::string& name, int error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next call that looks would report this failure as its own
+  throw std::runtime_error(name + ": " + cudaGetErrorString(static_cast<cudaError_t>(error)));
+}
+
+void check_pointer(const char* argument, int64_t pointer, int64_t alignment) {
+  if (pointer == 0) throw py::value_error(std::string(argument) + " must be a device pointer; got 0");
+  if (pointer % alignment != 0) {
+    throw py::value_error(std::string(argument) + " must be aligned to " + std::to_string(alignment) + " bytes; got " +
+                          std::to_string(pointer));
+  }
+}
+
+void check_size(const char* argument, int64_t size, int64_t least) {
+  // Beyond 2^62 the addresses of 16-bit elements could not be counted in 64 bits.
+  if (size < least || size >= int64_t{1} << 62) {
+    throw py::value_error(std::string(argument) + " must be at least " + std::to_string(least) +
+                          " and below 2^62; got " + std::to_string(size));
+  }
+}
+
+void check_padded(const char* argument, int64_t padded, int64_t length) {
+  if (padded % 16 != 0 || padded < length) {
+    throw py::value_error(std::string(argument) + " must be a multiple of 16, at least " + std::to_string(length) +
+                          "; got " + std::to_string(padded));
+  }
+}
+
+// rows * stride must be countable.
+void check_extent(const char* arguments, int64_t rows, int64_t stride) {
+  int64_t extent;
+  if (__builtin_mul_overflow(rows, stride, &extent) || extent >= int64_t{1} << 62) {
+    throw py::value_error(std::string(arguments) + " must have a product below 2^62; got " + std::to_string(rows) +
+                          " and " + std::to_string(stride));
+  }
+}
+
+void check_matrix(int64_t dy, int64_t t, int64_t c, int64_t row_stride) {
+  check_pointer("dy", dy, 2);
+  check_size("t", t, 1);
+  check_size("c", c, 1);
+  check_size("row_stride", row_stride, c);
+  check_extent("t and row_stride", t, row_stride);
+}
+
+template <typename T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::string pattern_name(const std::string& prefix, int n, int m, const std::string& dtype) {
+  return prefix + "_" + std::to_string(n) + "_" + std::to_string(m) + "_" + dtype;
+}
+
+void prune_compress(const std::string& function, int n, int m, const std::string& dtype, int64_t dy, int64_t t,
+                    int64_t c, int64_t row_stride, int64_t dgrad_values, int64_t dgrad_metadata, int64_t dgrad_k,
+                    int64_t wgrad_values, int64_t wgrad_metadata, int64_t wgrad_k, int64_t bias, int64_t bias_partials,
+                    int64_t seed, uint32_t rank, float eps, int64_t dgrad_scale, int64_t wgrad_scale,
+                    int64_t positions_per_sample, int64_t stream) {
+  check_matrix(dy, t, c, row_stride);
+  if (dgrad_values != 0) {
+    check_pointer("dgrad_values", dgrad_values, 16);
+    check_pointer("dgrad_metadata", dgrad_metadata, 16);
+    check_padded("dgrad_k", dgrad_k, c);
+    check_extent("t and dgrad_k", t, dgrad_k);
+  }
+  if (wgrad_values != 0) {
+    check_pointer("wgrad_values", wgrad_values, 16);
+    check_pointer("wgrad_metadata", wgrad_metadata, 16);
+    check_padded("wgrad_k", wgrad_k, t);
+    check_extent("c and wgrad_k", c, wgrad_k);
+  }
+  if (bias != 0) {
+    check_pointer("bias", bias, 4);
+    check_pointer("bias_partials", bias_partials, 4);
+  }
+  if (function == "random" || function == "mvue") check_pointer("seed", seed, 8);
+  const bool wide = dgrad_scale != 0 || wgrad_scale != 0;
+  if (wide) {
+    if (function != "rescale_magnitude")
+      throw py::value_error("function must be 'rescale_magnitude' with scales; got '" + function + "'");
+    if (dgrad_values != 0) check_pointer("dgrad_scale", dgrad_scale, 4);
+    if (wgrad_values != 0) check_pointer("wgrad_scale", wgrad_scale, 4);
+    check_size("positions_per_sample", positions_per_sample, 0);
+  }
+  const SdgpPruneCompress problem{pointer<const void>(dy),
+                                  t,
+                                  c,
+                                  row_stride,
+                                  pointer<void>(dgrad_values),
+                                  pointer<void>(dgrad_metadata),
+                                  dgrad_k,
+                                  pointer<void>(wgrad_values),
+                                  pointer<void>(wgrad_metadata),
+                                  wgrad_k,
+                                  pointer<float>(bias),
+                                  pointer<float>(bias_partials),
+                                  pointer<const int64_t>(seed),
+                                  rank,
+                                  eps,
+                                  pointer<const float>(dgrad_scale),
+                                  pointer<const float>(wgrad_scale),
+                                  positions_per_sample,
+                                  pointer<void>(stream)};
+  const std::string name = pattern_name("sdgp_" + (wide ? "scaled_magnitude" : function), n, m, dtype);
+  check_launch(name, instance<SdgpPruneCompressFunction>(name)(&problem));
+}
+
+void scope_scales(int n, int m, const std::string& dtype, int64_t dy, int64_t t, int64_t c, int64_t row_stride,
+                  int64_t positions_per_sample, float eps, int64_t sums, int64_t dgrad_scale, int64_t wgrad_scale,
+                  int64_t stream) {
+  check_matrix(dy, t, c, row_stride);
+  check_size("positions_per_sample", positions_per_sample, 0);
+  if (positions_per_sample > 0 && t % positions_per_sample != 0) {
+    throw py::value_error("positions_per_sample must divide t = " + std::to_string(t) + "; got " +
+                          std::to_string(positions_per_sample));
+  }
+  check_pointer("sums", sums, 8);
+  if (dgrad_scale != 0) check_pointer("dgrad_scale", dgrad_scale, 4);
+  if (wgrad_scale != 0) check_pointer("wgrad_scale", wgrad_scale, 4);
+  const SdgpScopeScales problem{pointer<const void>(dy),
+                                t,
+                                c,
+                                row_stride,
+                                positions_per_sample,
+                                eps,
+                                pointer<double>(sums),
+                                pointer<float>(dgrad_scale),
+                                pointer<float>(wgrad_scale),
+                                pointer<void>(stream)};
+  const std::string name = pattern_name("sdgp_scope_scales", n, m, dtype);
+  check_launch(name, instance<SdgpScopeScalesFunction>(name)(&problem));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The CUDA kernels of sdgp_accel. Pointers are device addresses; 0 where an output is not wanted.";
+  module.attr("ARCHS") = SDGP_ARCHS;
+  module.def(
+      "has", [](const std::string& name) { return find_function(name) != nullptr; }, py::arg("name"),
+      "Whether this build holds the kernel instance `name`.");
+  module.def("prune_compress", &prune_compress, py::kw_only(), py::arg("function"), py::arg("n"), py::arg("m"),
+             py::arg("dtype"), py::arg("dy"), py::arg("t"), py::arg("c"), py::arg("row_stride"),
+             py::arg("dgrad_values") = 0, py::arg("dgrad_metadata") = 0, py::arg("dgrad_k") = 0,
+             py::arg("wgrad_values") = 0, py::arg("wgrad_metadata") = 0, py::arg("wgrad_k") = 0, py::arg("bias") = 0,
+             py::arg("bias_partials") = 0, py::arg("seed") = 0, py::arg("rank") = 0, py::arg("eps") = 0.0f,
+             py::arg("dgrad_scale") = 0, py::arg("wgrad_scale") = 0, py::arg("positions_per_sample") = 0,
+             py::arg("stream") = 0,
+             "Prune dY [t, c] and compress it along both axes; SdgpPruneCompress in prune_compress_api.h.");
+  module.def("bias_partial_rows", &sdgp_bias_partial_rows, py::arg("t"), py::arg("c"),
+             "Rows of the workspace bias_partials, float32 [rows, c].");
+  module.def("scope_scales", &scope_scales, py::kw_only(), py::arg("n"), py::arg("m"), py::arg("dtype"), py::arg("dy"),
+             py::arg("t"), py::arg("c"), py::arg("row_stride"), py::arg("positions_per_sample"), py::arg("eps"),
+             py::arg("sums"), py::arg("dgrad_scale") = 0, py::arg("wgrad_scale") = 0, py::arg("stream") = 0,
+             "The factors of rescale_magnitude over a scope wider than a group; SdgpScopeScales there.");
+}

@@ -1,0 +1,44 @@
+// The second stage of the bias gradient, for every instance of the prune+compress kernel.
+#include <cuda_runtime.h>
+
+#include "sdgp/prune_compress_api.h"
+#include "sdgp/prune_compress_cover.h"
+
+namespace sdgp {
+namespace {
+
+constexpr int kRows = 32;
+
+// bias[channel] = the sum of a column of partials [rows, c], in a fixed order. A block takes 32 channels.
+__global__ void __launch_bounds__(32 * kRows)
+    sum_bias_partials(const float* partials, int64_t rows, int64_t c, float* bias) {
+  __shared__ float sums[kRows][32];
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
+  float sum = 0.0f;
+  if (channel < c) {
+#pragma unroll 4
+    for (int64_t row = threadIdx.y; row < rows; row += kRows) sum += partials[row * c + channel];
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || channel >= c) return;
+  float total = 0.0f;
+  for (int r = 0; r < kRows; ++r) total += sums[r][threadIdx.x];
+  bias[channel] = total;
+}
+
+}  // namespace
+}  // namespace sdgp
+
+extern "C" int64_t sdgp_bias_partial_rows(int64_t t, int64_t c) {
+  return sdgp::cover_matrix(t, c, 0, 0).position_blocks;
+}
+
+extern "C" int sdgp_sum_bias_partials(const float* partials, int64_t t, int64_t c, float* bias, void* stream) {
+  const int64_t blocks = (c + 31) / 32;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  sdgp::
+      sum_bias_partials<<<static_cast<unsigned>(blocks), dim3(32, sdgp::kRows), 0, static_cast<cudaStream_t>(stream)>>>(
+          partials, sdgp_bias_partial_rows(t, c), c, bias);
+  return cudaGetLastError();
+}

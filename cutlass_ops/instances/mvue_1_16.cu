@@ -1,0 +1,4 @@
+#include "sdgp/prune_compress_launch.cuh"
+
+SDGP_PRUNE_COMPRESS(sdgp_mvue_1_16_f16, __half, Mvue, 1, 16)
+SDGP_PRUNE_COMPRESS(sdgp_mvue_1_16_bf16, __nv_bfloat16, Mvue, 1, 16)

@@ -1,6 +1,0 @@
-#include "sdgp/prune_compress_launch.cuh"
-
-SDGP_PRUNE_COMPRESS(sdgp_magnitude_1_4_f16, __half, Magnitude, 1, 4, false)
-SDGP_PRUNE_COMPRESS(sdgp_magnitude_1_4_bf16, __nv_bfloat16, Magnitude, 1, 4, false)
-SDGP_PRUNE_COMPRESS(sdgp_magnitude_2_4_f16, __half, Magnitude, 2, 4, false)
-SDGP_PRUNE_COMPRESS(sdgp_magnitude_2_4_bf16, __nv_bfloat16, Magnitude, 2, 4, false)

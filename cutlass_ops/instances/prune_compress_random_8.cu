@@ -1,6 +1,0 @@
-#include "sdgp/prune_compress_launch.cuh"
-
-SDGP_PRUNE_COMPRESS(sdgp_random_1_8_f16, __half, Random, 1, 8, false)
-SDGP_PRUNE_COMPRESS(sdgp_random_1_8_bf16, __nv_bfloat16, Random, 1, 8, false)
-SDGP_PRUNE_COMPRESS(sdgp_random_2_8_f16, __half, Random, 2, 8, false)
-SDGP_PRUNE_COMPRESS(sdgp_random_2_8_bf16, __nv_bfloat16, Random, 2, 8, false)

@@ -1,0 +1,4 @@
+#include "sdgp/prune_compress_launch.cuh"
+
+SDGP_PRUNE_COMPRESS(sdgp_random_1_4_f16, __half, Random, 1, 4)
+SDGP_PRUNE_COMPRESS(sdgp_random_1_4_bf16, __nv_bfloat16, Random, 1, 4)

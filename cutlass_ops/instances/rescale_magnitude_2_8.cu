@@ -1,0 +1,4 @@
+#include "sdgp/prune_compress_launch.cuh"
+
+SDGP_PRUNE_COMPRESS(sdgp_rescale_magnitude_2_8_f16, __half, RescaleMagnitude, 2, 8)
+SDGP_PRUNE_COMPRESS(sdgp_rescale_magnitude_2_8_bf16, __nv_bfloat16, RescaleMagnitude, 2, 8)
