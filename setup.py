@@ -1,5 +1,27 @@
-"""Everything static is in pyproject.toml; this file exists for what has to be computed at build time."""
+"""Everything static is in pyproject.toml; this file adds the CUDA extension where cutlass_ops/build_kernels.py wants it."""
 
-from setuptools import setup
+import sys
+from pathlib import Path
 
-setup()
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# Not as part of its package, which would load the extension.
+sys.path.insert(0, str(Path(__file__).parent / "cutlass_ops"))
+import build_kernels
+
+
+class BuildKernels(build_ext):
+    """Hands the extension to build_kernels, which knows how to run nvcc."""
+
+    def build_extension(self, ext: Extension) -> None:
+        build_kernels.build(Path(self.get_ext_fullpath(ext.name)))
+
+
+if build_kernels.is_wanted():
+    modules = [Extension("cutlass_ops._C", [])]
+else:
+    modules = []
+    print("sdgp_accel: without its CUDA kernels, which build where a GPU is or with SDGP_CUDA=1", file=sys.stderr)
+
+setup(ext_modules=modules, cmdclass={"build_ext": BuildKernels})

@@ -1,0 +1,212 @@
+"""Builds the extension ``cutlass_ops._C``: finds a CUDA compiler, compiles in parallel, reuses what has not changed.
+
+Run by setup.py, and by hand from the root of a checkout with ``python -m cutlass_ops.build_kernels`` (in place). Needs
+nothing of torch, and of this repository only this folder.
+
+Environment:
+    SDGP_CUDA        "1": build, and fail where that is impossible. "0": do not. Default: build where an NVIDIA GPU is.
+    SDGP_CUDA_ARCHS  what to build for, separated by ";": "80", "90a", .. for machine code, "compute_80", .. for PTX.
+    SDGP_CUDA_CACHE  folder of compiled objects, default ~/.cache/sdgp_accel/objects. Delete it whenever you like.
+    CUDA_HOME        the CUDA toolkit to use, before any other.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+INSTANCES = HERE / "instances"
+INCLUDE = HERE / "include"
+DEFAULT_ARCHS = "80;86;89;90a;compute_90"
+
+# Wheels that together hold nvcc, ptxas and the headers, for machines without a CUDA toolkit.
+CUDA_WHEELS = tuple(f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-cccl", "cuda-runtime"))
+
+# --no-compress leaves the PTX readable. Cached objects depend on these flags and on the compiler's version.
+COMPILE_FLAGS = ("-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-cudart", "shared", "--no-compress")
+BINDING_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden")
+
+
+class BuildError(RuntimeError):
+    """The extension cannot be built here; the message says what to do about it."""
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit: a system's, or what the wheels in `CUDA_WHEELS` put in site-packages."""
+
+    home: Path
+
+    @property
+    def nvcc(self) -> Path:
+        """The compiler."""
+        return self.home / "bin" / "nvcc"
+
+    @functools.cached_property
+    def version(self) -> str:
+        """What nvcc says about itself."""
+        return _run([self.nvcc, "--version"])
+
+    @functools.cached_property
+    def runtime(self) -> Path:
+        """The shared CUDA runtime to link with: by its soname, because wheels lack the unversioned link."""
+        for folder in ("lib64", "lib", "targets/x86_64-linux/lib"):
+            for path in sorted((self.home / folder).glob("libcudart.so.*")):
+                if path.name.count(".") == 2:
+                    return path
+        raise BuildError(f"no libcudart.so under {self.home}; install a complete CUDA toolkit or {CUDA_WHEELS[-1]}")
+
+
+def find_toolkit() -> Toolkit | None:
+    """$CUDA_HOME, then nvcc on the PATH, /usr/local/cuda*, and the wheels; the first that is complete."""
+    homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    if found := shutil.which("nvcc"):
+        homes.append(Path(found).resolve().parent.parent)
+    homes += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
+    # Not sysconfig: in an isolated build the wheels are on sys.path but not in this interpreter's site-packages.
+    homes += [Path(entry) / "nvidia" / "cu13" for entry in sys.path if entry]
+    complete = ("bin/nvcc", "include/cuda_runtime_api.h", "include/crt/host_config.h")
+    return next((Toolkit(home) for home in homes if all((home / path).exists() for path in complete)), None)
+
+
+def is_wanted() -> bool:
+    """Whether to build: SDGP_CUDA, and without it whether this machine has an NVIDIA GPU."""
+    asked = os.environ.get("SDGP_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise BuildError(f"SDGP_CUDA must be 0 or 1; got {asked!r}")
+    return asked == "1" if asked else Path("/dev/nvidiactl").exists()
+
+
+def requirements() -> list[str]:
+    """What a build in an isolated environment needs beside setuptools."""
+    if not is_wanted():
+        return []
+    return ["pybind11>=2.13", *([] if find_toolkit() else CUDA_WHEELS)]
+
+
+def selected_archs() -> tuple[str, ...]:
+    """The architectures of SDGP_CUDA_ARCHS, each once."""
+    text = os.environ.get("SDGP_CUDA_ARCHS") or DEFAULT_ARCHS
+    archs = tuple(dict.fromkeys(arch.strip() for arch in text.split(";") if arch.strip()))
+    for arch in archs:
+        if not re.fullmatch(r"(compute_)?(8[0-9]|9[0-9]a?|1[0-9]{2}[af]?)", arch):
+            raise BuildError(
+                f"SDGP_CUDA_ARCHS must list architectures from 80 on such as 80;90a or compute_90; got {arch!r}"
+            )
+    return archs
+
+
+def archs_of(source: Path, archs: Iterable[str]) -> tuple[str, ...]:
+    """Those of `archs` that an instance is compiled for: sm90_*.cu holds instructions that only sm_90a has."""
+    return tuple(arch for arch in archs if not source.name.startswith("sm90_") or arch.endswith("90a"))
+
+
+def build(output: Path, archs: Sequence[str] | None = None, jobs: int | None = None) -> None:
+    """Compile every instance and the bindings, and link them into the Python extension `output`.
+
+    archs: as in SDGP_CUDA_ARCHS; default: what that variable says. jobs: compilers at a time, default one per core.
+
+    Raises BuildError where no compiler is found or one fails.
+    """
+    toolkit = find_toolkit()
+    if toolkit is None:
+        raise BuildError(f"no CUDA toolkit found: set CUDA_HOME, or pip install {' '.join(map(repr, CUDA_WHEELS))}")
+    archs = selected_archs() if archs is None else tuple(archs)
+    sources = [source for source in sorted(INSTANCES.glob("*.cu")) if archs_of(source, archs)]
+    with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
+        bindings = pool.submit(_compile_bindings, toolkit, archs)
+        objects = list(pool.map(lambda source: compile_instance(toolkit, source, archs_of(source, archs)), sources))
+        objects.append(bindings.result())
+    _link(toolkit, objects, output)
+
+
+def compile_instance(toolkit: Toolkit, source: Path, archs: Sequence[str]) -> Path:
+    """The object of one instance, from the cache if nothing it depends on has changed."""
+    command: list[str | Path] = [toolkit.nvcc, *COMPILE_FLAGS, "-I", INCLUDE]
+    for arch in archs:
+        virtual = arch if arch.startswith("compute_") else f"compute_{arch}"
+        real = arch if arch.startswith("compute_") else f"sm_{arch}"
+        command += ["-gencode", f"arch={virtual},code={real}"]
+    return _compile(toolkit, [*command, "-c", source], source)
+
+
+def _compile_bindings(toolkit: Toolkit, archs: Sequence[str]) -> Path:
+    spec = importlib.util.find_spec("pybind11")
+    if spec is None or spec.origin is None:
+        raise BuildError("pybind11 is needed to build the extension: pip install pybind11")
+    headers = [Path(spec.origin).parent / "include", Path(sysconfig.get_paths()["include"]), toolkit.home / "include"]
+    source = HERE / "bindings.cpp"
+    includes = [f"-I{path}" for path in (INCLUDE, *headers)]
+    defines = [f'-DSDGP_ARCHS="{";".join(archs)}"']
+    return _compile(toolkit, [_host_compiler(), *BINDING_FLAGS, *defines, *includes, "-c", source], source)
+
+
+def _compile(toolkit: Toolkit, command: Sequence[str | Path], source: Path) -> Path:
+    cache = Path(os.environ.get("SDGP_CUDA_CACHE") or Path.home() / ".cache" / "sdgp_accel" / "objects")
+    digest = hashlib.sha256(toolkit.version.encode())
+    # Paths stay out of it, so that another checkout of the same sources finds the same objects.
+    digest.update("\0".join(part for part in command if isinstance(part, str) and not part.startswith("-I")).encode())
+    if source.suffix == ".cpp":
+        digest.update((sys.version + importlib.metadata.version("pybind11")).encode())
+    for path in dependencies(source):
+        digest.update(path.read_bytes())
+    target = cache / f"{source.stem}-{digest.hexdigest()[:24]}.o"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            product = Path(scratch) / "object.o"
+            _run([*command, "-o", product])
+            product.replace(target)
+    return target
+
+
+def dependencies(source: Path) -> list[Path]:
+    """`source` and, each once, the headers of this project that it includes directly or not."""
+    found = [source]
+    for path in found:
+        for name in re.findall(r'^\s*#include "(sdgp/[^"]+)"', path.read_text(), re.MULTILINE):
+            header = INCLUDE / name
+            if header not in found:
+                found.append(header)
+    return found
+
+
+def _link(toolkit: Toolkit, objects: Sequence[Path], output: Path) -> None:
+    # Beside torch the runtime is already loaded; the rpath is for CUDA wheels in the same site-packages.
+    command: list[str | Path] = [_host_compiler(), "-shared", "-o", output, *objects, toolkit.runtime, "-ldl"]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _run([*command, "-Wl,-rpath,$ORIGIN/../nvidia/cu13/lib"])
+
+
+def _host_compiler() -> str:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise BuildError("no C++ compiler found: install g++, or set CXX")
+    return compiler
+
+
+def _run(command: Sequence[str | Path]) -> str:
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise BuildError(f"{' '.join(map(str, command))}\n{(result.stdout + result.stderr)[-4000:]}")
+    return result.stdout
+
+
+if __name__ == "__main__":
+    destination = HERE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    build(destination)
+    print(destination)
