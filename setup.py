@@ -1,4 +1,4 @@
-"""Everything static is in pyproject.toml; this file adds the CUDA extension where cutlass_ops/build_kernels.py wants it."""
+"""Everything static is in pyproject.toml; this file adds the CUDA extension where one is wanted."""
 
 import sys
 from pathlib import Path

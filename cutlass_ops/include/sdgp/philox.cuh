@@ -47,23 +47,4 @@ __device__ __forceinline__ uint4 philox(const Stream& stream, uint64_t group, ui
   return counter;
 }
 
-// The first block of kGroups groups, in runs of kRun with consecutive indices; `run_index` holds the first of each.
-// Round by round for all groups, so that a round key is computed once; what only depends on the high half of the index
-// is shared within a run. Needs runs whose indices agree in the high half. Words that are not used cost nothing.
-template <int kGroups, int kRun>
-__device__ __forceinline__ void philox_first_blocks(const Stream& stream, const uint64_t (&run_index)[kGroups / kRun],
-                                                    uint4 (&counters)[kGroups]) {
-#pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
-    counters[i] = {static_cast<uint32_t>(run_index[i / kRun]) + i % kRun,
-                   static_cast<uint32_t>(run_index[i / kRun] >> 32) & 0xffffffu, stream.offset, stream.rank_and_pass};
-  }
-#pragma unroll
-  for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
-    const uint32_t key0 = key0_of(stream, round), key1 = key1_of(stream, round);
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) philox_round(counters[i], key0, key1);
-  }
-}
-
 }  // namespace sdgp

@@ -10,9 +10,9 @@
 //  t+15    |                 |                       bias gradient: 8 partial sums
 //          +-----------------+
 //
-// so that every 16-bit metadata word is put together by one thread, and no value passes through shared memory. The next
-// positions are loaded while the current ones are worked on. What lies beyond T or C is read as +0, whose packed form
-// (values 0, metadata 0x4) is the operands' padding.
+// so that every 16-bit metadata word is put together by one thread, and threads exchange nothing (but for groups of 16
+// channels). The next positions are loaded while the current ones are worked on. What lies beyond T or C is read as +0,
+// whose packed form (values 0, metadata 0x4) is the operands' padding.
 #pragma once
 
 #include "sdgp/group_rules.cuh"
@@ -110,44 +110,34 @@ struct QuadRule<Random<Element, 2, 4>> : RandomQuad<Element> {};
 template <typename Element>
 struct QuadRule<Mvue<Element, 2, 4>> : MvueQuad<Element> {};
 
-// Single quads, in runs of kRun whose groups have consecutive indices from run_index[..] on. length[i]: how many
-// elements of the i-th quad of a run exist.
-template <typename Rule, int kQuads, int kRun>
-__device__ __forceinline__ void compress_quads(const uint32_t (&x01)[kQuads], const uint32_t (&x23)[kQuads],
-                                               const uint64_t (&run_index)[kQuads / kRun], const int (&length)[kRun],
-                                               const Stream& stream, PackedQuad (&packed)[kQuads]) {
-  uint4 words[kQuads];
-  philox_first_blocks<kQuads, kRun>(stream, run_index, words);
-  uint32_t irregular = 0;
+// Each thread's own column of shared memory for the quads on their way into and out of `compress_quads`.
+using QuadSlots = uint2[8][kBlockThreads];
+
+// Single quads: x01, x23 in, values and nibble out; index_of(i): the index of the i-th group, length_of(i): how many of
+// its elements exist. A loop, because eight copies of the rule overflow the instruction cache; and hence through shared
+// memory, because registers cannot be indexed.
+template <typename Rule, typename IndexOf, typename LengthOf>
+__device__ __forceinline__ void compress_quads(const uint32_t (&x01)[8], const uint32_t (&x23)[8],
+                                               const IndexOf& index_of, const LengthOf& length_of, const Stream& stream,
+                                               QuadSlots& slots, PackedQuad (&packed)[8]) {
 #pragma unroll
-  for (int i = 0; i < kQuads; ++i) {
-    packed[i] = QuadRule<Rule>::compress(x01[i], x23[i], words[i], 1u << i, irregular);
-    if (length[i % kRun] < 4) irregular |= 1u << i;
-    if (static_cast<uint32_t>(run_index[i / kRun]) > 0u - kRun) irregular |= 1u << i;  // the low half wraps in the run
+  for (int i = 0; i < 8; ++i) slots[i][threadIdx.x] = {x01[i], x23[i]};
+#pragma unroll 1
+  for (int i = 0; i < 8; ++i) {
+    const uint2 x = slots[i][threadIdx.x];
+    const uint4 words = philox(stream, index_of(i), 0);
+    bool regular = length_of(i) >= 4;
+    PackedQuad result = QuadRule<Rule>::compress(x.x, x.y, words, regular);
+    if (!regular) result = QuadRule<Rule>::compress_any(x.x, x.y, words, length_of(i));
+    slots[i][threadIdx.x] = {result.values, result.nibble};
   }
-  while (irregular != 0) {
-    const int which = __ffs(static_cast<int>(irregular)) - 1;
-    irregular &= irregular - 1;
-    uint32_t first = 0, second = 0;
-    uint64_t index = 0;
-    int elements = 0;
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      if (i == which) {
-        first = x01[i], second = x23[i];
-        index = run_index[i / kRun] + i % kRun, elements = length[i % kRun];
-      }
-    }
-    const PackedQuad result = QuadRule<Rule>::compress_any(first, second, philox(stream, index, 0), elements);
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      if (i == which) packed[i] = result;
-    }
-  }
+  for (int i = 0; i < 8; ++i) packed[i] = {slots[i][threadIdx.x].x, slots[i][threadIdx.x].y};
 }
 
 // The in-register part, for this kernel and for the epilogues of kernels that produce dY. x[r][p] holds channels 2p
-// (low half) and 2p + 1 (high half) of position r; kRows and kChannels are multiples of M.
+// (low half) and 2p + 1 (high half) of position r; kRows and kChannels are multiples of M. slots: of the block, for the
+// rules that are packed as Packing::kSingle, else null.
 
 // Groups along channels. values[r][j]: the two kept of quad j of position r; metadata[r]: 4 bits per quad.
 // first_group: index of the group that starts at x[0][0]; a position has groups_per_row groups.
@@ -155,28 +145,24 @@ template <typename Rule, int M, int kRows, int kChannels, typename Scope>
 __device__ __forceinline__ void compress_along_channels(const uint32_t (&x)[kRows][kChannels / 2], uint64_t first_group,
                                                         uint64_t groups_per_row, int channels_left,
                                                         const RuleParameters& parameters, const Scope& scope,
-                                                        uint32_t (&values)[kRows][kChannels / 4],
+                                                        QuadSlots* slots, uint32_t (&values)[kRows][kChannels / 4],
                                                         uint32_t (&metadata)[kRows]) {
   if constexpr (Rule::kPacking == Packing::kSingle) {
-    constexpr int kRun = kChannels / 4;
-    uint32_t x01[kRows * kRun], x23[kRows * kRun];
-    uint64_t row_index[kRows];
+    static_assert(kRows == 4 && kChannels == 8);
+    uint32_t x01[8], x23[8];
 #pragma unroll
-    for (int i = 0; i < kRows * kRun; ++i) x01[i] = x[i / kRun][i % kRun * 2], x23[i] = x[i / kRun][i % kRun * 2 + 1];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) row_index[r] = first_group + static_cast<uint64_t>(r) * groups_per_row;
-    PackedQuad packed[kRows * kRun];
-    int length[kRun];
-#pragma unroll
-    for (int j = 0; j < kRun; ++j) length[j] = channels_left - 4 * j;
-    compress_quads<Rule, kRows * kRun, kRun>(x01, x23, row_index, length, parameters.stream, packed);
+    for (int i = 0; i < 8; ++i) x01[i] = x[i / 2][i % 2 * 2], x23[i] = x[i / 2][i % 2 * 2 + 1];
+    PackedQuad packed[8];
+    compress_quads<Rule>(
+        x01, x23, [&](int i) { return first_group + static_cast<uint64_t>(i / 2) * groups_per_row + i % 2; },
+        [&](int i) { return channels_left - 4 * (i % 2); }, parameters.stream, *slots, packed);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       metadata[r] = 0;
 #pragma unroll
-      for (int j = 0; j < kRun; ++j) {
-        values[r][j] = packed[r * kRun + j].values;
-        metadata[r] |= packed[r * kRun + j].nibble << (4 * j);
+      for (int j = 0; j < 2; ++j) {
+        values[r][j] = packed[2 * r + j].values;
+        metadata[r] |= packed[2 * r + j].nibble << (4 * j);
       }
     }
   } else {
@@ -217,22 +203,22 @@ template <typename Rule, int M, int kRows, int kChannels, typename Scope>
 __device__ __forceinline__ void compress_along_positions(const uint32_t (&x)[kRows][kChannels / 2],
                                                          uint64_t first_group, uint64_t groups_per_row,
                                                          int64_t positions_left, const RuleParameters& parameters,
-                                                         const Scope& scope,
+                                                         const Scope& scope, QuadSlots* slots,
                                                          uint32_t (&values)[kRows / 2][kChannels / 2],
                                                          uint32_t (&metadata)[kChannels / 2]) {
   if constexpr (Rule::kPacking == Packing::kSingle) {
-    static_assert(kRows == 4);
-    uint32_t x01[kChannels], x23[kChannels];
+    static_assert(kRows == 4 && kChannels == 8);
+    uint32_t x01[8], x23[8];
 #pragma unroll
-    for (int p = 0; p < kChannels / 2; ++p) {
+    for (int p = 0; p < 4; ++p) {
       x01[2 * p] = zip_low(x[0][p], x[1][p]), x01[2 * p + 1] = zip_high(x[0][p], x[1][p]);
       x23[2 * p] = zip_low(x[2][p], x[3][p]), x23[2 * p + 1] = zip_high(x[2][p], x[3][p]);
     }
-    PackedQuad packed[kChannels];
-    int length[kChannels];
-#pragma unroll
-    for (int e = 0; e < kChannels; ++e) length[e] = positions_left < kRows ? static_cast<int>(positions_left) : kRows;
-    compress_quads<Rule, kChannels, kChannels>(x01, x23, {first_group}, length, parameters.stream, packed);
+    PackedQuad packed[8];
+    compress_quads<Rule>(
+        x01, x23, [&](int i) { return first_group + static_cast<uint64_t>(i); },
+        [&](int) { return static_cast<int>(positions_left < 4 ? positions_left : 4); }, parameters.stream, *slots,
+        packed);
 #pragma unroll
     for (int p = 0; p < kChannels / 2; ++p) {
       values[0][p] = zip_low(packed[2 * p].values, packed[2 * p + 1].values);
@@ -332,13 +318,13 @@ __device__ __forceinline__ void unpack_rows(const uint4 (&rows)[kRows], uint32_t
 template <typename Rule, int M, int kRows, int kChannels, typename Scope>
 __device__ __forceinline__ void emit_dgrad(const SdgpPruneCompress& problem, const uint32_t (&x)[kRows][kChannels / 2],
                                            int64_t row, int64_t channel, const RuleParameters& parameters,
-                                           const Scope& scope) {
+                                           const Scope& scope, QuadSlots* slots) {
   const uint64_t groups_per_row = static_cast<uint64_t>((problem.c + M - 1) / M);
   const uint64_t first_group = static_cast<uint64_t>(row) * groups_per_row + static_cast<uint64_t>(channel / M);
   const int channels_left = static_cast<int>(max(min(problem.c - channel, int64_t{kChannels}), int64_t{0}));
   uint32_t values[kRows][kChannels / 4], metadata[kRows];
   compress_along_channels<Rule, M, kRows, kChannels>(x, first_group, groups_per_row, channels_left, parameters, scope,
-                                                     values, metadata);
+                                                     slots, values, metadata);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     if (row + r >= problem.t) break;
@@ -375,6 +361,11 @@ __global__ void __launch_bounds__(kBlockThreads)
     prune_compress_kernel(const __grid_constant__ SdgpPruneCompress problem, const __grid_constant__ Cover cover) {
   constexpr int kRows = M, kChannels = kTileChannels;  // in registers at a time
   __shared__ float bias_sums[kBlockThreads][kChannels];
+  QuadSlots* slots = nullptr;
+  if constexpr (Rule::kPacking == Packing::kSingle) {
+    __shared__ QuadSlots block_slots;
+    slots = &block_slots;
+  }
 
   const Place place(cover);
   const int64_t c = problem.c, t = problem.t, channel = place.channel, position = place.position;
@@ -433,9 +424,9 @@ __global__ void __launch_bounds__(kBlockThreads)
                                         static_cast<int>(min(c - first_channel, int64_t{16}))};
 #pragma unroll
             for (int r = 0; r < 8; ++r) scope.offsets[r] = odd ? sample_offsets[r + 8] : sample_offsets[r];
-            emit_dgrad<Rule, M, 8, 16>(problem, wide, first_row, first_channel, dgrad_parameters, scope);
+            emit_dgrad<Rule, M, 8, 16>(problem, wide, first_row, first_channel, dgrad_parameters, scope, slots);
           } else {
-            emit_dgrad<Rule, M, 8, 16>(problem, wide, first_row, first_channel, dgrad_parameters, GroupScope{});
+            emit_dgrad<Rule, M, 8, 16>(problem, wide, first_row, first_channel, dgrad_parameters, GroupScope{}, slots);
           }
         }
       } else if (row < t && channel < problem.dgrad_k) {
@@ -446,9 +437,9 @@ __global__ void __launch_bounds__(kBlockThreads)
                                           static_cast<int>(min(c - channel, int64_t{8}))};
 #pragma unroll
           for (int r = 0; r < kRows; ++r) scope.offsets[r] = sample_offsets[r];
-          emit_dgrad<Rule, M, kRows, kChannels>(problem, x, row, channel, dgrad_parameters, scope);
+          emit_dgrad<Rule, M, kRows, kChannels>(problem, x, row, channel, dgrad_parameters, scope, slots);
         } else {
-          emit_dgrad<Rule, M, kRows, kChannels>(problem, x, row, channel, dgrad_parameters, GroupScope{});
+          emit_dgrad<Rule, M, kRows, kChannels>(problem, x, row, channel, dgrad_parameters, GroupScope{}, slots);
         }
       }
     }
@@ -465,10 +456,10 @@ __global__ void __launch_bounds__(kBlockThreads)
 #pragma unroll
         for (int r = 0; r < kRows; ++r) scope.offsets[r] = sample_offsets[r];
         compress_along_positions<Rule, M, kRows, kChannels>(x, first_group, groups_per_row, t - row, wgrad_parameters,
-                                                            scope, values, metadata);
+                                                            scope, slots, values, metadata);
       } else {
         compress_along_positions<Rule, M, kRows, kChannels>(x, first_group, groups_per_row, t - row, wgrad_parameters,
-                                                            GroupScope{}, values, metadata);
+                                                            GroupScope{}, slots, values, metadata);
       }
 #pragma unroll
       for (int v = 0; v < kRows / 2; ++v) {

@@ -42,17 +42,16 @@ struct MvueQuad {
   static constexpr float kSmallestFreeSum = 0x1p-70f;
   static constexpr float kSmallestSample = 0x1p-100f;
 
-  // x01, x23: the group's elements 0, 1 and 2, 3; words: its random words. Adds `flag` to `irregular` where only
+  // x01, x23: the group's elements 0, 1 and 2, 3; words: its random words. Clears `regular` where only
   // `compress_any` gives the result: NaN, inf, extreme exponents, and values so unequal that a second round of capping
   // finds something.
-  static __device__ __forceinline__ PackedQuad compress(uint32_t x01, uint32_t x23, const uint4& words, uint32_t flag,
-                                                        uint32_t& irregular) {
+  static __device__ __forceinline__ PackedQuad compress(uint32_t x01, uint32_t x23, const uint4& words, bool& regular) {
     using Traits = ElementTraits<Element>;
     if (has_few_nonzeros(x01, x23)) return pack_single({x01, x01 >> 16, x23, x23 >> 16});
     const float a[4] = {fabsf(Traits::to_float(x01 & 0xffffu)), fabsf(Traits::to_float(x01 >> 16)),
                         fabsf(Traits::to_float(x23 & 0xffffu)), fabsf(Traits::to_float(x23 >> 16))};
     const float sum = __fadd_rn(__fadd_rn(__fadd_rn(a[0], a[1]), a[2]), a[3]);
-    bool regular = sum <= kLargestSum;
+    regular &= sum <= kLargestSum;
 
     // First round. free[i]: 1 where p = 2 a / sum < 1, 0 where the element is capped; (1 - p) 2^24 is exact near 1.
     const float inverse = reciprocal(sum);
@@ -110,7 +109,6 @@ struct MvueQuad {
       regular &= fabsf(kept0) >= kSmallestSample;
       regular &= fabsf(kept1) >= kSmallestSample;
     }
-    if (!regular) irregular |= flag;
     return {pack_floats<Element>(quotient(kept0, kept_weight0), quotient(kept1, kept_weight1)), code >> 16};
   }
 
@@ -123,8 +121,7 @@ struct MvueQuad {
 
 template <typename Element>
 struct RandomQuad {
-  static __device__ __forceinline__ PackedQuad compress(uint32_t x01, uint32_t x23, const uint4& words, uint32_t flag,
-                                                        uint32_t& irregular) {
+  static __device__ __forceinline__ PackedQuad compress(uint32_t x01, uint32_t x23, const uint4& words, bool& regular) {
     const bool beats01 = words.x >= words.y, beats02 = words.x >= words.z, beats03 = words.x >= words.w;
     const bool beats12 = words.y >= words.z, beats13 = words.y >= words.w, beats23 = words.z >= words.w;
     const bool keep0 = (beats01 && beats02) || (beats01 && beats03) || (beats02 && beats03);
@@ -135,11 +132,14 @@ struct RandomQuad {
     const uint32_t code12 = keep2 ? 0x95432u : 0xd7632u;
     const uint32_t code = keep0 ? code0 : keep1 ? code12 : 0xe7654u;
     const uint32_t kept = permute(x01, x23, code);
-    // A kept zero has to be stored at the lowest free index; a NaN or inf changes what is kept.
-    const uint32_t nonzero = (kept & 0x7fff7fffu) + 0x7fff7fffu;
+    // A NaN or inf changes what is kept; a kept zero has to be stored at the lowest free index.
     constexpr uint32_t kToTopBit = (0x8000 - ElementTraits<Element>::kInfinity) * 0x10001;
     const uint32_t not_finite = ((x01 & 0x7fff7fffu) + kToTopBit) | ((x23 & 0x7fff7fffu) + kToTopBit);
-    if (((nonzero & ~not_finite) & 0x80008000u) != 0x80008000u) irregular |= flag;
+    regular &= (not_finite & 0x80008000u) == 0;
+    if ((((kept & 0x7fff7fffu) + 0x7fff7fffu) & 0x80008000u) != 0x80008000u) {
+      const bool keep3 = !(keep0 && keep1) && !(keep0 && keep2) && !(keep1 && keep2);
+      return pack_single({keep0 ? x01 : 0, keep1 ? x01 >> 16 : 0, keep2 ? x23 : 0, keep3 ? x23 >> 16 : 0});
+    }
     return {kept, code >> 16};
   }
 
