@@ -181,12 +181,12 @@ def mvue(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
         if round_index < n - 1:
             a.view(integer).mul_(below_one)
 
-    # Step 4. running[:, i + 1] is R_i, w becomes the weights. If the last round capped something p is stale, but k is 0.
-    after = scratch("after", full, integer)  # 1 where a later element is free
+    # Step 4. running[:, i + 1] is R_i, w becomes the weights. If the last round capped something p is stale, but k = 0.
+    after = below_one  # now: 1 where a later element is free
     after[:, -1].zero_()
     for i in reversed(range(m - 1)):
         torch.maximum(after[:, i + 1], free[:, i + 1], out=after[:, i])
-    w = scratch("w", full, integer).copy_(p.mul_(UNIT))
+    w = a.view(integer).copy_(p.mul_(UNIT))
     w.add_(n * UNIT).sub_(after, alpha=n * UNIT)  # from the last free element on, enough to reach the end
     end = k.mul_(UNIT)
     running = scratch("running", (t, m + 1, s), integer)
@@ -206,8 +206,10 @@ def mvue(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
     capped = nonzero.sub_(free)
     keep.add_(capped)
     probability = p.copy_(w.add_(capped, alpha=UNIT)).mul_(1 / UNIT)
+    scaled = torch.div(wide, probability, out=p)
     largest_finite = torch.finfo(x.dtype).max
-    scaled = torch.div(wide, probability, out=p).clamp_(-largest_finite, largest_finite)
+    if not _all_below(largest, largest_finite / (1 << 20)):  # a kept |x| grows less than that, remainder included
+        scaled.clamp_(-largest_finite, largest_finite)
     if x.dtype != dtype:
         keep = scratch("mask", full, BITS[x.dtype]).copy_(keep)
         scaled = scratch("rounded", full, x.dtype).copy_(scaled)
@@ -243,11 +245,16 @@ def _order_keys(x: Tensor, scratch: Scratch) -> Tensor:
 
 def _with_non_finite(pruned: Tensor, x: Tensor, n: int, largest: Tensor) -> Tensor:
     """`pruned`, but `magnitude` for groups whose `largest` magnitude is NaN or inf."""
-    if x.device.type == "cpu" and largest.amax() < math.inf:
+    if _all_below(largest, math.inf):
         return pruned
     return torch.where(
         largest < math.inf, pruned, magnitude(x, n, Scratch(x.device))
     )  # `pruned` lives in the other scratch
+
+
+def _all_below(values: Tensor, limit: float) -> bool:
+    """Whether all `values` are below `limit`. Never looks on CUDA: there the answer is no."""
+    return values.device.type == "cpu" and bool(values.amax() < limit)
 
 
 def _power_of_two(largest: Tensor, scratch: Scratch) -> Tensor:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from sdgp_accel import group_rules as rules
 from sdgp_accel.config import PASSES, Pass, PruneSpec, SDGPConfig, check_choice
+from sdgp_accel.huge_pages import empty_like
 from sdgp_accel.philox import Rng, data_parallel_rank, draw, group_words
 
 # Values per piece on a CPU: the scratch of a piece (about 10 times its values) stays in the last-level cache, while
 # each operation is long enough to be worth splitting over threads.
-CPU_PIECE = 1 << 18
+CPU_PIECE = 1 << 19
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -147,7 +148,7 @@ def _prune(x: Tensor, spec: PruneSpec, dim: int, sum_dims: tuple[int, ...] | Non
         _rescale_scopes(x, pruned, sum_dims, spec.eps)
         return pruned
     x = x.detach()
-    out = torch.empty_like(x)
+    out = empty_like(x)
     if out.numel() == 0:
         return out
     # Everything below walks the tensor in the order of its memory, but counts groups in the order of its dimensions.
@@ -162,7 +163,7 @@ def _prune(x: Tensor, spec: PruneSpec, dim: int, sum_dims: tuple[int, ...] | Non
             rules.magnitude_quads(flat_in[chunk], spec.n, flat_out[chunk], scratch)
         return out
     grid_shape = [-(-size // m) if i == dim else s for i, s in enumerate(x.shape)]
-    index_strides = [math.prod(grid_shape[d + 1 :]) for d in order]
+    indices = _GroupIndices([math.prod(grid_shape[d + 1 :]) for d in order], scratch)
     total = math.prod(grid_shape)
     full_groups, rest = divmod(size, m)
     parts = [(0, full_groups, m)] if full_groups else []
@@ -173,7 +174,6 @@ def _prune(x: Tensor, spec: PruneSpec, dim: int, sum_dims: tuple[int, ...] | Non
         planes_out = _planes(target, dim_in_order, first_group * m, groups, length)
         first_index = [first_group if d == dim_in_order else 0 for d in range(x.ndim)]
         for piece in _pieces(planes_in.shape[1:], length, x.device):
-            starts = [cells.start + first for cells, first in zip(piece, first_index, strict=True)]
             box: tuple[slice, ...] = (slice(None), *piece)
             tiles = _tile_count(planes_in[box].shape[1:], x.device)
             part_in, part_out = _tiled(planes_in[box], tiles), _tiled(planes_out[box], tiles)
@@ -181,8 +181,8 @@ def _prune(x: Tensor, spec: PruneSpec, dim: int, sum_dims: tuple[int, ...] | Non
             _copy_planes(values.movedim(1, 0).view(part_in.shape), part_in)
             words = None
             if rng is not None:
-                sizes = [cells.stop - cells.start for cells in piece]
-                index = _group_indices(starts, sizes, index_strides, x.device)
+                starts = [cells.start + first for cells, first in zip(piece, first_index, strict=True)]
+                index = indices(starts, [cells.stop - cells.start for cells in piece])
                 words = partial(group_words, rng, index, total=total, spare=scratch.spare_words(index.numel()))
             result = _apply(spec, values, words, scratch)
             _copy_planes(part_out, result.movedim(1, 0).view(part_out.shape))
@@ -201,12 +201,24 @@ def _apply(spec: PruneSpec, values: Tensor, words: rules.Words | None, scratch: 
     return rules.mvue(values, n, words, scratch)
 
 
-def _group_indices(starts: Sequence[int], shape: Sequence[int], strides: Sequence[int], device: torch.device) -> Tensor:
-    """sum_d (starts[d] + i_d) * strides[d] for all i in `shape`, flattened."""
-    index = torch.zeros((), dtype=torch.int64, device=device)
-    for start, size, stride in zip(starts, shape, strides, strict=True):
-        index = index.unsqueeze(-1) + torch.arange(start, start + size, dtype=torch.int64, device=device) * stride
-    return index.view(-1)
+class _GroupIndices:
+    """Row-major indices of the groups in boxes of the grid; boxes of one size share most of the work."""
+
+    def __init__(self, strides: Sequence[int], scratch: rules.Scratch) -> None:
+        self._strides, self._scratch = strides, scratch
+        self._sizes: list[int] = []
+        self._relative = torch.empty(0)
+
+    def __call__(self, starts: Sequence[int], sizes: list[int]) -> Tensor:
+        """sum_d (starts[d] + i_d) * strides[d] for all i in `sizes`, flattened."""
+        if sizes != self._sizes:
+            device = self._scratch.device
+            index = torch.zeros((), dtype=torch.int64, device=device)
+            for size, stride in zip(sizes, self._strides, strict=True):
+                index = index.unsqueeze(-1) + torch.arange(size, dtype=torch.int64, device=device) * stride
+            self._sizes, self._relative = sizes, index.view(-1)
+        first = sum(start * stride for start, stride in zip(starts, self._strides, strict=True))
+        return torch.add(self._relative, first, out=self._scratch("index", tuple(self._relative.shape), torch.int64))
 
 
 def _rescale_scopes(x: Tensor, kept: Tensor, dims: tuple[int, ...], eps: float) -> None:
