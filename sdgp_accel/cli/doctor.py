@@ -79,9 +79,14 @@ def find_extension() -> list[Finding]:
     except ImportError as error:
         return [Finding("cutlass_ops", f"built, but it does not load: {error}", BUILD_COMMAND)]
     if archs:
-        return [Finding("cutlass_ops", f"built for {', '.join(f'sm_{arch}' for arch in archs)}")]
+        return [Finding("cutlass_ops", f"built for {', '.join(map(architecture, archs))}")]
     # Without a GPU to run it on, an absent extension is nothing to fix.
     return [Finding("cutlass_ops", "not built", BUILD_COMMAND if has_sparse_tensor_cores() else None)]
+
+
+def architecture(name: str) -> str:
+    """``"80"`` as ``sm_80`` (machine code); ``"compute_90"`` (PTX for later GPUs) as it is."""
+    return name if name.startswith("compute_") else f"sm_{name}"
 
 
 def find_backend() -> list[Finding]:

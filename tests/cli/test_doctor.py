@@ -48,12 +48,12 @@ def test_idle_gpu_is_an_error_with_the_command_that_fixes_it(hopper, monkeypatch
 
 def test_built_extension_names_its_architectures(hopper, monkeypatch):
     extension = types.ModuleType("cutlass_ops")
-    extension.ARCHS = ("80", "90a")
+    extension.ARCHS = ("80", "90a", "compute_90")
     monkeypatch.setitem(sys.modules, "cutlass_ops", extension)
     result = run("--json")
     assert result.exit_code == 0
     findings = {finding["what"]: finding for finding in json.loads(result.output)}
-    assert "sm_80, sm_90a" in findings["cutlass_ops"]["value"]
+    assert "sm_80, sm_90a, compute_90" in findings["cutlass_ops"]["value"]
     assert "H100" in findings["GPU 0"]["value"]
 
 
