@@ -248,7 +248,7 @@ def _with_non_finite(pruned: Tensor, x: Tensor, n: int, largest: Tensor) -> Tens
     if _all_below(largest, math.inf):
         return pruned
     return torch.where(
-        largest < math.inf, pruned, magnitude(x, n, Scratch(x.device))
+        (largest < math.inf).unsqueeze(1), pruned, magnitude(x, n, Scratch(x.device))
     )  # `pruned` lives in the other scratch
 
 
