@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -74,23 +75,32 @@ class SwapReport:
         }
 
     def table(self) -> Table:
-        """The report as a rich table."""
-        table = Table(title=f"{len(self.swapped)} of {len(self.layers)} layers swapped")
-        for column in ("layer", "class", "shape", "dgrad", "wgrad", "backend", "why"):
-            table.add_column(column, overflow="fold")
+        """The report as a rich table, its reasons numbered and listed below."""
+        title = f"{len(self.swapped)} of {len(self.layers)} layers swapped"
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
+        table.add_column("layer", overflow="fold")
+        for column in ("what", "dgrad, wgrad", "backend", "why"):
+            table.add_column(column)
+        numbers: dict[str, int] = {}
         for layer in self.layers:
-            name = ", ".join((layer.name or "(the model)", *layer.aliases))
+            number = numbers.setdefault(layer.reason, len(numbers) + 1)
+            passes = layer.dgrad if layer.dgrad == layer.wgrad else f"{layer.dgrad}, {layer.wgrad}"
             table.add_row(
-                name, layer.kind, layer.shape, layer.dgrad, layer.wgrad, layer.backend, layer.reason,
+                ", ".join((layer.name or "(the model)", *layer.aliases)),
+                f"{layer.kind} {layer.shape}",
+                passes if layer.swapped else "",
+                layer.backend if layer.swapped else "",
+                str(number),
                 style=None if layer.swapped else "dim",
-            )  # fmt: skip
+            )
+        table.caption = "\n".join(f" {number}: {reason}" for reason, number in numbers.items())
         return table
 
     def __rich__(self) -> Table:
         return self.table()
 
     def __str__(self) -> str:
-        console = Console(width=140, color_system=None)
+        console = Console(width=120, color_system=None)
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()

@@ -205,7 +205,7 @@ def test_draws_use_the_numbers_that_the_op_used(monkeypatch: pytest.MonkeyPatch)
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "checks.json"
-    result = CliRunner().invoke(main, ["validate", "digits", "--batch", "2", "--json", str(path)])
+    result = CliRunner().invoke(main, ["validate", "digits", "--device", "cpu", "--batch", "2", "--json", str(path)])
     assert result.exit_code == 0, result.output
     data = json.loads(path.read_text())
     assert data["ok"]
@@ -213,10 +213,12 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert data["swap"]["swapped"] > 0
 
     monkeypatch.setattr(reference.ReferenceBackend, "wgrad", lambda self, dy, x, geometry: (dy.T @ x) * 1.01)
-    result = CliRunner().invoke(main, ["validate", "digits", "--batch", "2", "--layers", "head", "--draws", "0"])
+    result = CliRunner().invoke(
+        main, ["validate", "digits", "--device", "cpu", "--batch", "2", "--layers", "head", "--draws", "0"]
+    )
     assert result.exit_code == 1
     assert "FAILED: head wgrad" in result.output
-    result = CliRunner().invoke(main, ["validate", "digits", "--layers", "no_such_layer"])
+    result = CliRunner().invoke(main, ["validate", "digits", "--device", "cpu", "--layers", "no_such_layer"])
     assert result.exit_code == 1
     assert "no layer was checked" in result.output
     result = CliRunner().invoke(main, ["validate", "no_such_model"])
