@@ -1,4 +1,4 @@
-"""Tensor maps: the 128 bytes that the shim's cuTensorMapEncodeTiled fills, and which bytes a box of one touches."""
+"""Tensor maps: the 128 bytes that the shim's cuTensorMapEncode* fill, and which bytes a box of one touches."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .memory import Bad
+
 Array = NDArray[Any]
 MAGIC = 0x50545854
 _ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 8, 9: 2, 10: 4, 11: 4, 12: 4}
@@ -17,7 +19,10 @@ _UNITS = {0: 1, 1: 2, 2: 4, 3: 8}  # CU_TENSOR_MAP_SWIZZLE_* -> 16-byte units pe
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A tiled map; dimensions, strides and box innermost first, strides in bytes from dimension 1 on."""
+    """A tiled or im2col map; dimensions, strides and box innermost first, strides in bytes from dimension 1 on.
+
+    im2col: the box is (channels, pixels), `lower` and `upper` are the corners of the pixel box and `steps` its strides.
+    """
 
     element: int
     address: int
@@ -25,6 +30,10 @@ class TensorMap:
     strides: tuple[int, ...]
     box: tuple[int, ...]
     units: int
+    is_im2col: bool
+    lower: tuple[int, ...]
+    upper: tuple[int, ...]
+    steps: tuple[int, ...]
 
     @classmethod
     def decode(cls, raw: bytes) -> TensorMap | None:
@@ -33,7 +42,24 @@ class TensorMap:
             return None
         extents = struct.unpack_from("<5I", raw, 16)
         strides, box = struct.unpack_from("<4Q", raw, 40), struct.unpack_from("<5H", raw, 72)
-        return cls(_ELEMENT_BYTES[kind], address, extents[:rank], strides[: rank - 1], box[:rank], _UNITS[swizzle])
+        lower, upper = struct.unpack_from("<3h", raw, 82), struct.unpack_from("<3h", raw, 88)
+        *steps, is_im2col = struct.unpack_from("<6B", raw, 94)
+        return cls(
+            _ELEMENT_BYTES[kind],
+            address,
+            extents[:rank],
+            strides[: rank - 1],
+            box[: 2 if is_im2col else rank],
+            _UNITS[swizzle],
+            bool(is_im2col),
+            lower[: rank - 2],
+            upper[: rank - 2],
+            tuple(steps[1 : rank - 1]),
+        )
+
+    @property
+    def rank(self) -> int:
+        return len(self.extents)
 
     @property
     def bytes(self) -> int:
@@ -44,11 +70,42 @@ class TensorMap:
         address = start + 16 * np.arange(self.bytes // 16)
         return address ^ ((address >> 7 & (self.units - 1)) << 4)
 
-    def elements(self, coordinates: list[int]) -> tuple[Array, Array]:
-        """Addresses of the box's elements, in order, and which of them lie inside the tensor."""
-        grids = np.meshgrid(*(np.arange(n) + c for n, c in zip(self.box, coordinates, strict=True)), indexing="ij")
+    def elements(self, coordinates: list[int], offsets: list[int]) -> tuple[Array, Array]:
+        """Addresses of the box's elements, in order, and which of them lie inside the tensor.
+
+        `offsets` (im2col) are added to the coordinates of each pixel: the position in the filter.
+        """
+        if self.is_im2col:
+            pixels = self._pixels(coordinates[1:], offsets)
+            channel = np.arange(self.box[0]) + coordinates[0]
+            grids = [np.broadcast_to(channel[:, None], (self.box[0], self.box[1])), *(p[None, :] for p in pixels)]
+        else:
+            ranges = (np.arange(n) + c for n, c in zip(self.box, coordinates, strict=True))
+            grids = np.meshgrid(*ranges, indexing="ij")
         address, inside = np.full(grids[0].shape, self.address, np.int64), np.ones(grids[0].shape, bool)
         for grid, extent, stride in zip(grids, self.extents, (self.element, *self.strides), strict=True):
             address += grid * stride
             inside &= (grid >= 0) & (grid < extent)
         return address.reshape(-1, order="F"), inside.reshape(-1, order="F")
+
+    def _pixels(self, start: list[int], offsets: list[int]) -> list[Array]:
+        """Coordinates (w, h, ..., n) of the column's pixels.
+
+        The pixel box spans `lower` to extent - 1 + `upper`, in steps; from `start` on, pixels follow each other in it, w
+        fastest, then on into the next image.
+        """
+        counts = [
+            (extent - 1 + upper - lower) // step + 1
+            for extent, upper, lower, step in zip(self.extents[1:-1], self.upper, self.lower, self.steps, strict=True)
+        ]
+        index = start[-1]
+        for position, count, lower, step in reversed(list(zip(start, counts, self.lower, self.steps, strict=False))):
+            if (position - lower) % step or not 0 <= (position - lower) // step < count:
+                raise Bad("launch", 0, f"im2col start {start} is not a pixel of the box")
+            index = index * count + (position - lower) // step
+        indices = index + np.arange(self.box[1])
+        result = []
+        for count, lower, step, offset in zip(counts, self.lower, self.steps, offsets, strict=True):
+            result.append(indices % count * step + lower + offset)
+            indices = indices // count
+        return [*result, indices]

@@ -302,7 +302,7 @@ def bulk(b: Binder) -> Make:
                 known[column] = max(known[column], done)
 
         return b.lanes(wait)
-    if b.has("im2col", "tile::gather4", "im2col_no_offs"):
+    if b.has("tile::gather4", "im2col_no_offs", "im2col::w"):
         raise b.unknown()
     if b.has("tensor"):
         first_space = next(m for m in b.mods if m.split("::")[0] in ("shared", "global"))
@@ -318,6 +318,7 @@ def _tma_load(b: Binder) -> Make:
     target, source, barrier_at = (_memory(a) for a in args[:3])
     if source.coords is None:
         raise b.unknown("tensor without coordinates")
+    shifts = [b.src(o, np.uint16) for o in vector(args.pop(3))] if b.has("im2col") else []
     multicast = b.src(args[3], np.uint16) if b.has("multicast::cluster") else None
     to, map_at, barrier_address = b.address(target), b.address(source), b.address(barrier_at)
     coords = [b.src(c, np.int32) for c in vector(source.coords)]
@@ -325,15 +326,13 @@ def _tma_load(b: Binder) -> Make:
     def one(thread: int) -> None:
         lane = np.array([thread])
         tensor = _tensor_map(b, int(map_at(lane)[0]), thread)
-        if len(coords) != len(tensor.box):
-            raise wave.fault(
-                "launch", f"{len(coords)} coordinates for a map of rank {len(tensor.box)}", b.instr, thread
-            )
+        if len(coords) != tensor.rank or tensor.is_im2col != b.has("im2col"):
+            raise wave.fault("launch", f"{tensor} does not fit the instruction", b.instr, thread)
         start = int(to(lane)[0])
         inner = start & (1 << RANK_SHIFT) - 1
         if inner % 128:
             raise wave.fault("misaligned", f"TMA destination {inner} is not a multiple of 128", b.instr, thread)
-        address, inside = tensor.elements([_scalar(c, thread) for c in coords])
+        address, inside = tensor.elements([_scalar(c, thread) for c in coords], [_scalar(o, thread) for o in shifts])
         data = np.zeros(address.size, ELEMENT[tensor.element])
         data[inside] = wave.memory.load(address[inside], tensor.element)
         wave.counters.global_load += int(inside.sum()) * tensor.element
@@ -411,7 +410,7 @@ def _tma_store(b: Binder) -> Make:
         place = tensor.place(int(come_from(lane)[0]))
         offsets = wave.shared.offsets(place, np.full(place.size, thread), 16)
         raw = wave.shared.agent_read(offsets, 16, thread // wave.padded, TMA_STORE, np.array([thread // 32]))
-        address, inside = tensor.elements([_scalar(c, thread) for c in coords])
+        address, inside = tensor.elements([_scalar(c, thread) for c in coords], [])
         data = raw.view(ELEMENT[tensor.element])[inside]
         wave.memory.store(address[inside], tensor.element, data)
         wave.counters.global_store += data.nbytes

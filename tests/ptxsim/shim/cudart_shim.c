@@ -256,7 +256,9 @@ struct tensor_map {
   uint64_t address;
   uint32_t extents[5], unused;
   uint64_t strides[4];
-  uint16_t box[5];
+  uint16_t box[5];                /* im2col: channels per pixel, pixels per column */
+  int16_t lower[3], upper[3];     /* im2col: corners of the pixel box */
+  uint8_t steps[5], is_im2col;
 };
 _Static_assert(sizeof(struct tensor_map) <= sizeof(CUtensorMap), "a tensor map has 128 bytes");
 
@@ -269,35 +271,63 @@ static int element_bytes(CUtensorMapDataType type) {
   }
 }
 
-/* Refuses what the driver's documentation says it refuses. */
+/* Both refuse what the driver's documentation says it refuses. */
+static CUresult record(struct tensor_map *map, CUtensorMapDataType type, cuuint32_t rank, void *address, const cuuint64_t *extents,
+                       const cuuint64_t *strides, const cuuint32_t *steps, unsigned inner, CUtensorMapInterleave interleave,
+                       CUtensorMapSwizzle swizzle, CUtensorMapFloatOOBfill fill) {
+  if (rank < 1 || rank > 5 || (uintptr_t)address % 16 || type > CU_TENSOR_MAP_DATA_TYPE_TFLOAT32_FTZ) return CUDA_ERROR_INVALID_VALUE;
+  if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || swizzle > CU_TENSOR_MAP_SWIZZLE_128B || fill) return CUDA_ERROR_NOT_SUPPORTED;
+  static const unsigned span[] = {1u << 30, 32, 64, 128};
+  if (inner * element_bytes(type) % 16 || inner * element_bytes(type) > span[swizzle]) return CUDA_ERROR_INVALID_VALUE;
+  map->magic = 0x50545854, map->type = type, map->rank = rank, map->swizzle = swizzle, map->address = (uintptr_t)address;
+  for (unsigned i = 0; i < rank; i++) {
+    if (extents[i] == 0 || extents[i] > (1ull << 32) - 1 || steps[i] == 0 || steps[i] > 8) return CUDA_ERROR_INVALID_VALUE;
+    map->extents[i] = extents[i], map->steps[i] = steps[i];
+    if (i + 1 < rank) {
+      if (strides[i] % 16 || strides[i] >= 1ull << 40) return CUDA_ERROR_INVALID_VALUE;
+      map->strides[i] = strides[i];
+    }
+  }
+  return CUDA_SUCCESS;
+}
 static CUresult encode_tiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address, const cuuint64_t *extents,
                              const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *steps,
                              CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                              CUtensorMapFloatOOBfill fill) {
   (void)promotion;
-  struct tensor_map recorded = {.magic = 0x50545854, .type = type, .rank = rank, .swizzle = swizzle, .interleave = interleave};
-  if (rank < 1 || rank > 5 || (uintptr_t)address % 16 || type > CU_TENSOR_MAP_DATA_TYPE_TFLOAT32_FTZ) return CUDA_ERROR_INVALID_VALUE;
-  if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || swizzle > CU_TENSOR_MAP_SWIZZLE_128B || fill) return CUDA_ERROR_NOT_SUPPORTED;
-  recorded.address = (uintptr_t)address;
-  for (unsigned i = 0; i < rank; i++) {
-    if (extents[i] == 0 || extents[i] > (1ull << 32) - 1 || box[i] == 0 || box[i] > 256 || steps[i] != 1) return CUDA_ERROR_INVALID_VALUE;
-    recorded.extents[i] = extents[i], recorded.box[i] = box[i];
-    if (i + 1 < rank) {
-      if (strides[i] % 16 || strides[i] >= 1ull << 40) return CUDA_ERROR_INVALID_VALUE;
-      recorded.strides[i] = strides[i];
-    }
+  struct tensor_map recorded = {0};
+  CUresult error = record(&recorded, type, rank, address, extents, strides, steps, box[0], interleave, swizzle, fill);
+  for (unsigned i = 0; i < rank && error == CUDA_SUCCESS; i++) {
+    if (box[i] == 0 || box[i] > 256) return CUDA_ERROR_INVALID_VALUE;
+    if (steps[i] != 1) return CUDA_ERROR_NOT_SUPPORTED;
+    recorded.box[i] = box[i];
   }
-  unsigned inner = box[0] * element_bytes(type);
-  static const unsigned span[] = {1u << 30, 32, 64, 128};
-  if (inner % 16 || inner > span[swizzle]) return CUDA_ERROR_INVALID_VALUE;
   memcpy(map, &recorded, sizeof recorded);
-  return CUDA_SUCCESS;
+  return error;
+}
+static CUresult encode_im2col(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank, void *address, const cuuint64_t *extents,
+                              const cuuint64_t *strides, const int *lower, const int *upper, cuuint32_t channels, cuuint32_t pixels,
+                              const cuuint32_t *steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                              CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  (void)promotion;
+  if (rank < 3 || channels == 0 || channels > 256 || pixels == 0 || pixels > 1024) return CUDA_ERROR_INVALID_VALUE;
+  struct tensor_map recorded = {.is_im2col = 1, .box = {channels, pixels}};
+  int limit = rank == 3 ? 1 << 15 : rank == 4 ? 1 << 7 : 1 << 4;
+  for (unsigned i = 0; i < rank - 2; i++) {
+    if (lower[i] < -limit || lower[i] >= limit || upper[i] < -limit || upper[i] >= limit) return CUDA_ERROR_INVALID_VALUE;
+    recorded.lower[i] = lower[i], recorded.upper[i] = upper[i];
+  }
+  CUresult error = record(&recorded, type, rank, address, extents, strides, steps, channels, interleave, swizzle, fill);
+  memcpy(map, &recorded, sizeof recorded);
+  return error;
 }
 
 cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function, unsigned version, unsigned long long flags,
                                              enum cudaDriverEntryPointQueryResult *status) {
   (void)version, (void)flags;
-  *function = strcmp(symbol, "cuTensorMapEncodeTiled") ? NULL : (void *)encode_tiled;
+  *function = !strcmp(symbol, "cuTensorMapEncodeTiled")    ? (void *)encode_tiled
+              : !strcmp(symbol, "cuTensorMapEncodeIm2col") ? (void *)encode_im2col
+                                                           : NULL;
   if (status) *status = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return done(*function ? cudaSuccess : cudaErrorInvalidValue);
 }
