@@ -101,8 +101,8 @@ def load(name: str) -> Backend | None:
 def decide_linear(
     plan_text: str, input_shape: tuple[int, ...], out_features: int, dtype: torch.dtype, device: torch.device
 ) -> Decision:
-    """`decide` for ``functional.linear`` on an input of this shape, remembered."""
-    return decide(plan_text, LinearGeometry.of(input_shape, out_features), dtype, device)
+    """`decide` for ``functional.linear`` on an input of this shape, measured where it is to be, remembered."""
+    return _measured(decide(plan_text, LinearGeometry.of(input_shape, out_features), dtype, device), dtype, device)
 
 
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
@@ -115,8 +115,20 @@ def decide_conv2d(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Decision:
-    """`decide` for ``functional.conv2d`` on an input of this shape, remembered."""
-    return decide(plan_text, Conv2dGeometry.of(input_shape, weight_shape, window, channels_last), dtype, device)
+    """`decide` for ``functional.conv2d`` on an input of this shape, measured where it is to be, remembered."""
+    geometry = Conv2dGeometry.of(input_shape, weight_shape, window, channels_last)
+    return _measured(decide(plan_text, geometry, dtype, device), dtype, device)
+
+
+def _measured(decision: Decision, dtype: torch.dtype, device: torch.device) -> Decision:
+    """With ``backend="auto"``, only the passes that the kernels make faster stay pruned."""
+    backend, plan = decision.backend, decision.plan
+    if backend is None or backend.name != KERNELS or plan.backend != "auto":
+        return decision
+    from sdgp_accel import tuning  # not needed where nothing is measured
+
+    plan, reason = tuning.tune(backend, plan, decision.geometry, dtype, device)
+    return Decision(decision.geometry, backend if plan.prunes else None, plan, plan.draws, reason)
 
 
 def forget_decisions() -> None:
