@@ -1,0 +1,73 @@
+"""How a backend is found, and the dense GEMMs that all of them are measured by."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdgp_accel import backends
+from sdgp_accel.backends import Needs, dense
+from sdgp_accel.config import SDGPConfig
+from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
+from sdgp_accel.layer_plan import decode, plan_string
+
+
+def test_a_backend_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "toy.py").write_text("class Toy:\n    name = 'toy'\nBACKEND = Toy()\n")
+    assert backends.load("toy") is None
+    monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
+    assert backends.load("toy").name == "toy"
+    assert backends.load("reference").name == "reference"
+
+
+@pytest.mark.parametrize("needs", [Needs(*flags) for flags in itertools.product([False, True], repeat=3)])
+def test_reference_prepares_only_what_is_needed(needs: Needs) -> None:
+    plan = decode(plan_string("linear", SDGPConfig(prune="magnitude")))
+    dy = torch.randn(12, 8)
+    operands = backends.load("reference").prune_compress(dy, plan, None, 1, needs)
+    assert tuple(operand is not None for operand in operands) == tuple(needs)
+    if needs.dgrad:
+        assert (operands.dgrad.view(12, 2, 4) != 0).sum(-1).eq(2).all()
+    if needs.wgrad:
+        assert (operands.wgrad.t().reshape(8, 3, 4) != 0).sum(-1).eq(2).all()
+    if needs.bias:
+        torch.testing.assert_close(operands.bias, dy.sum(0))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("stride", "padding", "dilation", "groups"), [(1, 0, 1, 1), (2, 1, 1, 1), (1, 2, 2, 2), ((2, 1), (0, 1), (1, 2), 4)]
+)
+def test_dense_convolution_gradients(
+    stride: object, padding: object, dilation: object, groups: int, channels_last: bool
+) -> None:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 8, 9, 10, dtype=torch.float64).to(memory_format=memory_format)
+    weight = torch.randn(12, 8 // groups, 3, 3, dtype=torch.float64).to(memory_format=memory_format)
+    y = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+    dy = torch.randn_like(y)
+    pair = lambda value: value if isinstance(value, tuple) else (value, value)  # noqa: E731
+    window = (*pair(stride), *pair(padding), *pair(dilation), groups)
+    geometry = Conv2dGeometry.of(x.shape, weight.shape, window, channels_last)
+    arguments = (stride, padding, dilation, groups)
+    dx, dw = dense.dgrad(dy, weight, geometry), dense.wgrad(dy, x, geometry)
+    torch.testing.assert_close(dx, torch.nn.grad.conv2d_input(x.shape, weight, dy, *arguments))
+    torch.testing.assert_close(dw, torch.nn.grad.conv2d_weight(x, weight.shape, dy, *arguments))
+    for gradient in (dx, dw):
+        assert gradient.is_contiguous(memory_format=memory_format)
+    matrix = dense.matrix_view(dy, geometry)
+    assert matrix.shape == (geometry.positions, 12)
+    assert torch.equal(dense.layer_view(matrix, geometry), dy)
+    assert (matrix.data_ptr() == dy.data_ptr()) == channels_last  # a copy only where it cannot be avoided
+
+
+def test_dense_linear_gradients() -> None:
+    dy, x, weight = torch.randn(7, 6), torch.randn(7, 5), torch.randn(6, 5)
+    geometry = LinearGeometry.of(x.shape, 6)
+    torch.testing.assert_close(dense.dgrad(dy, weight, geometry), dy @ weight)
+    torch.testing.assert_close(dense.wgrad(dy, x, geometry), dy.T @ x)
+    assert dense.matrix_view(dy.view(7, 1, 6), geometry).shape == (7, 6)
+    assert dense.layer_view(dy, geometry) is dy
