@@ -3,17 +3,17 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
-#include <utility>
+#include <type_traits>
 
-#include <cute/arch/mma_sm90_gmma_sparse.hpp>
 
 namespace sdgp::sm90 {
 
-using cute::SM90::GMMA::Major;
-using cute::SM90::GMMA::ScaleOut;
-using cute::SM90::GMMA::SparseSel;
+// Which way a 16-bit operand in shared memory is contiguous; the value is wgmma's transpose bit.
+enum class Major : int { K = 0, MN = 1 };
 
 __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -175,7 +175,7 @@ enum class Swizzle : uint64_t { k128B = 1, k64B = 2 };
 // Descriptor of a matrix in shared memory without its start address (`descriptor_address`).
 // MN-major, 128 B swizzle: `leading_bytes` from one 64-wide MN block to the next, `stride_bytes` from 8 k to the next 8 k.
 // K-major: `stride_bytes` from 8 rows to the next 8 rows, `leading_bytes` unused.
-constexpr uint64_t matrix_descriptor(Swizzle swizzle, int leading_bytes, int stride_bytes) {
+__host__ __device__ constexpr uint64_t matrix_descriptor(Swizzle swizzle, int leading_bytes, int stride_bytes) {
   return static_cast<uint64_t>(swizzle) << 62 | static_cast<uint64_t>(stride_bytes >> 4) << 32 |
          static_cast<uint64_t>(leading_bytes >> 4) << 16;
 }
@@ -184,34 +184,71 @@ constexpr uint64_t matrix_descriptor(Swizzle swizzle, int leading_bytes, int str
 // address hold the rank of the CTA; they must not reach the other fields.
 __device__ __forceinline__ uint64_t descriptor_address(uint32_t address) { return (address & 0x3ffff) >> 4; }
 
-// D[64, kN] (+)= A[64, 32 at 2:4] * B[32, kN], float32 accumulators, A and B in shared memory, B MN-major.
-template <typename Element, int kN, Major kMajorA, SparseSel kSelector>
-struct SparseWgmma;
+// The registers of d as asm operands: 64, 96 or 128.
+#define SDGP_NAMES_64 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SDGP_NAMES_96 SDGP_NAMES_64 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define SDGP_NAMES_128 SDGP_NAMES_96 \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define SDGP_OPERANDS_8(i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SDGP_OPERANDS_32(i) \
+  SDGP_OPERANDS_8(i), SDGP_OPERANDS_8(i + 8), SDGP_OPERANDS_8(i + 16), SDGP_OPERANDS_8(i + 24)
+#define SDGP_OPERANDS_64 SDGP_OPERANDS_32(0), SDGP_OPERANDS_32(32)
+#define SDGP_OPERANDS_96 SDGP_OPERANDS_64, SDGP_OPERANDS_32(64)
+#define SDGP_OPERANDS_128 SDGP_OPERANDS_96, SDGP_OPERANDS_32(96)
 
-#define SDGP_SPARSE_WGMMA(ELEMENT, N, NAME)                                                                           \
-  template <Major kMajorA, SparseSel kSelector>                                                                       \
-  struct SparseWgmma<ELEMENT, N, kMajorA, kSelector> {                                                                \
-    using Atom = cute::SM90::GMMA::SPARSE::NAME<kMajorA, Major::MN, cute::SM90::GMMA::ScaleIn::One,                   \
-                                                cute::SM90::GMMA::ScaleIn::One, kSelector>;                           \
-    __device__ __forceinline__ static void issue(uint64_t a, uint64_t b, uint32_t metadata, float (&d)[N / 2],        \
-                                                 bool accumulate) {                                                   \
-      issue(a, b, metadata, d, accumulate, std::make_index_sequence<N / 2>{});                                        \
-    }                                                                                                                 \
-                                                                                                                      \
-   private:                                                                                                           \
-    template <size_t... kIndex>                                                                                       \
-    __device__ __forceinline__ static void issue(uint64_t a, uint64_t b, uint32_t metadata, float (&d)[N / 2],        \
-                                                 bool accumulate, std::index_sequence<kIndex...>) {                   \
-      Atom::fma(a, b, d[kIndex]..., metadata, accumulate ? ScaleOut::One : ScaleOut::Zero);                           \
-    }                                                                                                                 \
-  };
-SDGP_SPARSE_WGMMA(__half, 128, GMMA_64x128x32_F32F16F16_SS)
-SDGP_SPARSE_WGMMA(__half, 192, GMMA_64x192x32_F32F16F16_SS)
-SDGP_SPARSE_WGMMA(__half, 256, GMMA_64x256x32_F32F16F16_SS)
-SDGP_SPARSE_WGMMA(__nv_bfloat16, 128, GMMA_64x128x32_F32BF16BF16_SS)
-SDGP_SPARSE_WGMMA(__nv_bfloat16, 192, GMMA_64x192x32_F32BF16BF16_SS)
-SDGP_SPARSE_WGMMA(__nv_bfloat16, 256, GMMA_64x256x32_F32BF16BF16_SS)
+// Numbered operands after the COUNT registers of d: a, b, metadata, selector, accumulate, transpose of A.
+#define SDGP_SPARSE_WGMMA(TYPE, N, COUNT, A, B, E, SELECTOR, ACCUMULATE, TRANSPOSE_A)                       \
+  template <Major kMajorA, int kSelector>                                                                            \
+  __device__ __forceinline__ void sparse_wgmma_##TYPE##_##N(float (&d)[COUNT], uint64_t a, uint64_t b,               \
+                                                            uint32_t metadata, bool accumulate) {                    \
+    asm volatile(                                                                                                    \
+        "{\n"                                                                                                        \
+        ".reg .pred accumulate;\n"                                                                                   \
+        "setp.ne.b32 accumulate, " ACCUMULATE ", 0;\n"                                                               \
+        "wgmma.mma_async.sp.sync.aligned.m64n" #N "k32.f32." #TYPE "." #TYPE " {" SDGP_NAMES_##COUNT "}, " A ", " B  \
+        ", " E ", " SELECTOR ", accumulate, 1, 1, " TRANSPOSE_A ", 1;\n"                                             \
+        "}\n"                                                                                                        \
+        : SDGP_OPERANDS_##COUNT                                                                                      \
+        : "l"(a), "l"(b), "r"(metadata), "n"(kSelector), "r"(static_cast<int>(accumulate)),                          \
+          "n"(static_cast<int>(kMajorA)));                                                                           \
+  }
+SDGP_SPARSE_WGMMA(f16, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
+SDGP_SPARSE_WGMMA(f16, 192, 96, "%96", "%97", "%98", "%99", "%100", "%101")
+SDGP_SPARSE_WGMMA(f16, 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
+SDGP_SPARSE_WGMMA(bf16, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
+SDGP_SPARSE_WGMMA(bf16, 192, 96, "%96", "%97", "%98", "%99", "%100", "%101")
+SDGP_SPARSE_WGMMA(bf16, 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 #undef SDGP_SPARSE_WGMMA
+#undef SDGP_OPERANDS_128
+#undef SDGP_OPERANDS_96
+#undef SDGP_OPERANDS_64
+#undef SDGP_OPERANDS_32
+#undef SDGP_OPERANDS_8
+#undef SDGP_NAMES_128
+#undef SDGP_NAMES_96
+#undef SDGP_NAMES_64
+
+// D[64, kN] (+)= A[64, 32 at 2:4] * B[32, kN], float32 accumulators, A and B in shared memory, B MN-major. kSelector: the
+// lanes of each quad whose `metadata` counts, 0 and 1 or 2 and 3.
+template <typename Element, int kN, Major kMajorA, int kSelector>
+__device__ __forceinline__ void sparse_wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t metadata,
+                                             bool accumulate) {
+  constexpr bool kIsHalf = std::is_same_v<Element, __half>;
+  if constexpr (kN == 128 && kIsHalf) sparse_wgmma_f16_128<kMajorA, kSelector>(d, a, b, metadata, accumulate);
+  if constexpr (kN == 192 && kIsHalf) sparse_wgmma_f16_192<kMajorA, kSelector>(d, a, b, metadata, accumulate);
+  if constexpr (kN == 256 && kIsHalf) sparse_wgmma_f16_256<kMajorA, kSelector>(d, a, b, metadata, accumulate);
+  if constexpr (kN == 128 && !kIsHalf) sparse_wgmma_bf16_128<kMajorA, kSelector>(d, a, b, metadata, accumulate);
+  if constexpr (kN == 192 && !kIsHalf) sparse_wgmma_bf16_192<kMajorA, kSelector>(d, a, b, metadata, accumulate);
+  if constexpr (kN == 256 && !kIsHalf) sparse_wgmma_bf16_256<kMajorA, kSelector>(d, a, b, metadata, accumulate);
+}
 
 // ---- registers and warps -------------------------------------------------------------------------------
 

@@ -16,9 +16,6 @@
 // 20 KB per k32 step of a 128x256 tile beside 36 KB of reads, 20 KB beside 56 KB (four slabs) of a 256x192 tile.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "sdgp/sm90_gather.cuh"
 
 namespace sdgp::sm90 {
@@ -330,10 +327,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         if (previous_empty != 0 && lane < cluster_size) mbarrier_arrive_cluster(previous_empty, lane);
       };
       // The MMAs of one stage: two of 32 k per slab. Every other stage brings metadata for itself and the next one.
-      const auto consume_stage = [&]<int kSet, SparseSel kSelector>(bool accumulate) {
+      const auto consume_stage = [&]<int kSet, int kSelector>(bool accumulate) {
         auto& e = e_sets[kSet];
         mbarrier_wait(full_barriers + 8 * ring.stage, ring.parity);
-        if constexpr (kSelector == SparseSel::Zero) {
+        if constexpr (kSelector == 0) {
           const uint32_t slab = first_metadata_slab + ring.stage * Config::kMetadataBytes;
 #pragma unroll
           for (int s = 0; s < kSlabs; ++s)
@@ -341,15 +338,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         }
         const uint64_t a = kDescriptorA | descriptor_address(first_a_slab + ring.stage * Config::kABytes);
         const uint64_t b = kDescriptorB | descriptor_address(b_tiles + ring.stage * Config::kBBytes);
-        using Wgmma = SparseWgmma<Element, kBlockN, kMajorA, kSelector>;
 #pragma unroll
         for (int s = 0; s < kSlabs; ++s) fence_registers(d[s]);
         wgmma_fence();
 #pragma unroll
         for (int s = 0; s < kSlabs; ++s) {
           const uint64_t slab_a = a + s * (Config::kSlabABytes >> 4);
-          Wgmma::issue(slab_a, b, e[s][0], d[s], accumulate);
-          Wgmma::issue(slab_a + (kStepA >> 4), b + (kStepB >> 4), e[s][1], d[s], true);
+          sparse_wgmma<Element, kBlockN, kMajorA, kSelector>(d[s], slab_a, b, e[s][0], accumulate);
+          sparse_wgmma<Element, kBlockN, kMajorA, kSelector>(d[s], slab_a + (kStepA >> 4), b + (kStepB >> 4), e[s][1],
+                                                             true);
         }
         wgmma_commit_group();
         wgmma_wait_group<1>();
@@ -362,9 +359,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       int k_tile = unit.k_begin, left_in_segment = segment_tiles;
       const auto consume_pair = [&]<int kSet>() {
         if (k_tile >= unit.k_end) return;
-        consume_stage.template operator()<kSet, SparseSel::Zero>(k_tile > unit.k_begin);
+        consume_stage.template operator()<kSet, 0>(k_tile > unit.k_begin);
         const bool has_second = left_in_segment > 1 && k_tile + 1 < unit.k_end;
-        if (has_second) consume_stage.template operator()<kSet, SparseSel::One>(true);
+        if (has_second) consume_stage.template operator()<kSet, 1>(true);
         k_tile += has_second ? 2 : 1;
         left_in_segment -= has_second ? 2 : 1;
         if (left_in_segment == 0) left_in_segment = segment_tiles;
