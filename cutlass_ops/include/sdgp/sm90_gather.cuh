@@ -15,7 +15,8 @@
 
 namespace sdgp::sm90 {
 
-constexpr int kBlockK = 64;              // k per stage: 32 stored values of A, 64 rows of B
+constexpr int kStageK = 64;              // k per stage of B; a k tile
+constexpr int kBlockK = 128;             // k per block of A: 64 stored values and 8 metadata words of a row
 constexpr int kSlabM = 64;               // rows per wgmma
 constexpr int kSwizzleElements = 64;     // 16-bit elements in a 128-byte swizzled row
 
@@ -28,11 +29,11 @@ struct ColumnRun {
   int first, count;
 };
 
-// A as a matrix: [m, k] for Major::K, [k, m] for Major::MN, compressed along k.
+// A block of A as a matrix: [m, k] for Major::K, [k, m] for Major::MN, compressed along k.
 template <Major kMajorA, int kBlockM>
 __device__ __forceinline__ void load_matrix_values(const CUtensorMap& map, uint32_t barrier, uint32_t tile, int row,
                                                    int k_tile) {
-  const int value = k_tile * (kBlockK / 2);
+  const int value = k_tile * (kStageK / 2);
   if constexpr (kMajorA == Major::K) {
     tma_load(&map, barrier, tile, value, row);
   } else {
@@ -45,7 +46,7 @@ __device__ __forceinline__ void load_matrix_values(const CUtensorMap& map, uint3
 template <Major kMajorA, int kBlockM>
 __device__ __forceinline__ void load_matrix_metadata(const CUtensorMap& map, uint32_t barrier, uint32_t tile, int row,
                                                      int k_tile) {
-  const int word = k_tile * (kBlockK / 16);
+  const int word = k_tile * (kStageK / 16);
   if constexpr (kMajorA == Major::K) {
     tma_load(&map, barrier, tile, word, row);
   } else {
@@ -59,7 +60,7 @@ struct MatrixGather {
   static constexpr int kProducerRegisters = 40;
   int m, n;
 
-  // k tiles that share metadata loads: pairs are counted from the start of a segment.
+  // A block of A holds two k tiles, counted from the start of a segment of k.
   __device__ __forceinline__ int segment_tiles() const { return INT_MAX; }
   __device__ __forceinline__ int64_t out_row(int row) const { return row < m ? row : -1; }
   __device__ __forceinline__ ColumnRun out_columns(int column) const { return {column, n - column}; }
@@ -71,8 +72,8 @@ struct MatrixGather {
 
     __device__ __forceinline__ Producer(const MatrixGather&, const TensorMaps& maps, int row, int column, int k_tile,
                                         int first_b_row)
-        : maps(maps), row(row), column(column), k_tile(k_tile), b_row(k_tile * kBlockK + first_b_row) {}
-    __device__ __forceinline__ void advance() { ++k_tile, b_row += kBlockK; }
+        : maps(maps), row(row), column(column), k_tile(k_tile), b_row(k_tile * kStageK + first_b_row) {}
+    __device__ __forceinline__ void advance() { ++k_tile, b_row += kStageK; }
     __device__ __forceinline__ void load_values(uint32_t barrier, uint32_t tile) const {
       load_matrix_values<kMajorA, kBlockM>(maps.values, barrier, tile, row, k_tile);
     }
@@ -139,8 +140,8 @@ struct DgradGather {
         : gather(gather), maps(maps), start(pixel_start(gather.grid, row)), column(column), first_b_row(first_b_row),
           channel(0), u(0), tap(gather.first_tap), offset_h(gather.last_offset_h), offset_w(gather.last_offset_w) {}
     __device__ __forceinline__ void advance() {
-      channel += kBlockK;
-      if (channel < gather.tiles_per_tap * kBlockK) return;
+      channel += kStageK;
+      if (channel < gather.tiles_per_tap * kStageK) return;
       channel = 0;
       tap += gather.tap_step_w;
       offset_w -= gather.offset_step_w;
@@ -187,9 +188,9 @@ struct WgradGather {
 
     __device__ __forceinline__ Producer(const WgradGather& gather, const TensorMaps& maps, int row, int column,
                                         int k_tile, int first_b_row)
-        : gather(gather), maps(maps), start(pixel_start(gather.grid, k_tile * kBlockK + first_b_row)), row(row),
-          k_tile(k_tile), step_lines(kBlockK / gather.grid.width) {
-      step_pixels = kBlockK - step_lines * gather.grid.width;
+        : gather(gather), maps(maps), start(pixel_start(gather.grid, k_tile * kStageK + first_b_row)), row(row),
+          k_tile(k_tile), step_lines(kStageK / gather.grid.width) {
+      step_pixels = kStageK - step_lines * gather.grid.width;
 #pragma unroll
       for (int i = 0; i < kColumnBlocks; ++i) {
         const int block = column / kSwizzleElements + i, tap = block / gather.blocks_per_tap;

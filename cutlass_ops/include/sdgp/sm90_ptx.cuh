@@ -34,6 +34,10 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, uint
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Arrives on the barrier at the same shared-memory offset in CTA `cta` of the cluster. Without .release.cluster: what it
 // orders are reads by wgmma that have completed, and the qualifier costs a membar of ~1000 cycles.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32_t cta) {
@@ -170,7 +174,7 @@ __device__ __forceinline__ void keep_registers(const uint32_t (&values)[kSets][k
 }
 
 // Bits 62-63 of a shared-memory matrix descriptor.
-enum class Swizzle : uint64_t { k128B = 1, k64B = 2 };
+enum class Swizzle : uint64_t { k128B = 1 };
 
 // Descriptor of a matrix in shared memory without its start address (`descriptor_address`).
 // MN-major, 128 B swizzle: `leading_bytes` from one 64-wide MN block to the next, `stride_bytes` from 8 k to the next 8 k.
@@ -184,16 +188,15 @@ __host__ __device__ constexpr uint64_t matrix_descriptor(Swizzle swizzle, int le
 // address hold the rank of the CTA; they must not reach the other fields.
 __device__ __forceinline__ uint64_t descriptor_address(uint32_t address) { return (address & 0x3ffff) >> 4; }
 
-// The registers of d as asm operands: 64, 96 or 128.
+// The registers of d as asm operands: 64 or 128.
 #define SDGP_NAMES_64 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SDGP_NAMES_96 SDGP_NAMES_64 \
+#define SDGP_NAMES_128 SDGP_NAMES_64 \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define SDGP_NAMES_128 SDGP_NAMES_96 \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define SDGP_OPERANDS_8(i) \
@@ -201,8 +204,7 @@ __device__ __forceinline__ uint64_t descriptor_address(uint32_t address) { retur
 #define SDGP_OPERANDS_32(i) \
   SDGP_OPERANDS_8(i), SDGP_OPERANDS_8(i + 8), SDGP_OPERANDS_8(i + 16), SDGP_OPERANDS_8(i + 24)
 #define SDGP_OPERANDS_64 SDGP_OPERANDS_32(0), SDGP_OPERANDS_32(32)
-#define SDGP_OPERANDS_96 SDGP_OPERANDS_64, SDGP_OPERANDS_32(64)
-#define SDGP_OPERANDS_128 SDGP_OPERANDS_96, SDGP_OPERANDS_32(96)
+#define SDGP_OPERANDS_128 SDGP_OPERANDS_64, SDGP_OPERANDS_32(64), SDGP_OPERANDS_32(96)
 
 // Numbered operands after the COUNT registers of d: a, b, metadata, selector, accumulate, transpose of A.
 #define SDGP_SPARSE_WGMMA(TYPE, N, COUNT, A, B, E, SELECTOR, ACCUMULATE, TRANSPOSE_A)                       \
@@ -221,19 +223,15 @@ __device__ __forceinline__ uint64_t descriptor_address(uint32_t address) { retur
           "n"(static_cast<int>(kMajorA)));                                                                           \
   }
 SDGP_SPARSE_WGMMA(f16, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
-SDGP_SPARSE_WGMMA(f16, 192, 96, "%96", "%97", "%98", "%99", "%100", "%101")
 SDGP_SPARSE_WGMMA(f16, 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 SDGP_SPARSE_WGMMA(bf16, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
-SDGP_SPARSE_WGMMA(bf16, 192, 96, "%96", "%97", "%98", "%99", "%100", "%101")
 SDGP_SPARSE_WGMMA(bf16, 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 #undef SDGP_SPARSE_WGMMA
 #undef SDGP_OPERANDS_128
-#undef SDGP_OPERANDS_96
 #undef SDGP_OPERANDS_64
 #undef SDGP_OPERANDS_32
 #undef SDGP_OPERANDS_8
 #undef SDGP_NAMES_128
-#undef SDGP_NAMES_96
 #undef SDGP_NAMES_64
 
 // D[64, kN] (+)= A[64, 32 at 2:4] * B[32, kN], float32 accumulators, A and B in shared memory, B MN-major. kSelector: the
@@ -243,10 +241,8 @@ __device__ __forceinline__ void sparse_wgmma(float (&d)[kN / 2], uint64_t a, uin
                                              bool accumulate) {
   constexpr bool kIsHalf = std::is_same_v<Element, __half>;
   if constexpr (kN == 128 && kIsHalf) sparse_wgmma_f16_128<kMajorA, kSelector>(d, a, b, metadata, accumulate);
-  if constexpr (kN == 192 && kIsHalf) sparse_wgmma_f16_192<kMajorA, kSelector>(d, a, b, metadata, accumulate);
   if constexpr (kN == 256 && kIsHalf) sparse_wgmma_f16_256<kMajorA, kSelector>(d, a, b, metadata, accumulate);
   if constexpr (kN == 128 && !kIsHalf) sparse_wgmma_bf16_128<kMajorA, kSelector>(d, a, b, metadata, accumulate);
-  if constexpr (kN == 192 && !kIsHalf) sparse_wgmma_bf16_192<kMajorA, kSelector>(d, a, b, metadata, accumulate);
   if constexpr (kN == 256 && !kIsHalf) sparse_wgmma_bf16_256<kMajorA, kSelector>(d, a, b, metadata, accumulate);
 }
 

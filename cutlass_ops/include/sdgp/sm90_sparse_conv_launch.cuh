@@ -72,10 +72,10 @@ int launch_dgrad_class(const SdgpSm90SparseConv& conv, const ResidueClass& verti
   const PixelGrid grid{vertical.positions, horizontal.positions, vertical.lower, horizontal.lower, 1, 1};
   TensorMaps maps;
   int error = encode_im2col(maps.values, kType, conv.values, conv.n, conv.p, conv.q, conv.padded_k / 2,
-                            conv.padded_k / 2, grid, kBlockK / 2, Config::kBlockM, CU_TENSOR_MAP_SWIZZLE_64B);
+                            conv.padded_k / 2, grid, kBlockK / 2, Config::kBlockM, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error == 0)
     error = encode_im2col(maps.metadata, CU_TENSOR_MAP_DATA_TYPE_UINT16, conv.metadata, conv.n, conv.p, conv.q,
-                          conv.padded_k / 16, conv.padded_k / 16, grid, kMetadataK / 16, Config::kBlockM,
+                          conv.padded_k / 16, conv.padded_k / 16, grid, kBlockK / 16, Config::kBlockM,
                           CU_TENSOR_MAP_SWIZZLE_NONE);
   if (error == 0) {
     if (tensor_map_encoder() == nullptr) return cudaErrorNotSupported;
@@ -83,7 +83,7 @@ int launch_dgrad_class(const SdgpSm90SparseConv& conv, const ResidueClass& verti
     const cuuint64_t extent[3] = {static_cast<cuuint64_t>(conv.c_in), static_cast<cuuint64_t>(taps),
                                   static_cast<cuuint64_t>(conv.c_out)};
     const cuuint64_t strides[2] = {static_cast<cuuint64_t>(conv.c_in) * 2, static_cast<cuuint64_t>(conv.c_in) * taps * 2};
-    const cuuint32_t box[3] = {kSwizzleElements, 1, static_cast<cuuint32_t>(kBlockK / conv.cluster_size)};
+    const cuuint32_t box[3] = {kSwizzleElements, 1, static_cast<cuuint32_t>(kStageK / conv.cluster_size)};
     const cuuint32_t step[3] = {1, 1, 1};
     const CUresult result = tensor_map_encoder()(
         &maps.b, kType, 3, const_cast<void*>(conv.b), extent, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -95,7 +95,7 @@ int launch_dgrad_class(const SdgpSm90SparseConv& conv, const ResidueClass& verti
   gather.grid = grid;
   gather.pixels = conv.n * vertical.positions * horizontal.positions;
   gather.n = conv.c_in;
-  gather.tiles_per_tap = (conv.c_out + kBlockK - 1) / kBlockK;
+  gather.tiles_per_tap = (conv.c_out + kStageK - 1) / kStageK;
   gather.taps_w = horizontal.taps;
   gather.last_offset_h = vertical.last_offset;
   gather.last_offset_w = horizontal.last_offset;
@@ -149,7 +149,7 @@ int launch_sparse_wgrad(const SdgpSm90SparseConv& conv) {
   int error = encode_matrix_operand<Config>(maps, conv.values, conv.metadata, conv.c_out, conv.padded_k);
   if (error == 0)
     error = encode_im2col(maps.b, kTensorMapType<typename Config::Element>, conv.b, conv.n, conv.h, conv.w, conv.c_in,
-                          conv.c_in, grid, kSwizzleElements, kBlockK / conv.cluster_size, CU_TENSOR_MAP_SWIZZLE_128B);
+                          conv.c_in, grid, kSwizzleElements, kStageK / conv.cluster_size, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != 0) return error;
   const int taps = conv.r * conv.s, blocks_per_tap = (conv.c_in + kSwizzleElements - 1) / kSwizzleElements;
   const WgradGather gather{grid,   conv.c_out,     conv.c_in,       taps,
@@ -159,7 +159,7 @@ int launch_sparse_wgrad(const SdgpSm90SparseConv& conv) {
                       conv.cluster_size, conv.sm_count,  static_cast<cudaStream_t>(conv.stream)};
   const int positions = conv.n * conv.p * conv.q;
   return launch<Config>(maps, gather, target, conv.c_out, taps * blocks_per_tap * kSwizzleElements,
-                        (positions + kBlockK - 1) / kBlockK, conv.c_out, taps * conv.c_in);
+                        (positions + kStageK - 1) / kStageK, conv.c_out, taps * conv.c_in);
 }
 
 }  // namespace sdgp::sm90

@@ -6,14 +6,14 @@
 //
 // B is row-major in both ([K, N], N contiguous). One metadata word of 16 bits describes 16 consecutive k.
 //
-// One CTA computes tiles of kBlockM x kBlockN, one or two 64-row slabs per consumer warpgroup; a producer warp feeds a
-// ring of kStages stages of 64 k through TMA. Every stage has room for metadata, but only every other one (128 k: 8 words, the
-// 16 bytes TMA asks for in a row) is filled. CTAs of a cluster of two sit above each other in M, use the same B tile
-// and load half of it each, multicast.
+// One CTA computes tiles of kBlockM x kBlockN, one or two 64-row slabs per consumer warpgroup. A producer thread feeds two
+// rings through TMA: blocks of 128 k of A with their metadata (64 values are a 128-byte row, 8 metadata words the 16 bytes
+// that TMA asks for), and stages of 64 k of B. CTAs of a cluster of two sit above each other in M, use the same B tile and
+// load half of it each, multicast.
 //
 // What limits it: m64n256k32 takes 128 cycles of the tensor cores and reads 16 KB of B and 2 KB of A, so the
 // shared-memory port (128 B/cycle) allows 1.78x the dense rate at most, and less where the tile fills use the same port:
-// 20 KB per k32 step of a 128x256 tile beside 36 KB of reads, 20 KB beside 56 KB (four slabs) of a 256x192 tile.
+// 20 KB per k32 step of a 128x256 tile beside 36 KB of reads.
 #pragma once
 
 #include "sdgp/sm90_gather.cuh"
@@ -21,8 +21,7 @@
 namespace sdgp::sm90 {
 
 constexpr int kInstructionK = 32;        // k per wgmma.sp with 16-bit elements
-constexpr int kMetadataK = 128;          // k per metadata load
-constexpr int kMetadataTiles = kMetadataK / kBlockK;
+constexpr int kBlockTiles = kBlockK / kStageK;  // k tiles per block of A
 constexpr int kConsumers = 2;            // consumer warpgroups
 constexpr int kSharedMemoryLimit = 232448;
 constexpr uint32_t kLegalMetadata = 0x4444;  // indices 0 and 1 in each of four groups
@@ -50,25 +49,29 @@ struct TileConfig {
 
   static constexpr int kSlabs = kBlockM / kSlabM / kConsumers;  // per consumer warpgroup
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  // Together the 168 per thread of the launch bound; large accumulators leave less to the producer.
-  static constexpr int kProducerRegisters = kSlabs * kBlockN / 2 <= 128 ? Gather::kProducerRegisters : 24;
+  // Together the 168 per thread of the launch bound.
+  static constexpr int kProducerRegisters = Gather::kProducerRegisters;
   static constexpr int kConsumerRegisters = (3 * 168 - kProducerRegisters) / kConsumers;
 
-  static constexpr int kSlabABytes = kSlabM * kBlockK / 2 * 2;
-  static constexpr int kSlabMetadataBytes = kSlabM * kMetadataK / 16 * 2;
-  static constexpr int kABytes = kBlockM / kSlabM * kSlabABytes;
-  static constexpr int kBBytes = kBlockN * kBlockK * 2;
+  // Every one a multiple of the 1024 bytes at which the 128-byte swizzle repeats.
+  static constexpr int kSlabValueBytes = kSlabM * kBlockK / 2 * 2;
+  static constexpr int kSlabMetadataBytes = kSlabM * kBlockK / 16 * 2;
+  static constexpr int kValueBytes = kBlockM / kSlabM * kSlabValueBytes;
   static constexpr int kMetadataBytes = kBlockM / kSlabM * kSlabMetadataBytes;
-  static constexpr int kStageBytes = kABytes + kBBytes + kMetadataBytes;
-  static constexpr int kAlignment = 1024;  // of 128-byte-swizzled tiles
-  static constexpr int kStages = (kSharedMemoryLimit - 2 * kAlignment) / kStageBytes;
-  static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kAlignment;  // one for alignment, one for barriers
+  static constexpr int kStageBytes = kBlockN * kStageK * 2;
+  static constexpr int kAlignment = 1024;
 
-  static_assert(kABytes % kAlignment == 0 && kBBytes % kAlignment == 0 && kMetadataBytes % kAlignment == 0);
-  static_assert(kBlockM == kSlabs * kConsumers * kSlabM && kSlabs * kBlockN / 2 <= 192, "accumulators must fit the registers");
+  static constexpr int kBlocks = 3;
+  static constexpr int kBlockBytes = kBlocks * (kValueBytes + kMetadataBytes);
+  static constexpr int kStages = (kSharedMemoryLimit - 2 * kAlignment - kBlockBytes) / kStageBytes;
+  static constexpr int kSharedBytes = kBlockBytes + kStages * kStageBytes + 2 * kAlignment;  // for alignment, barriers
+
+  static_assert(kBlockM == kSlabs * kConsumers * kSlabM && kBlockN % kSwizzleElements == 0);
+  static_assert(kSlabs * kBlockN <= 256, "accumulators must fit the registers");
+  static_assert(kStages >= 4);
 };
 
-// The tile and k range of one step of a persistent CTA. k in units of kBlockK; ranges begin at a multiple of kMetadataK.
+// The tile and k range of one step of a persistent CTA. k in units of kStageK; ranges begin at a multiple of kBlockK.
 struct WorkUnit {
   int m_tile, n_tile, split, k_begin, k_end;
 };
@@ -77,17 +80,17 @@ struct WorkUnit {
 // then rows, then the columns of the group. A unit of a cluster is `cluster_size` tiles above each other.
 template <int kBlockM>
 struct Schedule {
-  int m_units, k_chunks, units;
+  int m_units, k_blocks, units;
   const Problem& problem;
 
   __device__ __forceinline__ Schedule(const Problem& problem, int cluster_size) : problem(problem) {
     m_units = (problem.m + kBlockM * cluster_size - 1) / (kBlockM * cluster_size);
-    k_chunks = (problem.k_tiles + kMetadataTiles - 1) / kMetadataTiles;
+    k_blocks = (problem.k_tiles + kBlockTiles - 1) / kBlockTiles;
     units = m_units * problem.n_tiles * problem.splits;
   }
 
   __device__ __forceinline__ int first_k_tile(int split) const {
-    return static_cast<int>(static_cast<int64_t>(k_chunks) * split / problem.splits) * kMetadataTiles;
+    return static_cast<int>(static_cast<int64_t>(k_blocks) * split / problem.splits) * kBlockTiles;
   }
 
   __device__ __forceinline__ WorkUnit unit(int index, int cluster_size, int cta_rank) const {
@@ -101,14 +104,14 @@ struct Schedule {
   }
 };
 
-// Position in the ring of stages; `parity` flips each time round.
-template <int kStages>
+// Position in a ring; `parity` flips each time round.
+template <int kSlots>
 struct RingPosition {
-  int stage = 0;
+  int slot = 0;
   uint32_t parity = 0;
 
   __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
+    if (++slot == kSlots) slot = 0, parity ^= 1;
   }
 };
 
@@ -239,31 +242,38 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr Major kMajorA = Config::kMajorA;
   constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kStages = Config::kStages;
   constexpr int kColumnBlocks = kBlockN / kSwizzleElements;
-  constexpr int kColumnBlockBytes = kBlockK * kSwizzleElements * 2;
+  constexpr int kColumnBlockBytes = kStageK * kSwizzleElements * 2;
+  constexpr int kBlocks = Config::kBlocks;
 
-  // Shared memory: A stages, B stages, metadata stages, barriers.
+  // Shared memory: values and metadata of the blocks of A, stages of B, barriers.
   extern __shared__ uint8_t shared[];
   const uint32_t base = (smem_address(shared) + Config::kAlignment - 1) & ~(Config::kAlignment - 1u);
-  const uint32_t a_tiles = base;
-  const uint32_t b_tiles = a_tiles + kStages * Config::kABytes;
-  const uint32_t metadata_tiles = b_tiles + kStages * Config::kBBytes;
-  const uint32_t full_barriers = metadata_tiles + kStages * Config::kMetadataBytes;
-  const uint32_t empty_barriers = full_barriers + kStages * 8;
+  const uint32_t value_tiles = base;
+  const uint32_t metadata_tiles = value_tiles + kBlocks * Config::kValueBytes;
+  const uint32_t b_tiles = metadata_tiles + kBlocks * Config::kMetadataBytes;
+  const uint32_t full_a = b_tiles + kStages * Config::kStageBytes;
+  const uint32_t empty_a = full_a + kBlocks * 8;
+  const uint32_t full_b = empty_a + kBlocks * 8;
+  const uint32_t empty_b = full_b + kStages * 8;
 
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
   const int lane = threadIdx.x % 32;
   const int cta_rank = cluster_cta_rank();
 
-  // Barriers: a stage is full when its bytes have landed (one arrival announces how many), empty when every consumer
-  // warp of every CTA that the stage's B tile is multicast to has let go of it.
+  // Barriers: full when the bytes have landed (one arrival announces how many), empty when every consumer warp has let
+  // go: of this CTA, and for B of every CTA that the tile is multicast to.
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&maps.values);
     prefetch_tensor_map(&maps.metadata);
     prefetch_tensor_map(&maps.b);
+    for (int block = 0; block < kBlocks; ++block) {
+      mbarrier_init(full_a + 8 * block, 1);
+      mbarrier_init(empty_a + 8 * block, 4 * kConsumers);
+    }
     for (int stage = 0; stage < kStages; ++stage) {
-      mbarrier_init(full_barriers + 8 * stage, 1);
-      mbarrier_init(empty_barriers + 8 * stage, 4 * kConsumers * cluster_size);
+      mbarrier_init(full_b + 8 * stage, 1);
+      mbarrier_init(empty_b + 8 * stage, 4 * kConsumers * cluster_size);
     }
     fence_mbarrier_init();
   }
@@ -274,107 +284,123 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   }
 
   const Schedule<kBlockM> schedule(problem, cluster_size);
-  const int segment_tiles = gather.segment_tiles();  // metadata loads start anew with every segment of k
+  const int segment_tiles = gather.segment_tiles();  // blocks of A start anew with every segment of k
   const int first_unit = blockIdx.x / cluster_size, unit_step = gridDim.x / cluster_size;
-  RingPosition<kStages> ring;
+  RingPosition<kBlocks> a_ring;
+  RingPosition<kStages> b_ring;
 
   if (warpgroup == kConsumers) {
     // Producer: one thread.
     decrease_registers<Config::kProducerRegisters>();
     if (warp == 0 && elect_one()) {
-      const int first_b_row = cta_rank * (kBlockK / cluster_size);  // of this CTA's share of B
+      const int first_b_row = cta_rank * (kStageK / cluster_size);  // of this CTA's share of B
       for (int index = first_unit; index < schedule.units; index += unit_step) {
         const WorkUnit unit = schedule.unit(index, cluster_size, cta_rank);
         typename Config::Gather::template Producer<kMajorA, kBlockM, kColumnBlocks> producer(
             gather, maps, unit.m_tile * kBlockM, unit.n_tile * kBlockN, unit.k_begin, first_b_row);
         int tile_in_segment = 0;
 #pragma unroll 1
-        for (int k_tile = unit.k_begin; k_tile < unit.k_end; ++k_tile, ring.advance(), producer.advance()) {
-          const bool with_metadata = tile_in_segment % kMetadataTiles == 0;
+        for (int k_tile = unit.k_begin; k_tile < unit.k_end; ++k_tile, producer.advance()) {
+          if (tile_in_segment % kBlockTiles == 0) {
+            const uint32_t full = full_a + 8 * a_ring.slot;
+            mbarrier_wait(empty_a + 8 * a_ring.slot, a_ring.parity ^ 1);
+            mbarrier_arrive_expect_tx(full, Config::kValueBytes + Config::kMetadataBytes);
+            producer.load_values(full, value_tiles + a_ring.slot * Config::kValueBytes);
+            producer.load_metadata(full, metadata_tiles + a_ring.slot * Config::kMetadataBytes);
+            a_ring.advance();
+          }
           if (++tile_in_segment == segment_tiles) tile_in_segment = 0;
-          const uint32_t full = full_barriers + 8 * ring.stage;
-          const uint32_t b_tile = b_tiles + ring.stage * Config::kBBytes + first_b_row * 128;
-          mbarrier_wait(empty_barriers + 8 * ring.stage, ring.parity ^ 1);
-          mbarrier_arrive_expect_tx(full,
-                                    Config::kABytes + Config::kBBytes + (with_metadata ? Config::kMetadataBytes : 0));
+
+          const uint32_t full = full_b + 8 * b_ring.slot;
+          const uint32_t b_tile = b_tiles + b_ring.slot * Config::kStageBytes + first_b_row * 128;
+          mbarrier_wait(empty_b + 8 * b_ring.slot, b_ring.parity ^ 1);
+          mbarrier_arrive_expect_tx(full, Config::kStageBytes);
 #pragma unroll
           for (int block = 0; block < kColumnBlocks; ++block)
             producer.load_b(full, b_tile + block * kColumnBlockBytes, block, cluster_size);
-          producer.load_values(full, a_tiles + ring.stage * Config::kABytes);
-          if (with_metadata) producer.load_metadata(full, metadata_tiles + ring.stage * Config::kMetadataBytes);
+          b_ring.advance();
         }
       }
     }
   } else {
     // Consumers: kSlabs slabs of 64 x kBlockN per warpgroup.
     increase_registers<Config::kConsumerRegisters>();
-    constexpr uint64_t kDescriptorA = kMajorA == Major::K ? matrix_descriptor(Swizzle::k64B, 16, 8 * kBlockK / 2 * 2)
-                                                          : matrix_descriptor(Swizzle::k128B, 0, 8 * 128);
+    constexpr uint64_t kDescriptorA = matrix_descriptor(Swizzle::k128B, 0, 8 * 128);
     constexpr uint64_t kDescriptorB = matrix_descriptor(Swizzle::k128B, kColumnBlockBytes, 8 * 128);
     constexpr int kStepA = kMajorA == Major::K ? kInstructionK / 2 * 2 : kInstructionK / 2 * 128;  // bytes
     constexpr int kStepB = kInstructionK * 128;
     constexpr int kSlabs = Config::kSlabs;
-    const uint32_t first_a_slab = a_tiles + warpgroup * kSlabs * Config::kSlabABytes;
+    const uint32_t first_value_slab = value_tiles + warpgroup * kSlabs * Config::kSlabValueBytes;
     const uint32_t first_metadata_slab = metadata_tiles + warpgroup * kSlabs * Config::kSlabMetadataBytes;
 
     float d[kSlabs][kBlockN / 2];
     uint32_t e_sets[2][kSlabs][2] = {};  // two sets: the MMAs in flight may still read one while the other is loaded
     for (int index = first_unit; index < schedule.units; index += unit_step) {
       const WorkUnit unit = schedule.unit(index, cluster_size, cta_rank);
-      uint32_t previous_empty = 0;  // barrier of the stage whose MMAs may still be running
+      uint32_t used_block = 0, used_stage = 0;  // empty barriers of what the MMAs in flight read
 
-      const auto release_previous = [&] {
-        if (previous_empty != 0 && lane < cluster_size) mbarrier_arrive_cluster(previous_empty, lane);
+      const auto release_block = [&] {
+        if (used_block != 0 && lane == 0) mbarrier_arrive(used_block);
       };
-      // The MMAs of one stage: two of 32 k per slab. Every other stage brings metadata for itself and the next one.
-      const auto consume_stage = [&]<int kSet, int kSelector>(bool accumulate) {
+      const auto release_stage = [&] {
+        if (used_stage != 0 && lane < cluster_size) mbarrier_arrive_cluster(used_stage, lane);
+      };
+      // The MMAs of one stage of B: two of 32 k per slab. kHalf: of the block of A, whose first half brings the metadata.
+      const auto consume_stage = [&]<int kSet, int kHalf>(bool accumulate) {
         auto& e = e_sets[kSet];
-        mbarrier_wait(full_barriers + 8 * ring.stage, ring.parity);
-        if constexpr (kSelector == 0) {
-          const uint32_t slab = first_metadata_slab + ring.stage * Config::kMetadataBytes;
+        if constexpr (kHalf == 0) {
+          mbarrier_wait(full_a + 8 * a_ring.slot, a_ring.parity);
+          const uint32_t slab = first_metadata_slab + a_ring.slot * Config::kMetadataBytes;
 #pragma unroll
           for (int s = 0; s < kSlabs; ++s)
             load_metadata<kMajorA>(e[s], slab + s * Config::kSlabMetadataBytes, warp, lane);
         }
-        const uint64_t a = kDescriptorA | descriptor_address(first_a_slab + ring.stage * Config::kABytes);
-        const uint64_t b = kDescriptorB | descriptor_address(b_tiles + ring.stage * Config::kBBytes);
+        mbarrier_wait(full_b + 8 * b_ring.slot, b_ring.parity);
+        const uint32_t a_address = first_value_slab + a_ring.slot * Config::kValueBytes + kHalf * 2 * kStepA;
+        const uint64_t a = kDescriptorA | descriptor_address(a_address);
+        const uint64_t b = kDescriptorB | descriptor_address(b_tiles + b_ring.slot * Config::kStageBytes);
 #pragma unroll
         for (int s = 0; s < kSlabs; ++s) fence_registers(d[s]);
         wgmma_fence();
 #pragma unroll
         for (int s = 0; s < kSlabs; ++s) {
-          const uint64_t slab_a = a + s * (Config::kSlabABytes >> 4);
-          sparse_wgmma<Element, kBlockN, kMajorA, kSelector>(d[s], slab_a, b, e[s][0], accumulate);
-          sparse_wgmma<Element, kBlockN, kMajorA, kSelector>(d[s], slab_a + (kStepA >> 4), b + (kStepB >> 4), e[s][1],
-                                                             true);
+          const uint64_t slab_a = a + s * (Config::kSlabValueBytes >> 4);
+          sparse_wgmma<Element, kBlockN, kMajorA, kHalf>(d[s], slab_a, b, e[s][0], accumulate);
+          sparse_wgmma<Element, kBlockN, kMajorA, kHalf>(d[s], slab_a + (kStepA >> 4), b + (kStepB >> 4), e[s][1], true);
         }
         wgmma_commit_group();
         wgmma_wait_group<1>();
         keep_registers(e_sets);
-        release_previous();
-        previous_empty = empty_barriers + 8 * ring.stage;
-        ring.advance();
+        release_stage();
+        used_stage = empty_b + 8 * b_ring.slot;
+        b_ring.advance();
+        if constexpr (kHalf == 0) {
+          release_block();
+          used_block = empty_a + 8 * a_ring.slot;
+        }
       };
 
       int k_tile = unit.k_begin, left_in_segment = segment_tiles;
-      const auto consume_pair = [&]<int kSet>() {
+      const auto consume_block = [&]<int kSet>() {
         if (k_tile >= unit.k_end) return;
         consume_stage.template operator()<kSet, 0>(k_tile > unit.k_begin);
         const bool has_second = left_in_segment > 1 && k_tile + 1 < unit.k_end;
         if (has_second) consume_stage.template operator()<kSet, 1>(true);
+        a_ring.advance();
         k_tile += has_second ? 2 : 1;
         left_in_segment -= has_second ? 2 : 1;
         if (left_in_segment == 0) left_in_segment = segment_tiles;
       };
 #pragma unroll 1
       while (k_tile < unit.k_end) {
-        consume_pair.template operator()<0>();
-        consume_pair.template operator()<1>();
+        consume_block.template operator()<0>();
+        consume_block.template operator()<1>();
       }
       wgmma_wait_group<0>();
 #pragma unroll
       for (int s = 0; s < kSlabs; ++s) fence_registers(d[s]);
-      release_previous();
+      release_stage();
+      release_block();
 
       const int column = unit.n_tile * kBlockN;
 #pragma unroll

@@ -47,11 +47,11 @@ template <typename Config>
 int encode_matrix_operand(TensorMaps& maps, const void* values, const void* metadata, int64_t m, int64_t padded_k) {
   constexpr auto kType = kTensorMapType<typename Config::Element>;
   constexpr auto kWords = CU_TENSOR_MAP_DATA_TYPE_UINT16;
-  constexpr int kValues = kBlockK / 2, kMetadataWords = kMetadataK / 16;
+  constexpr int kValues = kBlockK / 2, kMetadataWords = kBlockK / 16;
   const int64_t stored_values = padded_k / 2, stored_words = padded_k / 16;
   if constexpr (Config::kMajorA == Major::K) {
     const int error = encode_matrix(maps.values, kType, values, m, stored_values, stored_values, Config::kBlockM,
-                                    kValues, CU_TENSOR_MAP_SWIZZLE_64B);
+                                    kValues, CU_TENSOR_MAP_SWIZZLE_128B);
     return error != 0 ? error
                       : encode_matrix(maps.metadata, kWords, metadata, m, stored_words, stored_words, Config::kBlockM,
                                       kMetadataWords, CU_TENSOR_MAP_SWIZZLE_NONE);
@@ -87,7 +87,7 @@ template <typename Config>
 int launch(const TensorMaps& maps, const typename Config::Gather& gather, const Target& target, int m, int columns,
            int k_tiles, int rows, int row_length) {
   // A part of an empty k range would have nothing to write.
-  if (target.splits < 1 || target.splits > (k_tiles + kMetadataTiles - 1) / kMetadataTiles) return cudaErrorInvalidValue;
+  if (target.splits < 1 || target.splits > (k_tiles + kBlockTiles - 1) / kBlockTiles) return cudaErrorInvalidValue;
   // Every time: the attribute belongs to the current device.
   const cudaError_t attribute = cudaFuncSetAttribute(
       sparse_gemm_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
@@ -134,12 +134,12 @@ int launch_sparse_gemm(const SdgpSm90SparseGemm& gemm) {
   int error = encode_matrix_operand<Config>(maps, gemm.values, gemm.metadata, gemm.m, gemm.padded_k);
   if (error == 0)
     error = encode_matrix(maps.b, kTensorMapType<typename Config::Element>, gemm.b, gemm.k, gemm.n, gemm.n,
-                          kBlockK / gemm.cluster_size, kSwizzleElements, CU_TENSOR_MAP_SWIZZLE_128B);
+                          kStageK / gemm.cluster_size, kSwizzleElements, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != 0) return error;
   const Target target{gemm.out,     gemm.workspace,    gemm.out_is_float != 0,
                       gemm.accumulate != 0, gemm.splits, gemm.group_n,
                       gemm.cluster_size, gemm.sm_count, static_cast<cudaStream_t>(gemm.stream)};
-  return launch<Config>(maps, MatrixGather{gemm.m, gemm.n}, target, gemm.m, gemm.n, (gemm.k + kBlockK - 1) / kBlockK,
+  return launch<Config>(maps, MatrixGather{gemm.m, gemm.n}, target, gemm.m, gemm.n, (gemm.k + kStageK - 1) / kStageK,
                         gemm.m, gemm.n);
 }
 
