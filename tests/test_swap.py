@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import sdgp_accel as sdgp
-from sdgp_accel import backends, philox
+from sdgp_accel import backends, philox, tuning
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -433,8 +433,11 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, nothing_decided: None) -> Calla
     return install
 
 
-def test_kernels_are_used_where_they_fit_and_dense_where_not(pretend_gpu: Any) -> None:
+def test_kernels_are_used_where_they_fit_and_dense_where_not(
+    pretend_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pretend_gpu(FakeKernels())
+    monkeypatch.setattr(tuning, "tune", lambda backend, plan, *shape: (plan, "measured"))
     model = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 3, groups=2)).to(torch.bfloat16)
     report = sdgp.accelerate_(model)
     assert [layer.backend for layer in report.layers] == ["cutlass", "dense"]
