@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from sdgp_accel import batch as batches
 from sdgp_accel import functional, ops, philox
-from sdgp_accel.backends import Decision, decide, dense
+from sdgp_accel.backends import Decision, decide_conv2d, decide_linear, dense
 from sdgp_accel.batch import LossFn
 from sdgp_accel.config import Pass, PruneSpec, SDGPConfig
-from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
+from sdgp_accel.geometry import Geometry, LinearGeometry
 from sdgp_accel.layer_plan import plan_string
 from sdgp_accel.nn import SDGPLayer
 from sdgp_accel.pruning import prune_matrix
@@ -55,14 +55,17 @@ class _Target(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """One backward of one layer as the op sees it: dY [.., C_out] or [N, C_out, P, Q] and both other operands."""
+    """One backward of one layer: dY [.., C_out] or [N, C_out, P, Q], both other operands, and what runs it."""
 
     dy: Tensor
     x: Tensor
     weight: Tensor
-    geometry: Geometry
-    plan_text: str
     decision: Decision
+
+    @property
+    def geometry(self) -> Geometry:
+        """The decision's."""
+        return self.decision.geometry
 
 
 def validate(
@@ -197,21 +200,20 @@ def _watch(target: _Target, checks: list[PassCheck], draws: int) -> torch.utils.
 
 
 def _call(target: _Target, x: Tensor, dy: Tensor) -> _Call:
-    """The operands of the layer's op: x padded and cast as the layer itself does it."""
+    """The operands of the layer's backward: x padded and cast as the layer itself does it."""
     module = target.module
     x, weight = x.to(dy.dtype), module.weight.detach().to(dy.dtype)
-    plan_text = plan_string(layer_kind(module), target.config)
-    geometry: Geometry
+    plan = plan_string(layer_kind(module), target.config)
     if isinstance(module, nn.Conv2d):
         x, padding = _padded(module, x)
         if x.dim() == 3:
             x, dy = x.unsqueeze(0), dy.unsqueeze(0)
         window = (*module.stride, *padding, *module.dilation, module.groups)
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        geometry = Conv2dGeometry.of(x.shape, weight.shape, window, channels_last)
+        decision = decide_conv2d(plan, x.shape, weight.shape, window, channels_last, dy.dtype, dy.device)
     else:
-        geometry = LinearGeometry.of(x.shape, module.out_features)
-    return _Call(dy, x, weight, geometry, plan_text, decide(plan_text, geometry, dy.dtype, dy.device))
+        decision = decide_linear(plan, x.shape, module.out_features, dy.dtype, dy.device)
+    return _Call(dy, x, weight, decision)
 
 
 def _padded(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -229,10 +231,10 @@ def _pair(values: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _check(label: str, call: _Call, pass_name: Pass, draws: int) -> PassCheck:
-    """One pass: the op's result, and the same from float64 dense ops on the gradient that the op must have used."""
+    """One pass: the layer's gradient, and the same from float64 dense ops on the dY that it must have used."""
     is_dgrad = pass_name == "grad_input"
     spec = getattr(call.decision.plan, pass_name) if call.decision.backend is not None else None
-    got, rng = _run_op(call, is_dgrad)
+    got, rng = _run_backward(call, is_dgrad)
 
     matrix = dense.matrix_view(call.dy, call.geometry)
     pruned = matrix if spec is None else _pruned(matrix, spec, call.geometry, rng)
@@ -264,21 +266,14 @@ def _check(label: str, call: _Call, pass_name: Pass, draws: int) -> PassCheck:
     )
 
 
-def _run_op(call: _Call, is_dgrad: bool) -> tuple[Tensor, philox.Rng]:
-    """The op's result, and the random numbers that it used: those that torch's generator gives first."""
+def _run_backward(call: _Call, is_dgrad: bool) -> tuple[Tensor, philox.Rng]:
+    """The layer's gradient, and the random numbers that it used: those that torch's generator gives first."""
     x, weight = (None, call.weight) if is_dgrad else (call.x, None)
     device = call.dy.device
     generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
     state = generator.get_state()
-    if isinstance(call.geometry, LinearGeometry):
-        (result,) = ops.linear_backward(call.dy, x, weight, False, call.plan_text)
-    else:
-        absent = call.x.shape if is_dgrad else call.weight.shape
-        geometry = call.geometry
-        window = (*geometry.stride, *geometry.padding, *geometry.dilation, geometry.groups)
-        (result,) = ops.conv2d_backward(
-            call.dy, x, weight, False, absent, window, geometry.channels_last, call.plan_text
-        )
+    run = ops.run_linear if isinstance(call.geometry, LinearGeometry) else ops.run
+    (result,) = run(call.dy, x, weight, False, call.decision)
     generator.set_state(state)
     return result, philox.Rng(philox.draw(device), philox.data_parallel_rank(), 0 if is_dgrad else 1)
 

@@ -439,7 +439,7 @@ def test_kernels_are_used_where_they_fit_and_dense_where_not(
     pretend_gpu(FakeKernels())
     monkeypatch.setattr(tuning, "tune", lambda backend, plan, *shape: (plan, "measured"))
     model = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 3, groups=2)).to(torch.bfloat16)
-    report = sdgp.accelerate_(model)
+    report = sdgp.accelerate_(model, sdgp.SDGPConfig(backend="cutlass"))
     assert [layer.backend for layer in report.layers] == ["cutlass", "dense"]
     assert report["1"].reason == "grouped"
     assert (report["1"].dgrad, report["1"].wgrad) == ("dense", "dense")

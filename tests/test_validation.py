@@ -194,8 +194,8 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
         sdgp.validate(**{"model": nn.Linear(4, 4), "batch": torch.randn(2, 4), **arguments})
 
 
-def test_draws_use_the_numbers_that_the_op_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference gradient is rebuilt from the generator's state, not from a seed handed to the op."""
+def test_the_reference_uses_the_numbers_that_the_layer_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference gradient is rebuilt from the generator's state, not from a seed handed to the layer."""
     drawn: list[tuple[int, ...]] = []
     draw = philox.draw
     monkeypatch.setattr(philox, "draw", lambda device: (drawn.append(tuple((s := draw(device)).tolist())), s)[1])
