@@ -39,7 +39,7 @@ clean:
 
 # --no-compile: byte-compiling torch's thousands of files up front costs a minute that most runs never get back.
 $(VENV)/.installed-dev: pyproject.toml setup.py | $(BIN)/python
-	$(BIN)/python -m pip install --no-compile --editable '.[vision,report,dev]'
+	$(BIN)/python -m pip install --no-compile --editable '.[vision,report,kernels,dev]'
 	touch $@ $(VENV)/.installed-bench
 
 $(VENV)/.installed-bench: pyproject.toml setup.py | $(BIN)/python

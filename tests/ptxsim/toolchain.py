@@ -106,7 +106,8 @@ def build_library(
         "-Xcompiler",
         "-fPIC",
         "-cudart",
-        "shared",
+        "none",
+        "-l:libcudart.so.13",  # the wheels have no libcudart.so, which -cudart shared would look for
         "--no-compress",
         "-w",
     ]
