@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 
 import click
@@ -25,9 +22,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import sdgp_accel
 from sdgp_accel.config import PruneSpec, SDGPConfig
 from sdgp_accel.philox import Rng, draw
+from sdgp_accel.provenance import provenance
 from sdgp_accel.pruning import prune, prune_matrix
 
 SHAPE = (64, 256, 28, 28)
@@ -77,32 +74,6 @@ def extra_peak(call: Callable[[], torch.Tensor], device: str) -> float:
         os._exit(0)
     os.waitpid(child, 0)
     return float(os.read(reader, 64))
-
-
-def provenance(device: str) -> dict[str, object]:
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
-        revision = commit.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        revision = "unknown"
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "sdgp_accel": sdgp_accel.__version__,
-        "revision": revision,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "load_average": os.getloadavg(),
-    }
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 @click.command(help=__doc__)
@@ -169,7 +140,9 @@ def main(device: str, dtype: str, repeats: int, quick: bool, output: Path | None
         )
     Console().print(table)
     output = output or Path(__file__).parent / "results" / f"pruning_{device}_{dtype}.json"
-    output.write_text(json.dumps({"provenance": provenance(device), "shape": SHAPE, "rows": rows}, indent=1) + "\n")
+    output.write_text(
+        json.dumps({"provenance": provenance(torch.device(device)), "shape": SHAPE, "rows": rows}, indent=1) + "\n"
+    )
     click.echo(f"written to {output}")
 
 

@@ -143,14 +143,18 @@ def _as_magnitude(spec: PruneSpec) -> PruneSpec:
 
 
 def _prune(x: Tensor, spec: PruneSpec, dim: int, sum_dims: tuple[int, ...] | None, rng: Rng | None) -> Tensor:
-    if sum_dims is not None:
-        pruned = _prune(x, _as_magnitude(spec), dim, None, rng)
-        _rescale_scopes(x, pruned, sum_dims, spec.eps)
-        return pruned
     x = x.detach()
     out = empty_like(x)
-    if out.numel() == 0:
-        return out
+    if out.numel() > 0:
+        # Inference mode for the scratch only: it makes each of the many operations on it cheaper to start.
+        with torch.inference_mode():
+            _prune_groups(x, out, spec if sum_dims is None else _as_magnitude(spec), dim, rng)
+            if sum_dims is not None:
+                _rescale_scopes(x, out, sum_dims, spec.eps)
+    return out
+
+
+def _prune_groups(x: Tensor, out: Tensor, spec: PruneSpec, dim: int, rng: Rng | None) -> None:
     # Everything below walks the tensor in the order of its memory, but counts groups in the order of its dimensions.
     order = _memory_order(out)
     dim_in_order = order.index(dim)
@@ -161,7 +165,7 @@ def _prune(x: Tensor, spec: PruneSpec, dim: int, sum_dims: tuple[int, ...] | Non
         flat_in, flat_out = source.view(-1), target.view(-1)
         for (chunk,) in _pieces(flat_in.shape, 1, x.device):
             rules.magnitude_quads(flat_in[chunk], spec.n, flat_out[chunk], scratch)
-        return out
+        return
     grid_shape = [-(-size // m) if i == dim else s for i, s in enumerate(x.shape)]
     indices = _GroupIndices([math.prod(grid_shape[d + 1 :]) for d in order], scratch)
     total = math.prod(grid_shape)
@@ -186,7 +190,6 @@ def _prune(x: Tensor, spec: PruneSpec, dim: int, sum_dims: tuple[int, ...] | Non
                 words = partial(group_words, rng, index, total=total, spare=scratch.spare_words(index.numel()))
             result = _apply(spec, values, words, scratch)
             _copy_planes(part_out, result.movedim(1, 0).view(part_out.shape))
-    return out
 
 
 def _apply(spec: PruneSpec, values: Tensor, words: rules.Words | None, scratch: rules.Scratch) -> Tensor:
