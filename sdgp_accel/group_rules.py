@@ -21,10 +21,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from sdgp_accel.huge_pages import in_huge_pages
+
 BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 _INF_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000, torch.float64: 0x7FF0 << 48}
 UNIT = 1 << 24  # probabilities and uniforms are integers in units of 2^-24
 SMALLEST_SUM = 2.0**-100
+SLAB_BYTES = 1 << 24
+SPARE_WORDS = 6  # what philox4x32 computes in at any one time
 
 # The first `count` random words of each group, one after the other: int64 tensors [t * s] of 32-bit values, to consume.
 Words = Callable[[int], Iterator[Tensor]]
@@ -36,12 +40,8 @@ class Scratch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-
         self._spare: dict[int, list[Tensor]] = {}
-
-    def spare_words(self, count: int) -> list[Tensor] | None:
-        """A pool of int64 buffers [count] for `philox4x32`."""
-        return self._spare.setdefault(count, []) if self.device.type == "cpu" else None
+        self._slab = torch.empty(0, dtype=torch.uint8)
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.device.type != "cpu":
@@ -49,8 +49,26 @@ class Scratch:
         count = math.prod(shape)
         buffer = self._buffers.get((name, dtype))
         if buffer is None or buffer.numel() < count:
-            buffer = self._buffers[name, dtype] = torch.empty(count, dtype=dtype)
+            buffer = self._buffers[name, dtype] = self._allocate(count, dtype)
         return buffer[:count].view(shape)
+
+    def spare_words(self, count: int) -> list[Tensor] | None:
+        """A pool of int64 buffers [count] for `philox4x32`; None on CUDA."""
+        if self.device.type != "cpu":
+            return None
+        if count not in self._spare:
+            self._spare[count] = [self._allocate(count, torch.int64) for _ in range(SPARE_WORDS)]
+        return self._spare[count]
+
+    def _allocate(self, count: int, dtype: torch.dtype) -> Tensor:
+        used = count * dtype.itemsize
+        size = -(-used // 4096) * 4096
+        if size < SLAB_BYTES // 256:
+            return torch.empty(count, dtype=dtype)
+        if self._slab.numel() < size:
+            self._slab = in_huge_pages(torch.empty(max(size, SLAB_BYTES), dtype=torch.uint8))
+        buffer, self._slab = self._slab[:used], self._slab[size:]
+        return buffer.view(dtype)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

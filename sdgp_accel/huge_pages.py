@@ -18,17 +18,16 @@ _PAGE = 1 << 21
 _MADV_HUGEPAGE = 14  # linux/mman.h
 
 
-def empty_like(x: Tensor) -> Tensor:
-    """`torch.empty_like`, in huge pages where it is large, on a CPU, and the system offers them."""
-    out = torch.empty_like(x)
-    if type(out) is Tensor and out.device.type == "cpu" and not torch.compiler.is_compiling():
-        storage = out.untyped_storage()
+def in_huge_pages(fresh: Tensor) -> Tensor:
+    """`fresh`, a tensor not yet written to, in huge pages where it is large, on a CPU, and the system offers them."""
+    if type(fresh) is Tensor and fresh.device.type == "cpu" and not torch.compiler.is_compiling():
+        storage = fresh.untyped_storage()
         start = -(-storage.data_ptr() // _PAGE) * _PAGE
         size = (storage.data_ptr() + storage.nbytes() - start) // _PAGE * _PAGE
         madvise = _madvise()
         if size > 0 and madvise is not None:
             madvise(start, size, _MADV_HUGEPAGE)  # advice: whether it is taken makes no other difference
-    return out
+    return fresh
 
 
 @functools.cache

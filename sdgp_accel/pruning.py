@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdgp_accel import group_rules as rules
 from sdgp_accel.config import PASSES, Pass, PruneSpec, SDGPConfig, check_choice
-from sdgp_accel.huge_pages import empty_like
+from sdgp_accel.huge_pages import in_huge_pages
 from sdgp_accel.philox import Rng, data_parallel_rank, draw, group_words
 
 # Values per piece on a CPU: the scratch of a piece (about 10 times its values) stays in the last-level cache, while
@@ -144,10 +144,10 @@ def _as_magnitude(spec: PruneSpec) -> PruneSpec:
 
 def _prune(x: Tensor, spec: PruneSpec, dim: int, sum_dims: tuple[int, ...] | None, rng: Rng | None) -> Tensor:
     x = x.detach()
-    out = empty_like(x)
+    out = in_huge_pages(torch.empty_like(x))
     if out.numel() > 0:
         # Inference mode for the scratch only: it makes each of the many operations on it cheaper to start.
-        with torch.inference_mode():
+        with torch.inference_mode(not torch.compiler.is_compiling()):
             _prune_groups(x, out, spec if sum_dims is None else _as_magnitude(spec), dim, rng)
             if sum_dims is not None:
                 _rescale_scopes(x, out, sum_dims, spec.eps)

@@ -349,3 +349,12 @@ def test_nothing_waits_for_a_gpu(function: str, scope: str) -> None:
 def test_bad_arguments(error: type[Exception], message: str, call: Callable[[], object]) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_result_is_an_ordinary_tensor_also_under_compile() -> None:
+    x, config = torch.randn(8, 16, requires_grad=True), SDGPConfig(prune="magnitude")
+    pruned = prune(x, config)
+    assert not pruned.is_inference()
+    assert not pruned.requires_grad
+    compiled = torch.compile(lambda t: prune(t, config) * 2, backend="aot_eager")
+    assert torch.equal(compiled(x), pruned * 2)
