@@ -91,8 +91,8 @@ class TensorMap:
     def _pixels(self, start: list[int], offsets: list[int]) -> list[Array]:
         """Coordinates (w, h, ..., n) of the column's pixels.
 
-        The pixel box spans `lower` to extent - 1 + `upper`, in steps; from `start` on, pixels follow each other in it, w
-        fastest, then on into the next image.
+        The pixel box spans `lower` to extent - 1 + `upper`, in steps; from `start` on, pixels follow each other in it,
+        w fastest, then on into the next image.
         """
         counts = [
             (extent - 1 + upper - lower) // step + 1
