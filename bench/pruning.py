@@ -80,9 +80,12 @@ def extra_peak(call: Callable[[], torch.Tensor], device: str) -> float:
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=15, show_default=True, help="Pairs of prune and clone.")
+@click.option("--threads", type=click.IntRange(1), default=None, help="CPU threads [default: torch's].")
 @click.option("--quick", is_flag=True, help="Only 2:4.")
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="JSON file [default: bench/results/…].")
-def main(device: str, dtype: str, repeats: int, quick: bool, output: Path | None) -> None:
+def main(device: str, dtype: str, repeats: int, threads: int | None, quick: bool, output: Path | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
     x = torch.randn(SHAPE, device=device).to(getattr(torch, dtype)).contiguous(memory_format=torch.channels_last)
     matrix = x.permute(0, 2, 3, 1).reshape(-1, SHAPE[1])
     positions = SHAPE[2] * SHAPE[3]
@@ -105,6 +108,7 @@ def main(device: str, dtype: str, repeats: int, quick: bool, output: Path | None
                         )
                     )
     table = Table(title=f"Pruning {'x'.join(map(str, SHAPE))} {dtype} channels_last on {device}, in clones")
+
     for column in ("function", "N:M", "groups along", "median", "quartiles", "limit", "ms", "peak / input"):
         table.add_column(column, justify="left" if column in ("function", "groups along") else "right")
     rows = []
@@ -139,7 +143,8 @@ def main(device: str, dtype: str, repeats: int, quick: bool, output: Path | None
             f"{row['peak_extra_per_input']:.2f}",
         )
     Console().print(table)
-    output = output or Path(__file__).parent / "results" / f"pruning_{device}_{dtype}.json"
+    where = device if device == "cuda" else f"cpu{torch.get_num_threads()}"
+    output = output or Path(__file__).parent / "results" / f"pruning_{where}_{dtype}.json"
     output.write_text(
         json.dumps({"provenance": provenance(torch.device(device)), "shape": SHAPE, "rows": rows}, indent=1) + "\n"
     )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sdgp_accel.pruning as pruning
+from sdgp_accel import group_rules
 from sdgp_accel.config import FUNCTIONS, PruneSpec, SDGPConfig
 from sdgp_accel.philox import Rng
 from sdgp_accel.pruning import prune, prune_matrix
@@ -358,3 +359,23 @@ def test_result_is_an_ordinary_tensor_also_under_compile() -> None:
     assert not pruned.requires_grad
     compiled = torch.compile(lambda t: prune(t, config) * 2, backend="aot_eager")
     assert torch.equal(compiled(x), pruned * 2)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mvue_at_the_boundaries_of_the_uniform(n: int, dtype: torch.dtype) -> None:
+    # With equal magnitudes the running sums are multiples of n * 2^22: a uniform that meets one tells < from <=.
+    near = [i * 2**22 + d for i in range(5) for d in (-1, 0, 1)]
+    u = torch.tensor([v for v in near if 0 <= v < 2**24])
+    x = torch.tensor([3.0, -3.0, 3.0, 3.0], dtype=dtype).view(1, 4, 1).repeat(1, 1, len(u))
+    pruned = group_rules.mvue(x, n, lambda _: iter([u << 8]), group_rules.Scratch(x.device))
+    group = list(x[0, :, 0].numpy())
+    expected = [oracle.mvue_group(group, n, int(v), float(torch.finfo(dtype).max)) for v in u]
+    assert pruned[0].t().tolist() == expected
+
+
+def test_all_nans_are_equal() -> None:
+    quiet, signalling = 0x7FC00000, 0x7F800002
+    x = torch.tensor([0, signalling, quiet, 0, quiet, -1, 0, signalling], dtype=torch.int32).view(torch.float32)
+    kept = prune(x, SDGPConfig(prune="magnitude", n=1)).isnan()
+    assert kept.tolist() == [False, True, False, False, True, False, False, False]
