@@ -179,7 +179,10 @@ def _choose_on_gpu(plan: LayerPlan, geometry: Geometry, dtype: torch.dtype, devi
         unavailable = backend.unavailable(device)
         if unavailable is None:
             unsupported = backend.unsupported(geometry, plan, dtype, device)
-            return (backend, f"backend={plan.backend!r}") if unsupported is None else _fall_back(plan, unsupported)
+            if unsupported is not None:
+                return _fall_back(plan, unsupported)
+            auto = plan.backend == "auto"
+            return backend, "measured against dense at the first use of a shape" if auto else f"backend={name!r}"
         problem = unavailable
     warn_once(f"{device}: {problem}; until then fallback={plan.fallback!r} applies")
     return _fall_back(plan, problem)
