@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sdgp_accel.pruning import prune
     from sdgp_accel.report import LayerReport, SwapReport
     from sdgp_accel.semi_structured import compress
-    from sdgp_accel.swap import accelerate_, restore_
+    from sdgp_accel.swap import accelerate_, restore_, tune
     from sdgp_accel.validation import validate
 
 __version__ = "0.1.0"
@@ -38,6 +38,7 @@ __all__ = [
     "plan",
     "prune",
     "restore_",
+    "tune",
     "validate",
 ]
 
@@ -53,6 +54,7 @@ _HOME = {
     "plan": "plan",
     "prune": "pruning",
     "restore_": "swap",
+    "tune": "swap",
     "validate": "validation",
 }
 

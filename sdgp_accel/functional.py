@@ -69,7 +69,7 @@ def conv2d(
         input, padding = resolve_padding(input, weight, padding, stride, dilation)
     padding, plan, decision = _pair(padding), _encoded(plan, "conv2d"), None
     window = (*stride, *padding, *dilation, groups)
-    channels_last = _is_channels_last(input) or _is_channels_last(weight)
+    channels_last = is_channels_last(input) or is_channels_last(weight)
     if not torch.compiler.is_compiling():
         decision = decide_conv2d(plan, input.shape, weight.shape, window, channels_last, input.dtype, input.device)
         if decision.backend is None:
@@ -217,7 +217,8 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
 
 
-def _is_channels_last(tensor: Tensor) -> bool:
+def is_channels_last(tensor: Tensor) -> bool:
+    """True for a 4-D tensor that is channels_last and not also contiguous."""
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdgp_accel import functional
-from sdgp_accel.backends import warn_once
+from sdgp_accel.backends import Decision, decide_conv2d, decide_linear, warn_once
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.layer_plan import LayerKind, plan_string
 
@@ -71,3 +71,29 @@ class SDGPConv2d(SDGPLayer, nn.Conv2d):
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
         return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, self._sdgp_plan)
+
+
+def decide_layer(module: nn.Linear | nn.Conv2d, input: Tensor, config: SDGPConfig) -> tuple[Tensor, Decision]:
+    """What runs the backward of `module` under `config` on this input, and the input as that backward sees it:
+    batched, and padded where the convolution itself does not pad. The input has the dtype that the layer computes in.
+    """
+    if isinstance(module, nn.Linear):
+        plan = plan_string("linear", config)
+        return input, decide_linear(plan, input.shape, module.out_features, input.dtype, input.device)
+    x = input.unsqueeze(0) if input.dim() == 3 else input
+    stride, dilation = _pair(module.stride), _pair(module.dilation)
+    if module.padding_mode != "zeros":
+        padded = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        x, padding = padded.to(x.dtype), (0, 0)  # autocast pads in float32 on a CPU
+    elif isinstance(module.padding, str):
+        x, padding = functional.resolve_padding(x, module.weight, module.padding, stride, dilation)
+    else:
+        padding = _pair(module.padding)
+    window = (*stride, *padding, *dilation, module.groups)
+    channels_last = functional.is_channels_last(x) or functional.is_channels_last(module.weight)
+    plan, shape = plan_string("conv2d", config), module.weight.shape
+    return x, decide_conv2d(plan, x.shape, shape, window, channels_last, x.dtype, x.device)
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    return values[0], values[1]

@@ -6,20 +6,23 @@ names, buffers, dtype, device, memory format and training flag are the ones it h
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from sdgp_accel import batch as batches
 from sdgp_accel.backends import Decision, decide
 from sdgp_accel.config import PruneSpec, SDGPConfig
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import LayerKind, decode, plan_string
-from sdgp_accel.nn import SDGPConv2d, SDGPLayer, SDGPLinear
+from sdgp_accel.nn import SDGPConv2d, SDGPLayer, SDGPLinear, decide_layer
 from sdgp_accel.report import LayerReport, SwapReport
 
 Filter = Callable[[nn.Module, str], bool] | str | Iterable[str] | None
@@ -114,6 +117,82 @@ def restore_layer(module: SDGPLayer) -> None:
     original = _ORIGINALS[type(module)]
     del module._sdgp_config, module._sdgp_plan
     module.__class__ = original
+
+
+@contextlib.contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts back classes and configurations, gradients, buffers and the random state of `model` after the block."""
+    configs = {
+        module: module.sdgp_config if isinstance(module, SDGPLayer) else None
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for module, config in configs.items():
+            if config is not None:
+                swap_layer(module, config)
+            elif isinstance(module, SDGPLayer):
+                restore_layer(module)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def tune(model: nn.Module, batch: Any, *, autocast: torch.dtype | None = None) -> SwapReport:
+    """Decide now, on the shapes of `batch`, what each SDGP layer of `model` runs, and report it.
+
+    Without this call each shape is decided where it is first used. With ``backend="auto"`` on a GPU that has the
+    kernels, deciding means measuring; the reasons then hold the times.
+
+    batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets). autocast: the
+    dtype of the autocast that training runs under. One forward pass; the model is left as it was. Layers that the
+    pass does not reach are reported as `accelerate_` reports them.
+    """
+    decisions: dict[nn.Module, Decision] = {}
+
+    def after_forward(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        assert isinstance(module, (SDGPLinear, SDGPConv2d))
+        x = inputs[0] if inputs else named["input"]
+        decisions[module] = decide_layer(module, x.to(output.dtype), module.sdgp_config)[1]
+
+    steps = plan_swap(model, None, lambda module, name: False)
+    layers = [step.module for step in steps if step.config is not None]
+    handles = [layer.register_forward_hook(after_forward, with_kwargs=True) for layer in layers]
+    device = next(model.parameters(), torch.empty(0)).device
+    try:
+        with (
+            left_as_it_was(model),
+            torch.no_grad(),
+            torch.autocast(device.type, autocast, enabled=autocast is not None),
+        ):
+            batches.forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return SwapReport(tuple(_decided(step, decisions.get(step.module)) for step in steps))
+
+
+def _decided(step: Step, decision: Decision | None) -> LayerReport:
+    """The step's report with what was decided in place of the preview."""
+    if decision is None:
+        return step.report
+    pruned = decision.backend is not None
+    return replace(
+        step.report,
+        dgrad=_describe(decision.plan.grad_input if pruned else None),
+        wgrad=_describe(decision.plan.grad_weight if pruned else None),
+        backend=decision.name,
+        reason=decision.reason,
+    )
 
 
 def selector(filter_fn: Filter) -> Callable[[nn.Module, str], bool]:

@@ -17,10 +17,8 @@ more bits, and for fused multiply-adds that round in other places.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,16 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdgp_accel import batch as batches
-from sdgp_accel import functional, ops, philox
-from sdgp_accel.backends import Decision, decide_conv2d, decide_linear, dense
+from sdgp_accel import ops, philox
+from sdgp_accel.backends import Decision, dense
 from sdgp_accel.batch import LossFn
 from sdgp_accel.config import Pass, PruneSpec, SDGPConfig
 from sdgp_accel.geometry import Geometry, LinearGeometry
-from sdgp_accel.layer_plan import plan_string
-from sdgp_accel.nn import SDGPLayer
+from sdgp_accel.nn import SDGPLayer, decide_layer
 from sdgp_accel.pruning import prune_matrix
 from sdgp_accel.report import SwapReport
-from sdgp_accel.swap import Filter, layer_kind, plan_swap, restore_layer, swap_layer
+from sdgp_accel.swap import Filter, left_as_it_was, plan_swap, restore_layer, swap_layer
 from sdgp_accel.validation_report import Bias, PassCheck, ValidationReport
 
 LAMBDA = 8.0
@@ -98,7 +95,7 @@ def validate(
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     if not isinstance(draws, int) or draws < 0 or draws == 1:
         raise ValueError(f"draws must be 0 or an int >= 2; got {draws!r}")
-    with _left_as_it_was(model):
+    with left_as_it_was(model):
         targets, swap = _targets(model, config, filter_fn)
         for target in targets:
             if isinstance(target.module, SDGPLayer):
@@ -134,34 +131,6 @@ def _targets(model: nn.Module, config: SDGPConfig | None, filter_fn: Filter) -> 
             assert isinstance(step.module, (nn.Linear, nn.Conv2d))
             targets.append(_Target(step.report.name or "(the model)", step.module, chosen))
     return targets, SwapReport(tuple(step.report for step in steps))
-
-
-@contextlib.contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back classes and configurations, gradients, buffers and the random state."""
-    configs = {
-        module: module.sdgp_config if isinstance(module, SDGPLayer) else None
-        for module in model.modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
-    }
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for module, config in configs.items():
-            if config is not None:
-                swap_layer(module, config)
-            elif isinstance(module, SDGPLayer):
-                restore_layer(module)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
 
 def _run(model: nn.Module, batch: Any, loss_fn: LossFn | None, autocast: torch.dtype | None, seed: int) -> None:
@@ -201,33 +170,10 @@ def _watch(target: _Target, checks: list[PassCheck], draws: int) -> torch.utils.
 
 def _call(target: _Target, x: Tensor, dy: Tensor) -> _Call:
     """The operands of the layer's backward: x padded and cast as the layer itself does it."""
-    module = target.module
-    x, weight = x.to(dy.dtype), module.weight.detach().to(dy.dtype)
-    plan = plan_string(layer_kind(module), target.config)
-    if isinstance(module, nn.Conv2d):
-        x, padding = _padded(module, x)
-        if x.dim() == 3:
-            x, dy = x.unsqueeze(0), dy.unsqueeze(0)
-        window = (*module.stride, *padding, *module.dilation, module.groups)
-        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        decision = decide_conv2d(plan, x.shape, weight.shape, window, channels_last, dy.dtype, dy.device)
-    else:
-        decision = decide_linear(plan, x.shape, module.out_features, dy.dtype, dy.device)
-    return _Call(dy, x, weight, decision)
-
-
-def _padded(module: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    if module.padding_mode != "zeros":
-        return F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), (0, 0)
-    if isinstance(module.padding, str):
-        return functional.resolve_padding(
-            x, module.weight, module.padding, _pair(module.stride), _pair(module.dilation)
-        )
-    return x, module.padding
-
-
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    return values[0], values[1]
+    x, decision = decide_layer(target.module, x.to(dy.dtype), target.config)
+    if dy.dim() == 3 and isinstance(target.module, nn.Conv2d):
+        dy = dy.unsqueeze(0)
+    return _Call(dy, x, target.module.weight.detach().to(dy.dtype), decision)
 
 
 def _check(label: str, call: _Call, pass_name: Pass, draws: int) -> PassCheck:

@@ -433,9 +433,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, nothing_decided: None) -> Calla
     return install
 
 
-def test_kernels_are_used_where_they_fit_and_dense_where_not(
-    pretend_gpu: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_are_used_where_they_fit_and_dense_where_not(pretend_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(FakeKernels())
     monkeypatch.setattr(tuning, "tune", lambda backend, plan, *shape: (plan, "measured"))
     model = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 3, groups=2)).to(torch.bfloat16)
@@ -447,6 +445,49 @@ def test_kernels_are_used_where_they_fit_and_dense_where_not(
     assert type(y.grad_fn).__name__ == "ConvolutionBackward0"  # exactly the dense path
     y = model[0](torch.randn(4, 8, dtype=torch.bfloat16))
     assert "_Linear" in type(y.grad_fn).__name__
+
+
+def test_tune_reports_what_each_layer_will_run(pretend_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(FakeKernels())
+    times = iter([("sparse", "dense"), ("dense", "dense")])
+
+    def tuned(backend: Any, plan: Any, geometry: Any, dtype: torch.dtype, device: torch.device) -> Any:
+        dgrad, _ = next(times)
+        return plan._replace(grad_weight=None, grad_input=plan.grad_input if dgrad == "sparse" else None), "measured"
+
+    monkeypatch.setattr(tuning, "tune", tuned)
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 16), nn.Linear(16, 4)).to(torch.bfloat16)
+    report = sdgp.accelerate_(model, filter_fn=["0", "2"])
+    assert {layer.reason for layer in report.swapped} == {"measured against dense at the first use of a shape"}
+    state = copy.deepcopy(model.state_dict())
+    report = sdgp.tune(model, torch.randn(4, 8, dtype=torch.bfloat16))
+    assert [(layer.dgrad, layer.wgrad, layer.backend) for layer in report.layers] == [
+        ("mvue 2:4", "dense", "cutlass"),
+        ("dense", "dense", "dense"),
+        ("dense", "dense", "dense"),
+    ]
+    assert report["0"].reason == "measured"
+    assert not report["3"].swapped
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    model(torch.randn(4, 8, dtype=torch.bfloat16)).sum().backward()  # decided already: `times` is used up
+    assert not model[0]._forward_hooks
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_tune_covers_every_kind_of_padding(autocast: torch.dtype | None) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding="same"), nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(8, 8, 3, stride=2), nn.Flatten(), nn.Linear(8 * 4, 4),
+    )  # fmt: skip
+    sdgp.accelerate_(model, sdgp.SDGPConfig(backend="reference"))
+    backends.forget_decisions()
+    sdgp.tune(model, torch.randn(2, 4, 6, 6), autocast=autocast)
+    decided = backends.decide_conv2d.cache_info().currsize + backends.decide_linear.cache_info().currsize
+    assert decided == 4
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        model(torch.randn(2, 4, 6, 6))
+    after = backends.decide_conv2d.cache_info().currsize + backends.decide_linear.cache_info().currsize
+    assert after == 4  # the layers ask for exactly what was decided
 
 
 def test_fallback_modes(pretend_gpu: Any) -> None:
