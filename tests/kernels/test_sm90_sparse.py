@@ -181,9 +181,9 @@ def test_conv(engine: Engine, case: ConvCase) -> None:
     b, out_shape = (weight, (batch, h, w, c_in)) if is_dgrad else (x, (c_out, r, s, c_in))
     out = engine.poisoned(out_shape, torch.bfloat16)
     engine.conv(
-        f"sm90_{case.instance}", shape=(batch, h, w, c_in, p, q, c_out, r, s), window=[v for pair in window for v in pair],
-        group_n=2, cluster_size=case.cluster_size, out_is_float=False, accumulate=False,
-        **arguments(engine, operand, b.permute(0, 2, 3, 1).contiguous(), out, case.splits),
+        f"sm90_{case.instance}", shape=(batch, h, w, c_in, p, q, c_out, r, s),
+        window=[v for pair in window for v in pair], group_n=2, cluster_size=case.cluster_size, out_is_float=False,
+        accumulate=False, **arguments(engine, operand, b.permute(0, 2, 3, 1).contiguous(), out, case.splits),
     )  # fmt: skip
 
     y_gradient = dy.view(batch, p, q, c_out).permute(0, 3, 1, 2)
