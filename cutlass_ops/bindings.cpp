@@ -7,13 +7,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
-#include <vector>
 
 #include "sdgp/prune_compress_api.h"
+#include "sdgp/sm90_sparse_conv_api.h"
+#include "sdgp/sm90_sparse_gemm_api.h"
 
 namespace py = pybind11;
 
@@ -38,8 +40,13 @@ Function* instance(const std::string& name) {
   return reinterpret_cast<Function*>(function);
 }
 
+constexpr int kDriverErrorBase = 1000;  // entry points add it to a CUresult
+
 void check_launch(const std::string& name, int error) {
   if (error == cudaSuccess) return;
+  if (error >= kDriverErrorBase) {
+    throw std::runtime_error(name + ": tensor map rejected, CUresult " + std::to_string(error - kDriverErrorBase));
+  }
   cudaGetLastError();  // or the next call that looks would report this failure as its own
   throw std::runtime_error(name + ": " + cudaGetErrorString(static_cast<cudaError_t>(error)));
 }
@@ -173,6 +180,97 @@ void scope_scales(int n, int m, const std::string& dtype, int64_t dy, int64_t t,
   check_launch(name, instance<SdgpScopeScalesFunction>(name)(&problem));
 }
 
+// What both kinds of sparse product take beside their shapes.
+void check_product(int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace, int32_t padded_k,
+                   int32_t splits, int32_t group_n, int32_t cluster_size, int32_t sm_count) {
+  check_pointer("values", values, 16);
+  check_pointer("metadata", metadata, 16);
+  check_pointer("b", b, 16);
+  check_pointer("out", out, 16);
+  check_size("splits", splits, 1);
+  if (splits > 1) check_pointer("workspace", workspace, 16);
+  check_size("group_n", group_n, 1);
+  check_size("sm_count", sm_count, 1);
+  if (cluster_size != 1 && cluster_size != 2) {
+    throw py::value_error("cluster_size must be 1 or 2; got " + std::to_string(cluster_size));
+  }
+  check_padded("padded_k", padded_k, 16);
+}
+
+void check_multiple(const char* argument, int32_t size, int32_t factor) {
+  check_size(argument, size, 1);
+  if (size % factor != 0) {
+    throw py::value_error(std::string(argument) + " must be a multiple of " + std::to_string(factor) + "; got " +
+                          std::to_string(size));
+  }
+}
+
+void sparse_gemm(const std::string& name, int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace,
+                 int32_t m, int32_t n, int32_t k, int32_t padded_k, int32_t splits, int32_t group_n,
+                 int32_t cluster_size, int32_t sm_count, bool out_is_float, bool accumulate, int64_t stream) {
+  check_product(values, metadata, b, out, workspace, padded_k, splits, group_n, cluster_size, sm_count);
+  check_size("m", m, 1);
+  check_multiple("n", n, 8);
+  check_padded("padded_k", padded_k, k);
+  const SdgpSm90SparseGemm problem{pointer<const void>(values),
+                                   pointer<const void>(metadata),
+                                   pointer<const void>(b),
+                                   pointer<void>(out),
+                                   pointer<void>(workspace),
+                                   m,
+                                   n,
+                                   k,
+                                   padded_k,
+                                   splits,
+                                   group_n,
+                                   cluster_size,
+                                   sm_count,
+                                   out_is_float,
+                                   accumulate,
+                                   pointer<void>(stream)};
+  check_launch(name, instance<SdgpSm90SparseGemmFunction>(name)(&problem));
+}
+
+void sparse_conv(const std::string& name, int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace,
+                 const std::array<int32_t, 9>& shape, const std::array<int32_t, 6>& window, int32_t padded_k,
+                 int32_t splits, int32_t group_n, int32_t cluster_size, int32_t sm_count, bool out_is_float,
+                 bool accumulate, int64_t stream) {
+  check_product(values, metadata, b, out, workspace, padded_k, splits, group_n, cluster_size, sm_count);
+  for (const int32_t size : shape) check_size("shape", size, 1);
+  check_multiple("c_in", shape[3], 8);
+  for (const int i : {0, 1, 4, 5}) check_size("stride and dilation", window[i], 1);
+  const auto [batch, h, w, c_in, p, q, c_out, r, s] = shape;
+  const SdgpSm90SparseConv problem{pointer<const void>(values),
+                                   pointer<const void>(metadata),
+                                   pointer<const void>(b),
+                                   pointer<void>(out),
+                                   pointer<void>(workspace),
+                                   batch,
+                                   h,
+                                   w,
+                                   c_in,
+                                   p,
+                                   q,
+                                   c_out,
+                                   r,
+                                   s,
+                                   window[0],
+                                   window[1],
+                                   window[2],
+                                   window[3],
+                                   window[4],
+                                   window[5],
+                                   padded_k,
+                                   splits,
+                                   group_n,
+                                   cluster_size,
+                                   sm_count,
+                                   out_is_float,
+                                   accumulate,
+                                   pointer<void>(stream)};
+  check_launch(name, instance<SdgpSm90SparseConvFunction>(name)(&problem));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -195,4 +293,16 @@ PYBIND11_MODULE(_C, module) {
              py::arg("t"), py::arg("c"), py::arg("row_stride"), py::arg("positions_per_sample"), py::arg("eps"),
              py::arg("sums"), py::arg("dgrad_scale") = 0, py::arg("wgrad_scale") = 0, py::arg("stream") = 0,
              "The factors of rescale_magnitude over a scope wider than a group; SdgpScopeScales there.");
+  module.def("sparse_gemm", &sparse_gemm, py::arg("name"), py::kw_only(), py::arg("values"), py::arg("metadata"),
+             py::arg("b"), py::arg("out"), py::arg("workspace") = 0, py::arg("m"), py::arg("n"), py::arg("k"),
+             py::arg("padded_k"), py::arg("splits") = 1, py::arg("group_n") = 8, py::arg("cluster_size") = 2,
+             py::arg("sm_count"), py::arg("out_is_float") = false, py::arg("accumulate") = false, py::arg("stream") = 0,
+             "The instance `name` of the sparse GEMM; SdgpSm90SparseGemm in sm90_sparse_gemm_api.h.");
+  module.def(
+      "sparse_conv", &sparse_conv, py::arg("name"), py::kw_only(), py::arg("values"), py::arg("metadata"), py::arg("b"),
+      py::arg("out"), py::arg("workspace") = 0, py::arg("shape"), py::arg("window"), py::arg("padded_k"),
+      py::arg("splits") = 1, py::arg("group_n") = 8, py::arg("cluster_size") = 2, py::arg("sm_count"),
+      py::arg("out_is_float") = false, py::arg("accumulate") = false, py::arg("stream") = 0,
+      "The instance `name` of the sparse convolution; SdgpSm90SparseConv in sm90_sparse_conv_api.h. shape: n, h, "
+      "w, c_in, p, q, c_out, r, s; window: stride, padding, dilation, vertical first.");
 }
