@@ -131,7 +131,7 @@ def build(output: Path, archs: Sequence[str] | None = None, jobs: int | None = N
         bindings = pool.submit(_compile_bindings, toolkit, archs)
         objects = list(pool.map(lambda source: compile_instance(toolkit, source, archs_of(source, archs)), sources))
         objects.append(bindings.result())
-    _link(toolkit, objects, output)
+    link(toolkit, objects, output)
 
 
 def compile_instance(toolkit: Toolkit, source: Path, archs: Sequence[str]) -> Path:
@@ -185,7 +185,8 @@ def dependencies(source: Path) -> list[Path]:
     return found
 
 
-def _link(toolkit: Toolkit, objects: Sequence[Path], output: Path) -> None:
+def link(toolkit: Toolkit, objects: Sequence[Path], output: Path) -> None:
+    """Link objects into a shared library that uses the shared CUDA runtime."""
     # Beside torch the runtime is already loaded; the rpath is for CUDA wheels in the same site-packages.
     command: list[str | Path] = [_host_compiler(), "-shared", "-o", output, *objects, toolkit.runtime, "-ldl"]
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,46 @@
+"""Which instance of a Hopper sparse product runs a shape, and in how many parts."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+# (rows, columns) of the output per thread block -> time per multiply-add relative to the fastest, measured with large
+# GEMMs on an H100 (bench/results).
+TILES = {(128, 256): 1.0, (256, 128): 1.08, (128, 128): 1.3}
+TILE_K = 128  # one step of the main loop; reduction lengths are padded to it
+CLUSTER = 2  # thread blocks that share loads of the dense operand
+# Per multiprocessor of an H100: multiply-adds of a sparse main loop (counted dense) per byte of device memory traffic.
+MULTIPLY_ADDS_PER_BYTE = 170.0
+MAX_SPLITS = 16
+
+
+class Tiling(NamedTuple):
+    """How one product is launched."""
+
+    tile: str  # as in the instance's name
+    splits: int  # parts of the reduction, each into its own float32 partial result
+    group_n: int  # tile columns that run together, for reuse in L2
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def choose_tiling(m: int, n: int, k: int, multiprocessors: int, splittable: bool) -> Tiling:
+    """The tiling of [m, k] x [k, n] with the least predicted time.
+
+    Each round of thread blocks takes as long as one tile; splitting the reduction fills the last round, and costs
+    writing and reading the partial results.
+    """
+    steps = -(-k // TILE_K)
+
+    def cost(rows: int, columns: int, splits: int) -> float:
+        blocks = CLUSTER * -(-m // (rows * CLUSTER)) * -(-n // columns) * splits
+        rounds = -(-blocks // multiprocessors)
+        # One more step stands for filling the pipeline and storing the result.
+        main_loop = rounds * rows * columns * (-(-steps // splits) + 1) * TILE_K * TILES[rows, columns]
+        partials = 8.0 * m * n * splits if splits > 1 else 0.0
+        return main_loop + partials * MULTIPLY_ADDS_PER_BYTE / multiprocessors
+
+    limit = min(MAX_SPLITS, steps) if splittable else 1
+    candidates = [(*tile, splits) for tile in TILES for splits in range(1, limit + 1)]
+    rows, columns, splits = min(candidates, key=lambda candidate: cost(*candidate))
+    return Tiling(f"{rows}x{columns}", splits, min(8, -(-n // columns)))

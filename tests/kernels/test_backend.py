@@ -1,0 +1,152 @@
+"""The cutlass backend: its decisions everywhere, its gradients on a GPU against the reference backend's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cutlass_ops
+from sdgp_accel import SDGPConfig
+from sdgp_accel.backends import cutlass, tiles
+from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
+from sdgp_accel.layer_plan import decode, plan_string
+from sdgp_accel.nn import SDGPConv2d, SDGPLinear
+
+CUDA = torch.device("cuda", 0)
+HAS_KERNELS = torch.cuda.is_available() and bool(cutlass_ops.ARCHS)
+needs_gpu = pytest.mark.skipif(not HAS_KERNELS, reason="no GPU with the kernels built")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A GPU to decide for."""
+    monkeypatch.setattr(cutlass, "device_facts", lambda device: cutlass.Device((9, 0), 132))
+    monkeypatch.setattr(cutlass_ops, "ARCHS", ("80", "90a"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "capability", "expected"),
+    [("80", (8, 0), True), ("80", (8, 9), True), ("86", (8, 0), False), ("80", (9, 0), False), ("90a", (9, 0), True),
+     ("90a", (10, 0), False), ("90", (9, 0), True), ("compute_80", (12, 0), True), ("compute_90", (8, 9), False),
+     ("100f", (10, 0), True), ("compute_90a", (10, 0), False)],
+)  # fmt: skip
+def test_which_code_runs_where(arch, capability, expected):
+    assert cutlass.runs_on(arch, capability) is expected
+
+
+def test_unavailable_names_the_command(hopper, monkeypatch):
+    assert cutlass.BACKEND.unavailable(CUDA) is None
+    monkeypatch.setattr(cutlass_ops, "ARCHS", ("86",))
+    assert "SDGP_CUDA_ARCHS=90a SDGP_CUDA=1 pip install" in cutlass.BACKEND.unavailable(CUDA)
+    monkeypatch.setattr(cutlass_ops, "ARCHS", ())
+    assert "not built" in cutlass.BACKEND.unavailable(CUDA)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [({}, None), ({"dtype": torch.float32}, "float32"), ({"n": 4, "m": 8}, "4:8"), ({"n": 1, "m": 2}, "1:2"),
+     ({"groups": 2}, "groups = 2"), ({"channels": 20}, "20"), ({"channels": 20, "backend": "cutlass"}, None)],
+)  # fmt: skip
+def test_unsupported_says_why(hopper, change, part):
+    options = {"dtype": torch.float16, "n": 2, "m": 4, "groups": 1, "channels": 64, "backend": "auto"} | change
+    window = (1, 1, 1, 1, 1, 1, options["groups"])
+    weight_shape = (options["channels"], 32 // options["groups"], 3, 3)
+    geometry = Conv2dGeometry.of((2, 32, 8, 8), weight_shape, window, True)
+    config = SDGPConfig(n=options["n"], m=options["m"], backend=options["backend"])
+    reason = cutlass.BACKEND.unsupported(geometry, decode(plan_string("conv2d", config)), options["dtype"], CUDA)
+    assert reason is None if part is None else part in reason
+
+
+def test_empty_gradients_are_left_to_others(hopper):
+    plan = decode(plan_string("linear", SDGPConfig(backend="cutlass")))
+    assert "empty" in cutlass.BACKEND.unsupported(LinearGeometry(0, 8, 8), plan, torch.float16, CUDA)
+
+
+@pytest.mark.parametrize("shape", [(25088, 1024, 4096), (1024, 1024, 25088), (64, 64, 8), (1, 8, 1), (256, 512, 1 << 17)])
+def test_tilings_exist_and_are_within_limits(shape):
+    m, n, k = shape
+    tiling = tiles.choose_tiling(m, n, k, 132, splittable=True)
+    assert tuple(map(int, tiling.tile.split("x"))) in tiles.TILES
+    assert 1 <= tiling.splits <= max(1, -(-k // tiles.TILE_K))
+    assert tiles.choose_tiling(m, n, k, 132, splittable=False).splits == 1
+
+
+def test_small_outputs_of_long_sums_are_split():
+    assert tiles.choose_tiling(1024, 1024, 25088, 132, splittable=True).splits > 1
+    assert tiles.choose_tiling(8192, 8192, 8192, 132, splittable=True).splits == 1
+
+
+def gradients(layer_type, arguments, x, dy, config, backend):
+    """(dX, dW, db) of a layer with fixed parameters and random numbers."""
+    torch.manual_seed(5)
+    layer = layer_type(*arguments, config=SDGPConfig(**config, backend=backend)).to("cuda", x.dtype)
+    if x.dim() == 4:
+        layer = layer.to(memory_format=torch.channels_last)
+    x = x.clone().requires_grad_()
+    torch.manual_seed(7)
+    layer(x).backward(dy)
+    return x.grad, *(parameter.grad for parameter in layer.parameters())
+
+
+def assert_close(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        error = (a.double() - b.double()).norm() / b.double().norm()
+        assert error < (1e-2 if a.dtype == torch.bfloat16 else 2e-3)
+
+
+CONFIGS = [
+    {}, {"prune": "random"}, {"prune": "rescale_magnitude"}, {"prune": "magnitude", "m": 8},
+    {"prune": {"grad_input": "mvue", "grad_weight": "magnitude"}}, {"grad_weight": "dense"}, {"n": 1, "m": 16},
+]  # fmt: skip
+
+
+@needs_gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_linear_equals_reference(config):
+    x = torch.randn(3, 100, 192, device="cuda", dtype=torch.bfloat16)
+    dy = torch.randn(3, 100, 264, device="cuda", dtype=torch.bfloat16)
+    ours, theirs = (gradients(SDGPLinear, (192, 264), x, dy, config, backend) for backend in ("cutlass", "reference"))
+    assert_close(ours, theirs)
+
+
+@needs_gpu
+@pytest.mark.parametrize("window", [(1, 1, 0), (3, 1, 1), (3, 2, 1), (5, 2, 2)], ids=str)
+@pytest.mark.parametrize("config", CONFIGS[:3], ids=str)
+def test_conv2d_equals_reference(config, window):
+    kernel, stride, padding = window
+    x = torch.randn(4, 64, 15, 14, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last)
+    y = torch.nn.functional.conv2d(x, x.new_zeros(136, 64, kernel, kernel), None, stride, padding)
+    dy = torch.randn_like(y).to(memory_format=torch.channels_last)
+    arguments = (64, 136, kernel, stride, padding)
+    ours, theirs = (gradients(SDGPConv2d, arguments, x, dy, config, backend) for backend in ("cutlass", "reference"))
+    assert_close(ours, theirs)
+
+
+@needs_gpu
+def test_shapes_without_sparse_products_run_dense_on_the_operand():
+    x = torch.randn(50, 36, device="cuda", dtype=torch.float16)
+    dy = torch.randn(50, 20, device="cuda", dtype=torch.float16)
+    ours, theirs = (gradients(SDGPLinear, (36, 20), x, dy, {}, backend) for backend in ("cutlass", "reference"))
+    assert_close(ours, theirs)
+
+
+@needs_gpu
+def test_replays_of_a_graph_draw_anew():
+    layer = SDGPLinear(64, 64, config=SDGPConfig(backend="cutlass")).to("cuda", torch.bfloat16)
+    x = torch.randn(128, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(128, 64, device="cuda", dtype=torch.bfloat16)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        layer(x).backward(dy)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    x.grad = layer.weight.grad = layer.bias.grad = None
+    with torch.cuda.graph(graph):
+        layer(x).backward(dy)
+    results = []
+    for _ in range(2):
+        graph.replay()
+        results.append(x.grad.clone())
+    assert not torch.equal(*results)

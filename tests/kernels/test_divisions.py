@@ -1,0 +1,25 @@
+"""The kernels' branch-free divisions against IEEE's, for every pair of mantissas that can reach them: a GPU's work."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+
+from cutlass_ops import build_kernels
+
+
+def test_divisions_round_like_ieee(engine, tmp_path):
+    if not engine.large:
+        pytest.skip("17 billion divisions are too many for the simulator")
+    toolkit = build_kernels.find_toolkit()
+    if toolkit is None:
+        pytest.skip("no CUDA toolkit to compile the check with")
+    library = tmp_path / "divisions.so"
+    source = Path(__file__).with_name("divisions.cu")
+    build_kernels.link(toolkit, [build_kernels.compile_instance(toolkit, source, ("80", "compute_80"))], library)
+    counts = engine.put(torch.zeros(2, dtype=torch.int64))
+    assert ctypes.CDLL(str(library)).sdgp_count_division_differences(ctypes.c_void_p(counts.data_ptr())) == 0
+    assert counts.tolist() == [0, 0]

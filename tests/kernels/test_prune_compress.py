@@ -1,0 +1,206 @@
+"""The prune+compress kernel against prune_matrix and compress_matrix, bit for bit, on fresh random inputs."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from sdgp_accel.config import FUNCTIONS, PruneSpec
+from sdgp_accel.philox import Rng
+from sdgp_accel.pruning import prune_matrix
+from sdgp_accel.semi_structured import SparseOperand, compress_matrix
+
+DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
+PATTERNS = ((2, 4), (1, 4), (2, 8), (1, 8), (2, 16), (1, 16))
+KINDS = ("normal", "many zeros", "wide", "ties", "huge", "not finite")
+
+
+class Outputs(NamedTuple):
+    dgrad: SparseOperand | None
+    wgrad: SparseOperand | None
+    bias: torch.Tensor | None
+
+
+def make_gradient(kind, t, c, dtype, pad=0):
+    """[t, c] with a row stride of c + pad."""
+    x = torch.randn(t, c + pad)
+    if kind == "many zeros":
+        x *= torch.rand_like(x) < 0.4
+    if kind == "wide":  # exponents from end to end of the dtype
+        low, high = (-24, 15) if dtype == torch.float16 else (-130, 126)
+        x *= torch.exp2(torch.randint(low, high, x.shape).float())
+    if kind == "ties":
+        x = torch.randint(-2, 3, x.shape) * torch.exp2(torch.randint(-24, 1, x.shape).float())
+    if kind == "huge":
+        x *= torch.finfo(dtype).max
+    x = x.to(dtype) + 0  # no -0: which of several zeros is stored is free
+    if kind == "not finite":
+        for value in (float("nan"), float("inf"), -float("inf")):
+            x[torch.rand_like(x, dtype=torch.float32) < 0.04] = value
+    return x[:, :c]
+
+
+def new_seed():
+    return torch.randint(-(2**63), 2**63 - 1, (2,))
+
+
+def run(engine, x, spec, seed, rank=0, positions_per_sample=1, k_align=16, dgrad=True, wgrad=True, bias=False):
+    """The kernel's outputs for the gradient x."""
+    (t, c), device_x = x.shape, engine.put(x)
+    common: dict[str, Any] = {"n": spec.n, "m": spec.m, "dtype": DTYPES[x.dtype], "dy": device_x.data_ptr()}
+    common |= {"t": t, "c": c, "row_stride": device_x.stride(0)}
+    arguments: dict[str, Any] = {}
+    device_seed = engine.put(seed)
+    operands = [None, None]
+    for axis, name, wanted in ((1, "dgrad", dgrad), (0, "wgrad", wgrad)):
+        if wanted:
+            k = -(-x.shape[axis] // k_align) * k_align
+            shapes = ((t, k // 2), (t, k // 16)) if axis == 1 else ((k // 2, c), (k // 16, c))
+            values, metadata = engine.empty(*shapes[0], dtype=x.dtype), engine.empty(*shapes[1], dtype=torch.int16)
+            operands[1 - axis] = SparseOperand(values, metadata, axis, (t, c))
+            arguments |= {f"{name}_values": values.data_ptr(), f"{name}_metadata": metadata.data_ptr(), f"{name}_k": k}
+    keep = []
+    if spec.scope != "group" and spec.function == "rescale_magnitude":
+        samples = positions_per_sample if spec.scope == "sample_channel" else 0
+        scopes = t // samples * c if samples else 1
+        keep = [engine.put(torch.zeros(3, scopes, dtype=torch.float64))]
+        keep += [engine.empty(scopes, dtype=torch.float32) for _ in range(2)]
+        scales = {"dgrad_scale": keep[1].data_ptr(), "wgrad_scale": keep[2].data_ptr(), "positions_per_sample": samples}
+        with engine.launching():
+            engine.kernels.scope_scales(**common, **scales, eps=spec.eps, sums=keep[0].data_ptr())
+        arguments |= scales
+    db = None
+    if bias:
+        db = engine.empty(c, dtype=torch.float32)
+        keep.append(engine.empty(engine.kernels.bias_partial_rows(t, c), c, dtype=torch.float32))
+        arguments |= {"bias": db.data_ptr(), "bias_partials": keep[-1].data_ptr()}
+    with engine.launching():
+        engine.kernels.prune_compress(
+            function=spec.function, eps=spec.eps, seed=device_seed.data_ptr(), rank=rank, **common, **arguments
+        )
+    return Outputs(*(o and SparseOperand(o.values.cpu(), o.metadata.cpu(), o.axis, o.shape) for o in operands), db)
+
+
+def assert_same(operand, x, spec, rng, positions_per_sample=1, k_align=16):
+    """The operand is what the reference makes of x."""
+    pruned = prune_matrix(x, spec, operand.axis, positions_per_sample, rng)
+    expected = compress_matrix(pruned, operand.axis, k_align=k_align)
+    assert torch.equal(operand.metadata, expected.metadata)
+    same = (operand.values == expected.values) | (operand.values.isnan() & expected.values.isnan())
+    assert same.all()
+
+
+def check(engine, x, spec, positions_per_sample=1, k_align=16, rank=3):
+    seed = new_seed()
+    outputs = run(engine, x, spec, seed, rank, positions_per_sample, k_align)
+    for operand in outputs[:2]:
+        assert_same(operand, x, spec, Rng(seed, rank, 1 - operand.axis), positions_per_sample, k_align)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_equals_reference(engine, function, n, m):
+    few = zip(DTYPES, ("normal", "ties"), strict=True)
+    for dtype, kind in itertools.product(DTYPES, KINDS) if engine.large else few:
+        eps = 0.25 if kind == "normal" else 0.0
+        check(engine, make_gradient(kind, 37, 24, dtype, pad=8), PruneSpec(function, n, m, eps=eps))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_kinds_of_values(engine, function, kind):
+    for dtype in DTYPES:
+        check(engine, make_gradient(kind, 32, 32, dtype), PruneSpec(function, 2, 4))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (16, 8), (17, 9), (50, 36), (35, 264)])
+@pytest.mark.parametrize("function", ["mvue", "random"])
+def test_any_shape(engine, function, shape):
+    """Channels that are no multiple of 8, odd row strides, partial groups."""
+    for pad in (0, 3):
+        check(engine, make_gradient("normal", *shape, torch.bfloat16, pad=pad), PruneSpec(function, 2, 4))
+
+
+@pytest.mark.parametrize("m", [4, 16])
+def test_padding_to_the_gemm_tile(engine, m):
+    check(engine, make_gradient("normal", 20, 24, torch.float16), PruneSpec("mvue", 2, m), k_align=128)
+
+
+@pytest.mark.parametrize("positions_per_sample", [1, 4, 9, 36])
+@pytest.mark.parametrize("m", [4, 8, 16])
+def test_sample_channel_scope(engine, m, positions_per_sample):
+    """Samples that end inside groups, tiles and steps."""
+    x = make_gradient("many zeros", 36, 24, torch.float16)
+    check(engine, x, PruneSpec("rescale_magnitude", 2, m, "sample_channel", 1e-4), positions_per_sample)
+
+
+@pytest.mark.parametrize("kind", ["normal", "not finite"])
+def test_tensor_scope(engine, kind):
+    check(engine, make_gradient(kind, 40, 24, torch.float16), PruneSpec("rescale_magnitude", 2, 4, "tensor"))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (70, 40)])
+def test_bias_gradient(engine, shape):
+    """Float32 sums in a fixed order: twice the same bits."""
+    x = make_gradient("normal", *shape, torch.bfloat16)
+    spec, seed = PruneSpec("magnitude", 2, 4), new_seed()
+    first, second = (run(engine, x, spec, seed, bias=True, wgrad=wgrad).bias for wgrad in (True, False))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first.cpu().double(), x.double().sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_one_operand_alone(engine):
+    x, spec, seed = make_gradient("normal", 20, 24, torch.float16), PruneSpec("mvue", 2, 4), new_seed()
+    both = run(engine, x, spec, seed)
+    assert torch.equal(run(engine, x, spec, seed, wgrad=False).dgrad.values, both.dgrad.values)
+    assert torch.equal(run(engine, x, spec, seed, dgrad=False).wgrad.values, both.wgrad.values)
+
+
+def test_random_numbers_differ(engine):
+    """Between seeds, offsets, ranks and passes."""
+    x, spec = torch.ones(16, 16, dtype=torch.float16), PruneSpec("random", 2, 4)
+    seed = new_seed()
+    results = [run(engine, x, spec, s, rank) for s, rank in ((seed, 0), (seed, 1), (seed + 1, 0), (seed.flip(0), 0))]
+    words = [operand.decompress() for outputs in results for operand in (outputs.dgrad, outputs.wgrad)]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(words, 2))
+
+
+@pytest.mark.parametrize(("shape", "pad"), [((5000, 1024), 0), ((3137, 520), 24), ((2001, 333), 0), ((100_352, 64), 0)])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_large(engine, function, shape, pad):
+    if not engine.large:
+        pytest.skip("too much for the simulator")
+    for dtype in DTYPES:
+        check(engine, make_gradient("wide", *shape, dtype, pad=pad), PruneSpec(function, 2, 4))
+
+
+GOOD = {"function": "mvue", "n": 2, "m": 4, "dtype": "f16", "dy": 1 << 20, "t": 4, "c": 8, "row_stride": 8,
+        "dgrad_values": 1 << 20, "dgrad_metadata": 1 << 20, "dgrad_k": 16, "seed": 1 << 20}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("dy", 0), ("dy", 1), ("t", -1), ("c", 0), ("row_stride", 7), ("row_stride", 1 << 62), ("dgrad_values", 2),
+     ("dgrad_metadata", 0), ("dgrad_k", 8), ("dgrad_k", 17), ("seed", 0), ("seed", 4)],
+)  # fmt: skip
+def test_bad_arguments_are_named(engine, argument, value):
+    with pytest.raises(ValueError, match=argument):
+        engine.kernels.prune_compress(**(GOOD | {argument: value}))
+
+
+@pytest.mark.parametrize("change", [{"dtype": "f32"}, {"m": 6}, {"n": 3}, {"function": "topk"}])
+def test_kernels_that_do_not_exist_are_named(engine, change):
+    arguments = GOOD | change
+    name = f"sdgp_{arguments['function']}_{arguments['n']}_{arguments['m']}_{arguments['dtype']}"
+    with pytest.raises(ValueError, match=name):
+        engine.kernels.prune_compress(**arguments)
+
+
+def test_failed_launch_names_the_kernel_and_leaves_no_error(engine):
+    """More blocks than a grid has: refused before anything is read."""
+    with pytest.raises(RuntimeError, match=r"sdgp_mvue_2_4_f16: .*configuration"):
+        engine.kernels.prune_compress(**(GOOD | {"t": 1 << 50}))
+    check(engine, make_gradient("normal", 4, 8, torch.float16), PruneSpec("mvue", 2, 4))
