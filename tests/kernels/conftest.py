@@ -80,6 +80,11 @@ class SimulatorEngine:
         with self._sim.checked():
             yield
 
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that kernels have read from and written to global memory since the last call."""
+        counters = self._sim.counters()
+        return counters.global_load, counters.global_store
+
 
 def _remove(path: Path) -> None:
     path.unlink()

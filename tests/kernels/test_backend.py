@@ -62,7 +62,7 @@ def test_empty_gradients_are_left_to_others(hopper):
     assert "empty" in cutlass.BACKEND.unsupported(LinearGeometry(0, 8, 8), plan, torch.float16, CUDA)
 
 
-@pytest.mark.parametrize("shape", [(25088, 1024, 4096), (1024, 1024, 25088), (64, 64, 8), (1, 8, 1), (256, 512, 1 << 17)])
+@pytest.mark.parametrize("shape", [(25088, 1024, 4096), (1024, 1024, 25088), (64, 64, 8), (1, 8, 1)])
 def test_tilings_exist_and_are_within_limits(shape):
     m, n, k = shape
     tiling = tiles.choose_tiling(m, n, k, 132, splittable=True)

@@ -168,6 +168,18 @@ def test_random_numbers_differ(engine):
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(words, 2))
 
 
+def test_bytes_moved(engine):
+    """Of a 16-bit value: 2 bytes read, 9/16 of them written for each operand, and the bias gradient's partial sums."""
+    if engine.large:
+        pytest.skip("it is the simulator that counts bytes")
+    t, c = 512, 256
+    engine.traffic()
+    run(engine, make_gradient("normal", t, c, torch.float16), PruneSpec("magnitude", 2, 4), new_seed(), bias=True)
+    read, written = engine.traffic()
+    partial = 4 * c * engine.kernels.bias_partial_rows(t, c)
+    assert (read, written) == (2 * t * c + partial, 2.25 * t * c + partial + 4 * c)
+
+
 @pytest.mark.parametrize(("shape", "pad"), [((5000, 1024), 0), ((3137, 520), 24), ((2001, 333), 0), ((100_352, 64), 0)])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_large(engine, function, shape, pad):
