@@ -19,9 +19,10 @@ from sdgp_accel.config import SDGPConfig
 from sdgp_accel.memory import step_peak_bytes
 from sdgp_accel.plan import plan
 from sdgp_accel.provenance import gpu_state, provenance
+from sdgp_accel.report import SwapReport
 from sdgp_accel.roofline import GPU
 from sdgp_accel.stages import StageRecorder
-from sdgp_accel.swap import Filter, accelerate_
+from sdgp_accel.swap import Filter, accelerate_, tune
 from sdgp_accel.timing import Clock, HostClock, Stats, clock_for
 
 OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -83,6 +84,7 @@ def benchmark(
         contenders.append(make(compiled=not compile))
     clock = clock_for(device)
     with _cudnn_benchmark():
+        contenders[1].swap = tune(contenders[1].model, batch, autocast=autocast)
         for contender in contenders:
             for _ in range(warmup):
                 contender.step(clock)
@@ -149,7 +151,7 @@ class _Contender:
         sdgp: tuple[SDGPConfig, Filter] | None = None,
     ) -> None:
         self.model = copy.deepcopy(model).train()
-        self.swap = accelerate_(self.model, *sdgp) if sdgp is not None else None
+        self.swap: SwapReport | None = accelerate_(self.model, *sdgp) if sdgp is not None else None
         self.compiled = compiled
         self.name = ("dense" if sdgp is None else "SDGP") + (", compiled" if compiled else "")
         self.optimizer = optimizer(self.model.parameters())
