@@ -13,7 +13,6 @@ import importlib
 import json
 import multiprocessing
 import platform
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from bench.learning import summary, training
 from bench.learning.cells import Cell, by_value
 from bench.learning.tasks import TASKS, Task
 from sdgp_accel.backends import reference
+from sdgp_accel.provenance import git_revision
 
 RESULTS = Path(__file__).parent / "results"
 PRUNING = {"package": "sdgp_accel.pruning", "triton": "bench.learning.triton_pruning"}
@@ -73,15 +73,8 @@ def environment(device: torch.device, pruning: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "pruning": pruning,
         "matmul_precision": torch.get_float32_matmul_precision(),
-        "revision": revision(),
+        "revision": git_revision(),
     }
-
-
-def revision() -> str | None:
-    """The commit of this checkout, with a mark where the tree differs from it; None outside a repository."""
-    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
 
 
 def outstanding(
