@@ -1,28 +1,38 @@
-"""Keep the README's result tables in step with the files under bench/results/.
+"""Build the README's result sections from the files under bench/results/.
 
-    python -m bench.report            # copy each results/NAME.md between its markers in the README
+    python -m bench.report            # write every section between its markers in the README
     python -m bench.report --check    # change nothing; exit 1 where the README is out of step
 
-A table stands between ``<!-- results: NAME.md -->`` and ``<!-- end -->``; whoever writes a result writes its NAME.md.
+A section stands between ``<!-- results: NAME -->`` and ``<!-- end -->``, NAME one of `SECTIONS`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 
+from bench import tables
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
-SECTION = re.compile(r"(<!-- results: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- results: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+SECTIONS: dict[str, Callable[[Path], str]] = {
+    "convergence": lambda results: (results / "convergence_2_4.md").read_text(),
+    "layers": tables.layers,
+    "gemm": tables.gemm,
+    "prune": tables.prune,
+    "step_time": tables.step_time,
+}
 
 
 def filled(text: str, results: Path) -> str:
-    """`text` with every marked section holding its file from `results`; FileNotFoundError where one is missing."""
+    """`text` with every marked section built from `results`; KeyError for a marker that no section has."""
 
     def content(section: re.Match[str]) -> str:
-        return f"{section[1]}\n{(results / section['name']).read_text().strip()}\n\n{section[3]}"
+        return f"{section[1]}\n{SECTIONS[section['name']](results).strip()}\n\n{section[3]}"
 
     return SECTION.sub(content, text)
 
@@ -30,7 +40,7 @@ def filled(text: str, results: Path) -> str:
 @click.command()
 @click.option("--check", is_flag=True, help="Change nothing; exit 1 where the README is out of step.")
 def main(check: bool) -> None:
-    """Copy the result tables into the README."""
+    """Write the result sections of the README."""
     text = README.read_text()
     wanted = filled(text, RESULTS)
     if check and text != wanted:
