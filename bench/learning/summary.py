@@ -15,6 +15,7 @@ from bench.learning.tasks import TASKS, Task
 
 FUNCTIONS = ("mvue", "rescale_magnitude", "magnitude", "random")
 PATTERNS = sorted({(2, 4), *OTHER_PATTERNS}, key=lambda pattern: (pattern[0] / pattern[1], pattern))
+MISSING = "—"
 TITLES = {"grad_input": "grad_input only", "grad_weight": "grad_weight only", "both": "both passes"}
 
 
@@ -122,14 +123,18 @@ def two_four(entries: dict[Cell, Entry]) -> list[str]:
 
 
 def _cell(entries: dict[Cell, Entry], cell: Cell) -> str:
-    return f"{entries[cell]} ({entries[cell].delta:+.3f})" if cell in entries else "—"
+    return f"{entries[cell]} ({entries[cell].delta:+.3f})" if cell in entries else MISSING
 
 
 def _table(corner: str, columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table; rows without any result are left out."""
-    filled = [[row, *values] for row, values in zip(rows, cells, strict=True) if any(value != "—" for value in values)]
-    table = [[corner, *columns], ["---"] * (len(columns) + 1), *filled]
-    return [f"| {' | '.join(row)} |" for row in table] + [""] if filled else []
+    """A Markdown table; rows and columns without any result are left out."""
+    kept = [j for j in range(len(columns)) if any(row[j] != MISSING for row in cells)]
+    if not kept:
+        return []
+    named = [[row, *(values[j] for j in kept)] for row, values in zip(rows, cells, strict=True)]
+    filled = [row for row in named if {*row[1:]} != {MISSING}]
+    table = [[corner, *(columns[j] for j in kept)], ["---"] * (len(kept) + 1), *filled]
+    return [f"| {' | '.join(row)} |" for row in table] + [""]
 
 
 def plot(tables: dict[Task, dict[Cell, Entry]], path: Path) -> None:
