@@ -73,6 +73,11 @@ class SDGPConv2d(SDGPLayer, nn.Conv2d):
         return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, self._sdgp_plan)
 
 
+def layer_kind(module: nn.Linear | nn.Conv2d) -> LayerKind:
+    """What kind of plan `module` takes."""
+    return "linear" if isinstance(module, nn.Linear) else "conv2d"
+
+
 def decide_layer(module: nn.Linear | nn.Conv2d, input: Tensor, config: SDGPConfig) -> tuple[Tensor, Decision]:
     """What runs the backward of `module` under `config` on this input, and the input as that backward sees it:
     batched, and padded where the convolution itself does not pad. The input has the dtype that the layer computes in.

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from sdgp_accel.backends import Decision, decide
+from sdgp_accel.config import PruneSpec, SDGPConfig
+from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
+from sdgp_accel.layer_plan import plan_string
+from sdgp_accel.nn import SDGPConv2d, SDGPLinear, layer_kind
+
+MOST_FOOTNOTES = 6
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,19 @@ class LayerReport:
     backend: str
     reason: str
     aliases: tuple[str, ...] = ()
+
+    def decided(self, decision: Decision | None) -> LayerReport:
+        """The report with what was decided for a shape in place of the preview; itself for None."""
+        if decision is None:
+            return self
+        pruned = decision.backend is not None
+        return replace(
+            self,
+            dgrad=_describe(decision.plan.grad_input if pruned else None),
+            wgrad=_describe(decision.plan.grad_weight if pruned else None),
+            backend=decision.name,
+            reason=decision.reason,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON."""
@@ -75,25 +99,27 @@ class SwapReport:
         }
 
     def table(self) -> Table:
-        """The report as a rich table, its reasons numbered and listed below."""
+        """The report as a rich table. A few reasons that repeat are numbered and listed below it; many (measured
+        times) stand in their rows."""
         title = f"{len(self.swapped)} of {len(self.layers)} layers swapped"
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
         table.add_column("layer", overflow="fold")
         for column in ("what", "dgrad, wgrad", "backend", "why"):
             table.add_column(column)
-        numbers: dict[str, int] = {}
+        reasons = list(dict.fromkeys(layer.reason for layer in self.layers))
+        numbered = len(reasons) <= MOST_FOOTNOTES
         for layer in self.layers:
-            number = numbers.setdefault(layer.reason, len(numbers) + 1)
             passes = layer.dgrad if layer.dgrad == layer.wgrad else f"{layer.dgrad}, {layer.wgrad}"
             table.add_row(
                 ", ".join((layer.name or "(the model)", *layer.aliases)),
                 f"{layer.kind} {layer.shape}",
                 passes if layer.swapped else "",
                 layer.backend if layer.swapped else "",
-                str(number),
+                str(reasons.index(layer.reason) + 1) if numbered else layer.reason,
                 style=None if layer.swapped else "dim",
             )
-        table.caption = "\n".join(f" {number}: {reason}" for reason, number in numbers.items())
+        if numbered:
+            table.caption = "\n".join(f" {number}: {reason}" for number, reason in enumerate(reasons, start=1))
         return table
 
     def __rich__(self) -> Table:
@@ -104,3 +130,80 @@ class SwapReport:
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()
+
+
+def describe_skipped(module: nn.Module, names: list[str], reason: str) -> LayerReport:
+    """The row of a layer that is not swapped, because of `reason`."""
+    return LayerReport(names[0], _class_name(module), _shape(module), False, "dense", "dense", "dense", reason,
+                       tuple(names[1:]))  # fmt: skip
+
+
+def describe_swapped(
+    module: nn.Linear | nn.Conv2d, names: list[str], config: SDGPConfig, reason: str | None
+) -> LayerReport:
+    """The row of a layer that is swapped with `config`; `reason` precedes that of its backend."""
+    plan_text = plan_string(layer_kind(module), config)
+    decision, remark = _preview(plan_text, module)
+    dense = decision.backend is None
+    return LayerReport(
+        name=names[0],
+        kind=_class_name(module),
+        shape=_shape(module),
+        swapped=True,
+        dgrad=_describe(None if dense else decision.plan.grad_input),
+        wgrad=_describe(None if dense else decision.plan.grad_weight),
+        backend=decision.name,
+        reason="; ".join(filter(None, (reason, decision.reason, remark))),
+        aliases=tuple(names[1:]),
+    )
+
+
+def _preview(plan_text: str, module: nn.Linear | nn.Conv2d) -> tuple[Decision, str | None]:
+    """What `decide` says for the layer's weight as it is now, on the smallest batch; shapes may still change it.
+
+    A float32 weight is judged as autocast would present it, since that is how such layers meet the kernels.
+    """
+    device, dtype = module.weight.device, module.weight.dtype
+    geometry = _smallest_geometry(module)
+    if dtype == torch.float32 and device.type == "cuda":
+        plain = decide(plan_text, geometry, dtype, device)
+        mixed = decide(plan_text, geometry, torch.bfloat16, device)
+        return mixed, None if plain.name == mixed.name else f"under autocast; without it: {plain.reason}"
+    return decide(plan_text, geometry, dtype, device), None
+
+
+def _smallest_geometry(module: nn.Linear | nn.Conv2d) -> Geometry:
+    if isinstance(module, nn.Linear):
+        return LinearGeometry(2, module.in_features, module.out_features, 2)
+    dilation, kernel = module.dilation, module.kernel_size
+    height, width = (d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
+    return Conv2dGeometry.of(
+        (1, module.in_channels, height, width),
+        (module.out_channels, module.in_channels // module.groups, *kernel),
+        (*module.stride, 0, 0, *dilation, module.groups),
+        channels_last=True,
+    )
+
+
+def _describe(spec: PruneSpec | None) -> str:
+    return "dense" if spec is None else f"{spec.function} {spec.n}:{spec.m}"
+
+
+def _class_name(module: nn.Module) -> str:
+    """Of an SDGP layer, the class that it replaced."""
+    kind = type(module)
+    return "Linear" if kind is SDGPLinear else "Conv2d" if kind is SDGPConv2d else kind.__name__
+
+
+def _shape(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear):
+        return f"{module.in_features}→{module.out_features}"
+    if isinstance(module, _ConvNd):
+        text = f"{module.in_channels}→{module.out_channels} {'x'.join(map(str, module.kernel_size))}"
+        strides = set(module.stride)
+        if strides != {1}:
+            text += f" /{'x'.join(map(str, strides if len(strides) == 1 else module.stride))}"
+        return text + (f" groups {module.groups}" if module.groups > 1 else "")
+    weights = [parameter for name, parameter in module.named_parameters(recurse=False) if "weight" in name]
+    lazy = nn.parameter.UninitializedParameter
+    return ", ".join("x".join(map(str, weight.shape)) for weight in weights if not isinstance(weight, lazy))

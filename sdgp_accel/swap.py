@@ -10,7 +10,6 @@ import contextlib
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from sdgp_accel import batch as batches
-from sdgp_accel.backends import Decision, decide
-from sdgp_accel.config import PruneSpec, SDGPConfig
-from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
-from sdgp_accel.layer_plan import LayerKind, decode, plan_string
-from sdgp_accel.nn import SDGPConv2d, SDGPLayer, SDGPLinear, decide_layer
-from sdgp_accel.report import LayerReport, SwapReport
+from sdgp_accel.backends import Decision
+from sdgp_accel.config import SDGPConfig
+from sdgp_accel.layer_plan import decode, plan_string
+from sdgp_accel.nn import SDGPConv2d, SDGPLayer, SDGPLinear, decide_layer, layer_kind
+from sdgp_accel.report import LayerReport, SwapReport, describe_skipped, describe_swapped
 
 Filter = Callable[[nn.Module, str], bool] | str | Iterable[str] | None
 
@@ -178,21 +176,7 @@ def tune(model: nn.Module, batch: Any, *, autocast: torch.dtype | None = None) -
     finally:
         for handle in handles:
             handle.remove()
-    return SwapReport(tuple(_decided(step, decisions.get(step.module)) for step in steps))
-
-
-def _decided(step: Step, decision: Decision | None) -> LayerReport:
-    """The step's report with what was decided in place of the preview."""
-    if decision is None:
-        return step.report
-    pruned = decision.backend is not None
-    return replace(
-        step.report,
-        dgrad=_describe(decision.plan.grad_input if pruned else None),
-        wgrad=_describe(decision.plan.grad_weight if pruned else None),
-        backend=decision.name,
-        reason=decision.reason,
-    )
+    return SwapReport(tuple(step.report.decided(decisions.get(step.module)) for step in steps))
 
 
 def selector(filter_fn: Filter) -> Callable[[nn.Module, str], bool]:
@@ -234,15 +218,15 @@ def _plan_step(
     if not any(select(module, name) for name in names):
         if isinstance(module, (SDGPLinear, SDGPConv2d)):
             kept = module.sdgp_config
-            return Step(module, kept, _swapped_report(module, names, kept, "not selected: keeps its configuration"))
-        return Step(module, None, _skipped_report(module, names, "not selected by filter_fn"))
+            return Step(module, kept, describe_swapped(module, names, kept, "not selected: keeps its configuration"))
+        return Step(module, None, describe_skipped(module, names, "not selected by filter_fn"))
     reason = _why_not(module, config)
     if reason is not None:
         if isinstance(module, SDGPLayer):
             _check_restorable(module)
-        return Step(module, None, _skipped_report(module, names, reason))
+        return Step(module, None, describe_skipped(module, names, reason))
     assert isinstance(module, (nn.Linear, nn.Conv2d))
-    return Step(module, config, _swapped_report(module, names, config, None))
+    return Step(module, config, describe_swapped(module, names, config, None))
 
 
 def _why_not(module: nn.Module, config: SDGPConfig) -> str | None:
@@ -286,81 +270,5 @@ def _base_name(module: nn.Linear | nn.Conv2d) -> str:
     return "Linear" if isinstance(module, nn.Linear) else "Conv2d"
 
 
-def layer_kind(module: nn.Linear | nn.Conv2d) -> LayerKind:
-    return "linear" if isinstance(module, nn.Linear) else "conv2d"
-
-
 def _in_channels(module: nn.Linear | nn.Conv2d) -> int:
     return module.in_features if isinstance(module, nn.Linear) else module.in_channels
-
-
-def _skipped_report(module: nn.Module, names: list[str], reason: str) -> LayerReport:
-    return LayerReport(names[0], _class_name(module), _shape(module), False, "dense", "dense", "dense", reason,
-                       tuple(names[1:]))  # fmt: skip
-
-
-def _swapped_report(
-    module: nn.Linear | nn.Conv2d, names: list[str], config: SDGPConfig, reason: str | None
-) -> LayerReport:
-    plan_text = plan_string(layer_kind(module), config)
-    decision, remark = _preview(plan_text, module)
-    dense = decision.backend is None
-    return LayerReport(
-        name=names[0],
-        kind=_class_name(module),
-        shape=_shape(module),
-        swapped=True,
-        dgrad=_describe(None if dense else decision.plan.grad_input),
-        wgrad=_describe(None if dense else decision.plan.grad_weight),
-        backend=decision.name,
-        reason="; ".join(filter(None, (reason, decision.reason, remark))),
-        aliases=tuple(names[1:]),
-    )
-
-
-def _preview(plan_text: str, module: nn.Linear | nn.Conv2d) -> tuple[Decision, str | None]:
-    """What `decide` says for the layer's weight as it is now, on the smallest batch; shapes may still change it.
-
-    A float32 weight is judged as autocast would present it, since that is how such layers meet the kernels.
-    """
-    device, dtype = module.weight.device, module.weight.dtype
-    geometry = _smallest_geometry(module)
-    if dtype == torch.float32 and device.type == "cuda":
-        plain = decide(plan_text, geometry, dtype, device)
-        mixed = decide(plan_text, geometry, torch.bfloat16, device)
-        return mixed, None if plain.name == mixed.name else f"under autocast; without it: {plain.reason}"
-    return decide(plan_text, geometry, dtype, device), None
-
-
-def _smallest_geometry(module: nn.Linear | nn.Conv2d) -> Geometry:
-    if isinstance(module, nn.Linear):
-        return LinearGeometry(2, module.in_features, module.out_features, 2)
-    dilation, kernel = module.dilation, module.kernel_size
-    height, width = (d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
-    return Conv2dGeometry.of(
-        (1, module.in_channels, height, width),
-        (module.out_channels, module.in_channels // module.groups, *kernel),
-        (*module.stride, 0, 0, *dilation, module.groups),
-        channels_last=True,
-    )
-
-
-def _describe(spec: PruneSpec | None) -> str:
-    return "dense" if spec is None else f"{spec.function} {spec.n}:{spec.m}"
-
-
-def _class_name(module: nn.Module) -> str:
-    return _ORIGINALS.get(type(module), type(module)).__name__
-
-
-def _shape(module: nn.Module) -> str:
-    if isinstance(module, nn.Linear):
-        return f"{module.in_features}→{module.out_features}"
-    if isinstance(module, _ConvNd):
-        text = f"{module.in_channels}→{module.out_channels} {'x'.join(map(str, module.kernel_size))}"
-        strides = set(module.stride)
-        if strides != {1}:
-            text += f" /{'x'.join(map(str, strides if len(strides) == 1 else module.stride))}"
-        return text + (f" groups {module.groups}" if module.groups > 1 else "")
-    shapes = [tuple(p.shape) for n, p in module.named_parameters(recurse=False) if "weight" in n and not _is_lazy(p)]
-    return ", ".join("x".join(map(str, shape)) for shape in shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 import warnings
@@ -121,7 +122,8 @@ def test_report_as_data_and_as_table() -> None:
     report = sdgp.accelerate_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, (3, 1), stride=2), nn.Linear(8, 4)))
     data = json.loads(json.dumps(report.to_dict()))
     assert (data["swapped"], data["skipped"]) == (2, 1)
-    first, second, third = data["layers"]
+    first, second, _ = data["layers"]
+    third = report.layers[2]
     assert first["reason"] == "3 input channels < min_in_channels = 4"
     assert second == {
         "name": "1",
@@ -134,13 +136,15 @@ def test_report_as_data_and_as_table() -> None:
         "reason": "device 'cpu' has no sparse tensor cores",
         "aliases": [],
     }
-    assert third["shape"] == "8→4"
+    assert third.shape == "8→4"
     text = str(report)
     assert "2 of 3 layers swapped" in text
     assert "min_in_channels" in text
     assert len(report) == 2
     with pytest.raises(KeyError):
         report["missing"]
+    timed = tuple(dataclasses.replace(third, name=str(i), reason=f"dense is faster here: {i} ms") for i in range(9))
+    assert "dense is faster here: 8 ms" in str(dataclasses.replace(report, layers=timed))
 
 
 def test_swap_keeps_hooks_flags_dtype_and_memory_format() -> None:
