@@ -27,6 +27,9 @@ DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 GROUP_SIZES = (4, 8, 16)
 HOPPER = (9, 0)
 MAX_SIZE = (1 << 31) - 1  # the products count positions and channels in 32 bits
+# TMA's im2col mode has 8 signed bits for the corners of a 4-D tensor's box and strides of at most 8 (CUDA driver API,
+# cuTensorMapEncodeIm2col); the corners go beyond padding and reach of the filter by less than a stride.
+MAX_REACH, MAX_STRIDE = 120, 8
 
 
 class Device(NamedTuple):
@@ -135,8 +138,19 @@ class CutlassBackend:
                 "sparse products need multiples of 8 channels; "
                 f"got {geometry.in_channels} in and {geometry.out_channels} out"
             )
-        if max(geometry.positions, geometry.in_channels, geometry.out_channels) > MAX_SIZE - TILE_K:
-            return f"sparse products count positions in 32 bits; got {geometry.positions}"
+        positions = geometry.positions
+        if isinstance(geometry, Conv2dGeometry):
+            reach = max(
+                *geometry.padding, *(d * (k - 1) for d, k in zip(geometry.dilation, geometry.kernel, strict=True))
+            )
+            if reach > MAX_REACH or max(geometry.stride) > MAX_STRIDE:
+                return (
+                    f"sparse convolutions reach {MAX_REACH} pixels with strides up to {MAX_STRIDE}; got {reach} "
+                    f"and {max(geometry.stride)}"
+                )
+            positions = max(positions, geometry.batch * geometry.height * geometry.width)
+        if max(positions, geometry.in_channels, geometry.out_channels) > MAX_SIZE - TILE_K:
+            return f"sparse products count positions in 32 bits; got {positions}"
         return None
 
 

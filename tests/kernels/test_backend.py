@@ -45,11 +45,15 @@ def test_unavailable_names_the_command(hopper, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "part"),
     [({}, None), ({"dtype": torch.float32}, "float32"), ({"n": 4, "m": 8}, "4:8"), ({"n": 1, "m": 2}, "1:2"),
-     ({"groups": 2}, "groups = 2"), ({"channels": 20}, "20"), ({"channels": 20, "backend": "cutlass"}, None)],
+     ({"groups": 2}, "groups = 2"), ({"channels": 20}, "20"), ({"channels": 20, "backend": "cutlass"}, None),
+     ({"padding": 121}, "121"), ({"dilation": 61}, "122"), ({"stride": 9}, "9")],
 )  # fmt: skip
 def test_unsupported_says_why(hopper, change, part):
     options = {"dtype": torch.float16, "n": 2, "m": 4, "groups": 1, "channels": 64, "backend": "auto"} | change
-    window = (1, 1, 1, 1, 1, 1, options["groups"])
+    stride, padding, dilation = (
+        change.get(name, default) for name, default in (("stride", 1), ("padding", 64), ("dilation", 1))
+    )
+    window = (stride, 1, padding, 1, dilation, 1, options["groups"])
     weight_shape = (options["channels"], 32 // options["groups"], 3, 3)
     geometry = Conv2dGeometry.of((2, 32, 8, 8), weight_shape, window, True)
     config = SDGPConfig(n=options["n"], m=options["m"], backend=options["backend"])
