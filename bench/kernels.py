@@ -1,0 +1,210 @@
+"""The prune+compress kernel on its own: time and bandwidth against copying the tensor and against PyTorch's kernel.
+
+    python bench/kernels.py            # to bench/results/kernels-<GPU>.json
+    python bench/kernels.py --ptxas    # no GPU: registers, spills and shared memory of every kernel
+
+On a GPU each case and its peers run in turns in one process, as CUDA graphs over buffers that together exceed the L2
+cache. The peers are `clone()` of the same tensor (what memory allows) and ``torch._sparse_semi_structured_tile`` (2:4
+along both axes by magnitude, CUTLASS's layout for sm_80).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from cutlass_ops import build_kernels
+from sdgp_accel.backends import KERNELS, Needs, load
+from sdgp_accel.config import PruneSpec
+from sdgp_accel.layer_plan import LayerPlan
+from sdgp_accel.philox import Rng
+from sdgp_accel.provenance import provenance
+from sdgp_accel.timing import CudaClock, Stats
+
+# Gradients [T, C] of layers at the batch sizes of bench/layers.py, and positions per sample.
+GRADIENTS = {
+    "vit_large.fc1": (128 * 197, 4096, 197),
+    "vit_large.fc2": (128 * 197, 1024, 197),
+    "resnet9.conv2": (512 * 16 * 16, 256, 16 * 16),
+    "resnet9.res2": (512 * 8 * 8, 512, 8 * 8),
+    "resnet50.56x56_64": (256 * 56 * 56, 64, 56 * 56),
+    "resnet50.28x28_512": (256 * 28 * 28, 512, 28 * 28),
+    "resnet50.7x7_512": (256 * 7 * 7, 512, 7 * 7),
+}
+RULES = {
+    "magnitude": PruneSpec("magnitude", 2, 4),
+    "random": PruneSpec("random", 2, 4),
+    "mvue": PruneSpec("mvue", 2, 4),
+    "rescale group": PruneSpec("rescale_magnitude", 2, 4),
+    "rescale sample_channel": PruneSpec("rescale_magnitude", 2, 4, "sample_channel"),
+    "rescale tensor": PruneSpec("rescale_magnitude", 2, 4, "tensor"),
+    "mvue 2:8": PruneSpec("mvue", 2, 8),
+    "mvue 2:16": PruneSpec("mvue", 2, 16),
+}
+L2_BYTES = 50 << 20
+REPEATS = 30
+
+
+class Case(NamedTuple):
+    """One row: a gradient, a rule, and which outputs it asks for."""
+
+    gradient: str
+    rule: str
+    needs: Needs
+
+
+CASES = [Case(gradient, rule, Needs(True, True, False)) for gradient in GRADIENTS for rule in list(RULES)[:5]]
+CASES += [Case("vit_large.fc2", rule, Needs(True, True, False)) for rule in list(RULES)[5:]]
+CASES += [Case("vit_large.fc2", "mvue", needs) for needs in (Needs(True, False, False), Needs(False, True, False))]
+CASES += [Case("vit_large.fc2", rule, Needs(True, True, True)) for rule in ("magnitude", "mvue")]
+
+
+def moved_bytes(t: int, c: int, needs: Needs) -> float:
+    """Bytes that one pass over dY has to move: each value read once, 9/16 of its bytes written per operand."""
+    return 2.0 * t * c * (1 + 9 / 16 * (needs.dgrad + needs.wgrad)) + (4.0 * c if needs.bias else 0.0)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Microseconds of the kernel and of its peers."""
+    backend = load(KERNELS)
+    assert backend is not None
+    t, c, positions_per_sample = GRADIENTS[case.gradient]
+    spec, device = RULES[case.rule], torch.device("cuda")
+    plan = LayerPlan(spec, spec, KERNELS, "error")
+    rng = Rng(torch.tensor([1, 2], device=device)) if spec.is_random else None
+    inputs = [torch.randn(t, c, device=device, dtype=torch.bfloat16) for _ in range(2 + 2 * L2_BYTES // (2 * t * c))]
+
+    def kernel(x: Tensor) -> Any:
+        return backend.prune_compress(x, plan, rng, positions_per_sample, case.needs)
+
+    contenders: dict[str, Callable[[Tensor], Any]] = {"kernel": kernel, "clone": Tensor.clone}
+    if case.rule == "magnitude" and case.needs == Needs(True, True, False) and t % 32 == 0 and c % 32 == 0:
+        contenders["torch_tile"] = lambda x: torch._sparse_semi_structured_tile(x)
+    graphs = {name: captured(run, inputs) for name, run in contenders.items()}
+    clock = CudaClock(device)
+    marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in contenders}
+    for repeat in range(-5, REPEATS):
+        for name, (graph, _) in graphs.items():
+            start = clock.mark()
+            graph.replay()
+            if repeat >= 0:
+                marks[name].append((start, clock.mark()))
+    clock.synchronize()
+    stats = {
+        name: Stats.of([1e6 * clock.seconds(*pair) / len(inputs) for pair in pairs]) for name, pairs in marks.items()
+    }
+    micro = stats["kernel"].median
+    return {
+        "case": case.gradient, "t": t, "c": c, "dtype": "bfloat16", "rule": case.rule, "needs": case.needs._asdict(),
+        "microseconds": {name: vars(value) for name, value in stats.items()},
+        "gigabytes_per_second": moved_bytes(t, c, case.needs) / micro * 1e-3,
+        "clones": micro / stats["clone"].median,
+        "torch_tiles": micro / stats["torch_tile"].median if "torch_tile" in stats else None,
+    }  # fmt: skip
+
+
+def captured(run: Callable[[Tensor], Any], inputs: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+    """A graph that runs over all inputs, and its outputs: alive, so that each has its own memory."""
+    run(inputs[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [run(x) for x in inputs]
+    return graph, outputs
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    result = Table(title="prune + compress, bf16")
+    for column in ("gradient", "rule", "outputs", "µs", "GB/s", "÷ clone", "÷ torch tile"):
+        result.add_column(column, justify="left" if column in ("gradient", "rule", "outputs") else "right")
+    for row in rows:
+        outputs = " ".join(name for name, wanted in row["needs"].items() if wanted)
+        tiles = "" if row["torch_tiles"] is None else f"{row['torch_tiles']:.2f}"
+        micro = f"{row['microseconds']['kernel']['median']:.1f}"
+        numbers = (f"{row['gigabytes_per_second']:.0f}", f"{row['clones']:.2f}", tiles)
+        result.add_row(row["case"], row["rule"], outputs, micro, *numbers)
+    return result
+
+
+class Resources(NamedTuple):
+    """What ptxas says of one kernel."""
+
+    kernel: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def ptxas_report(source: Path, arch: str) -> list[Resources]:
+    """Compile one instance and read the compiler's resource report."""
+    toolkit = build_kernels.find_toolkit()
+    if toolkit is None:
+        raise click.ClickException("no CUDA toolkit found: set CUDA_HOME")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [toolkit.nvcc, *build_kernels.COMPILE_FLAGS, "-I", build_kernels.INCLUDE, "-Xptxas", "-v"]
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-c", source, "-o", Path(folder) / "object.o"]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stderr  # type: ignore[arg-type]
+    return parse_report(output)
+
+
+def parse_report(output: str) -> list[Resources]:
+    """The kernels in what ``ptxas -v`` printed."""
+    kernels = []
+    for block in output.split("Compiling entry function")[1:]:
+        name, registers = re.search(r"'(\w+)'", block), re.search(r"Used (\d+) registers", block)
+        assert name is not None
+        assert registers is not None
+        spills = sum(map(int, re.findall(r"(\d+) bytes spill", block)))
+        shared = re.search(r"(\d+) bytes smem", block)
+        kernels.append(Resources(name[1], int(registers[1]), spills, int(shared[1]) if shared else 0))
+    return kernels
+
+
+def print_ptxas_reports(arch: str) -> None:
+    result = Table("kernel", "registers", "spilled bytes", "shared bytes", title=f"ptxas, sm_{arch}")
+    for source in sorted(build_kernels.INSTANCES.glob("*.cu")):
+        if build_kernels.archs_of(source, (arch,)):
+            for kernel in ptxas_report(source, arch):
+                numbers = (kernel.registers, kernel.spilled_bytes, kernel.shared_bytes)
+                result.add_row(f"{source.stem}: {kernel.kernel}", *map(str, numbers))
+    Console(width=200).print(result)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--ptxas", is_flag=True, help="Print the compiler's resource report instead; needs no GPU.")
+@click.option("--arch", default="90a", show_default=True, help="Architecture of that report.")
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Where the results go.")
+def main(ptxas: bool, arch: str, path: Path | None) -> None:
+    """Time prune+compress for gradients of real layers."""
+    if ptxas:
+        print_ptxas_reports(arch)
+        return
+    if not torch.cuda.is_available():
+        raise click.ClickException("no CUDA device: there is nothing to time here; --ptxas works without one")
+    device = torch.device("cuda")
+    backend = load(KERNELS)
+    problem = "not installed" if backend is None else backend.unavailable(device)
+    if problem is not None:
+        raise click.ClickException(f"the {KERNELS} kernels: {problem}")
+    if path is None:
+        path = Path("bench/results") / f"kernels-{torch.cuda.get_device_name().replace(' ', '_')}.json"
+    rows = []
+    for case in CASES:
+        rows.append(measure(case))
+        path.write_text(json.dumps({"benchmark": "kernels", "provenance": provenance(device), "rows": rows}, indent=1))
+    Console().print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
