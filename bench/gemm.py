@@ -15,16 +15,17 @@ import functools
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-import cutlass_ops
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import cutlass_ops
 from sdgp_accel.backends.tiles import CLUSTER, TILE_K, TILES, Tiling, choose_tiling
 from sdgp_accel.provenance import provenance
 from sdgp_accel.semi_structured import SparseOperand, compress_matrix
@@ -174,7 +175,7 @@ def measure(layer: Layer, is_dgrad: bool, search: bool) -> dict[str, Any]:
     row: dict[str, Any] = {
         "layer": layer.name, "tokens": layer.tokens, "pass": "dgrad" if is_dgrad else "wgrad", "m": m, "n": n, "k": k,
         "tiling": chosen._asdict(), "relative_error": error, "buffer_sets": len(problems),
-        "microseconds": {name: vars(stats) for name, stats in times.items()},
+        "microseconds": {name: asdict(stats) for name, stats in times.items()},
         "tflops": {name: 2e-6 * m * n * k / stats.median for name, stats in times.items()},
     }  # fmt: skip
     if search:
@@ -194,7 +195,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
         result.add_column(column, justify="left" if column in ("layer", "pass") else "right")
     for row in rows:
         tflops = row["tflops"]
-        ratios = [f"{tflops['sdgp'] / tflops[peer]:.2f}" if peer in tflops else "-" for peer in ("cublas", "cusparselt")]
+        peers = [tflops.get(peer) for peer in ("cublas", "cusparselt")]
+        ratios = ["-" if peer is None else f"{tflops['sdgp'] / peer:.2f}" for peer in peers]
         tiling = f"{row['tiling']['tile']}/{row['tiling']['splits']}"
         result.add_row(
             row["layer"], row["pass"], f"{row['m']}x{row['n']}x{row['k']}", tiling,
@@ -212,7 +214,7 @@ def main(only: str, search: bool, path: Path | None) -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise click.ClickException("the sparse products need an H100-class GPU (compute capability 9.0)")
     if "90a" not in cutlass_ops.ARCHS:
-        raise click.ClickException("the kernels are not built for sm_90a: SDGP_CUDA_ARCHS=90a SDGP_CUDA=1 pip install .")
+        raise click.ClickException("the kernels are not built for sm_90a; build them with: SDGP_CUDA=1 pip install .")
     if path is None:
         path = Path("bench/results") / f"gemm-{torch.cuda.get_device_name().replace(' ', '_')}.json"
     rows = []
