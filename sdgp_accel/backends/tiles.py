@@ -11,7 +11,11 @@ TILES = {(128, 256): 1.0, (256, 128): 1.08, (128, 128): 1.3}
 TILE_K = 128  # one step of the main loop; reduction lengths are padded to it
 CLUSTER = 2  # thread blocks that share loads of the dense operand
 # Per multiprocessor of an H100: multiply-adds of a sparse main loop (counted dense) per byte of device memory traffic.
-MULTIPLY_ADDS_PER_BYTE = 170.0
+MULTIPLY_ADDS_PER_BYTE = 200.0
+# With few multiprocessors busy, those run faster: they have the power and the L2 cache to themselves.
+IDLE_GAIN = 0.25
+# Tile columns that run together: all where they are few, else groups of 8; 0 to 6 % faster than 4 or 16.
+FEW_COLUMNS, GROUP_N = 16, 8
 MAX_SPLITS = 16
 
 
@@ -27,20 +31,23 @@ class Tiling(NamedTuple):
 def choose_tiling(m: int, n: int, k: int, multiprocessors: int, splittable: bool) -> Tiling:
     """The tiling of [m, k] x [k, n] with the least predicted time.
 
-    Each round of thread blocks takes as long as one tile; splitting the reduction fills the last round, and costs
-    writing and reading the partial results.
+    Each round of thread blocks takes as long as one tile, a last one that leaves multiprocessors idle a little less;
+    splitting the reduction fills it, and costs writing and reading the partial results. Within 4 % of the best tiling
+    found by search at 24 shapes of ViT-L and 4096-wide layers on an H100.
     """
     steps = -(-k // TILE_K)
 
     def cost(rows: int, columns: int, splits: int) -> float:
         blocks = CLUSTER * -(-m // (rows * CLUSTER)) * -(-n // columns) * splits
-        rounds = -(-blocks // multiprocessors)
+        rounds, rest = divmod(blocks, multiprocessors)
+        last_round = 1 - IDLE_GAIN * (1 - rest / multiprocessors) if rest else 0.0
         # One more step stands for filling the pipeline and storing the result.
-        main_loop = rounds * rows * columns * (-(-steps // splits) + 1) * TILE_K * TILES[rows, columns]
+        main_loop = rows * columns * (-(-steps // splits) + 1) * TILE_K * TILES[rows, columns]
         partials = 8.0 * m * n * splits if splits > 1 else 0.0
-        return main_loop + partials * MULTIPLY_ADDS_PER_BYTE / multiprocessors
+        return (rounds + last_round) * main_loop + partials * MULTIPLY_ADDS_PER_BYTE / multiprocessors
 
     limit = min(MAX_SPLITS, steps) if splittable else 1
     candidates = [(*tile, splits) for tile in TILES for splits in range(1, limit + 1)]
     rows, columns, splits = min(candidates, key=lambda candidate: cost(*candidate))
-    return Tiling(f"{rows}x{columns}", splits, min(8, -(-n // columns)))
+    tile_columns = -(-n // columns)
+    return Tiling(f"{rows}x{columns}", splits, tile_columns if tile_columns < FEW_COLUMNS else GROUP_N)
