@@ -209,3 +209,22 @@ def test_auto_without_kernels_is_dense_with_one_warning(monkeypatch: pytest.Monk
     for a, b in zip(model.parameters(), dense.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
     backends.forget_decisions()
+
+
+@pytest.mark.filterwarnings("ignore:.*kernels are")
+def test_tune_decides_before_the_first_step() -> None:
+    backends.forget_decisions()
+    model, x = conv_net(), batch()
+    sdgp.accelerate_(model)
+    report = sdgp.tune(model, x, autocast=torch.bfloat16)
+    assert all(layer.reason for layer in report.layers)
+
+    def decided() -> int:
+        return backends.decide_conv2d.cache_info().currsize + backends.decide_linear.cache_info().currsize
+
+    before = decided()
+    assert before == len(report) == 3
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(x).float().square().sum()
+    loss.backward()
+    assert decided() == before
