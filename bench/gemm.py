@@ -33,6 +33,7 @@ from sdgp_accel.timing import Stats
 
 CACHE_BYTES = 1 << 28  # several times the L2 cache of any GPU so far
 REPEATS, WARM_UP = 30, 3
+HEAD_START = 2_000_000  # cycles that the GPU waits for the host before each turn: calls may cost more than products
 
 
 class Layer(NamedTuple):
@@ -134,6 +135,7 @@ def time_in_turns(contenders: dict[str, list[Callable[[], object]]], repeats: in
     """Microseconds of each contender: its closures, one per set of buffers, in turns with all others."""
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in contenders}
     for i in range(WARM_UP + repeats):
+        torch.cuda._sleep(HEAD_START)
         for name, closures in contenders.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
