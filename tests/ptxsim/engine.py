@@ -19,9 +19,9 @@ from types import ModuleType
 
 import torch
 
-from .machine import Counters
 from .memory import READY
 from .runtime import Runtime
+from .wave import Counters
 
 
 class SimEngine:

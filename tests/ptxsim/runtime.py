@@ -14,10 +14,11 @@ from typing import Any
 
 from . import elf, toolchain
 from .faults import SimError
-from .machine import Counters, Device, Launcher
+from .machine import Launcher
 from .memory import READY, GlobalMemory
 from .program import decode
 from .ptx import Kernel, Module, parse
+from .wave import Counters, Device
 
 CUDA_SUCCESS, INVALID_VALUE, MEMORY_ALLOCATION, INVALID_CONFIGURATION = 0, 1, 2, 9
 NO_KERNEL_IMAGE, INVALID_POINTER, LAUNCH_FAILURE = 209, 17, 719

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from .faults import SimError
-from .machine import Device, Launcher
+from .machine import Launcher
 from .memory import READY, GlobalMemory
 from .ptx import parse
+from .wave import Device
 
 COUNT = 512
 REGISTERS = {"b16": "%h", "b32": "%r", "b64": "%d", "pred": "%p"}

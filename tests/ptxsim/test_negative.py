@@ -49,10 +49,10 @@ def test_correct_twin_runs(sim, broken, name, number, kind):
 
 @pytest.mark.parametrize(("name", "number", "kind"), CASES, ids=[c[0] for c in CASES])
 def test_mistake_is_reported_by_name(sim, broken, monkeypatch, name, number, kind):
-    from . import machine
+    from . import scheduler
     from .faults import SimError
 
-    monkeypatch.setattr(machine, "BLOCK_BUDGET", 20_000)
+    monkeypatch.setattr(scheduler, "BLOCK_BUDGET", 20_000)
     with pytest.raises(SimError) as caught:
         _launch(sim, broken, number, True)
     fault = caught.value

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..ptx import Imm, Instr, Mem, Operand, PtxError, Reg, Sym, Vec
 
 if TYPE_CHECKING:
-    from ..machine import Wave
+    from ..wave import Wave
 
 Array = NDArray[Any]
 Closure = Callable[[], Any]

@@ -20,7 +20,7 @@ from ..tma import TensorMap
 from .core import Array, Binder, Make, op, vector
 
 if TYPE_CHECKING:
-    from ..machine import Wave
+    from ..wave import Wave
 
 
 @dataclass
