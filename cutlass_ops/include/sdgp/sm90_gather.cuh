@@ -3,7 +3,7 @@
 //
 //   MatrixGather   D = A * B, all three plain matrices
 //   DgradGather    rows of A are pixels of the compressed gradient, k runs over filter taps and, inside a tap, channels
-//   WgradGather    k runs over output pixels; columns of B are the activations under one filter tap, 64 channels at a time
+//   WgradGather    k runs over output pixels; columns of B are activations under one filter tap, 64 channels at a time
 //
 // TMA's im2col mode walks the pixels of an image in memory order and adds a tap's offset to each, zero outside the
 // image; so a tap costs the producer two small integers, and the padding costs nothing.
@@ -15,10 +15,10 @@
 
 namespace sdgp::sm90 {
 
-constexpr int kStageK = 64;              // k per stage of B; a k tile
-constexpr int kBlockK = 128;             // k per block of A: 64 stored values and 8 metadata words of a row
-constexpr int kSlabM = 64;               // rows per wgmma
-constexpr int kSwizzleElements = 64;     // 16-bit elements in a 128-byte swizzled row
+constexpr int kStageK = 64;           // k per stage of B; a k tile
+constexpr int kBlockK = 128;          // k per block of A: 64 stored values and 8 metadata words of a row
+constexpr int kSlabM = 64;            // rows per wgmma
+constexpr int kSwizzleElements = 64;  // 16-bit elements in a 128-byte swizzled row
 
 struct TensorMaps {
   CUtensorMap values, metadata, b;
@@ -30,8 +30,8 @@ struct ColumnRun {
 };
 
 // The first of 64 columns of B to load for column `column` of a tile: beyond the last column of the matrix, the last 64
-// again, whose columns of D are not stored. Loads that lie outside altogether were slow: with 2 of 18 of them on an H100,
-// 25 to 40 % on the whole product.
+// again, whose columns of D are not stored. Loads that lie outside altogether were slow: with 2 of 18 of them on an
+// H100, 25 to 40 % on the whole product.
 __device__ __forceinline__ int column_inside(int column, int columns) {
   return min(column, (columns - 1) / kSwizzleElements * kSwizzleElements);
 }
@@ -80,8 +80,7 @@ struct MatrixGather {
 
     __device__ __forceinline__ Producer(const MatrixGather& gather, const TensorMaps& maps, int row, int column,
                                         int k_tile, int first_b_row)
-        : gather(gather), maps(maps), row(row), column(column), k_tile(k_tile),
-          b_row(k_tile * kStageK + first_b_row) {}
+        : gather(gather), maps(maps), row(row), column(column), k_tile(k_tile), b_row(k_tile * kStageK + first_b_row) {}
     __device__ __forceinline__ void advance() { ++k_tile, b_row += kStageK; }
     __device__ __forceinline__ void load_values(uint32_t barrier, uint32_t tile) const {
       load_matrix_values<kMajorA, kBlockM>(maps.values, barrier, tile, row, k_tile);
@@ -96,8 +95,8 @@ struct MatrixGather {
   };
 };
 
-// The pixels of one image that the gather starts from, in the coordinates of the gathered tensor: pixel (i, j) starts at
-// (lower_h + i * step_h, lower_w + j * step_w).
+// The pixels of one image that the gather starts from, in the coordinates of the gathered tensor: pixel (i, j) starts
+// at (lower_h + i * step_h, lower_w + j * step_w).
 struct PixelGrid {
   int height, width;
   int lower_h, lower_w;
@@ -110,17 +109,18 @@ struct PixelStart {
 
 __device__ __forceinline__ PixelStart pixel_start(const PixelGrid& grid, int pixel) {
   const int line = pixel / grid.width, n = line / grid.height;
-  return {n, grid.lower_h + (line - n * grid.height) * grid.step_h, grid.lower_w + (pixel - line * grid.width) * grid.step_w};
+  return {n, grid.lower_h + (line - n * grid.height) * grid.step_h,
+          grid.lower_w + (pixel - line * grid.width) * grid.step_w};
 }
 
 // dX[pixels, C_in] of one residue class of input pixels modulo the stride: rows (i, j) of the class are the pixels
 // (first_h + i * stride_h, first_w + j * stride_w) of dX, and only the taps that meet a gradient pixel there take part.
 struct DgradGather {
   static constexpr int kProducerRegisters = 56;
-  PixelGrid grid;           // of the class, over dY
-  int pixels, n;            // rows and columns of D
-  int tiles_per_tap;        // k tiles of one tap: C_out / 64 rounded up
-  int taps_w;               // taps of the class in a filter row
+  PixelGrid grid;                                                  // of the class, over dY
+  int pixels, n;                                                   // rows and columns of D
+  int tiles_per_tap;                                               // k tiles of one tap: C_out / 64 rounded up
+  int taps_w;                                                      // taps of the class in a filter row
   int last_offset_h, last_offset_w, offset_step_h, offset_step_w;  // tap (t, u) reads at last - (t, u) * step
   int first_tap, tap_step_h, tap_step_w;                           // index of tap (t, u) in the filter
   int out_height, out_width, first_h, first_w, stride_h, stride_w;
@@ -147,8 +147,16 @@ struct DgradGather {
     // The k range starts at the first tap: a dgrad is not split along k.
     __device__ __forceinline__ Producer(const DgradGather& gather, const TensorMaps& maps, int row, int column, int,
                                         int first_b_row)
-        : gather(gather), maps(maps), start(pixel_start(gather.grid, row)), column(column), first_b_row(first_b_row),
-          channel(0), u(0), tap(gather.first_tap), offset_h(gather.last_offset_h), offset_w(gather.last_offset_w) {}
+        : gather(gather),
+          maps(maps),
+          start(pixel_start(gather.grid, row)),
+          column(column),
+          first_b_row(first_b_row),
+          channel(0),
+          u(0),
+          tap(gather.first_tap),
+          offset_h(gather.last_offset_h),
+          offset_w(gather.last_offset_w) {}
     __device__ __forceinline__ void advance() {
       channel += kStageK;
       if (channel < gather.tiles_per_tap * kStageK) return;
@@ -199,8 +207,12 @@ struct WgradGather {
 
     __device__ __forceinline__ Producer(const WgradGather& gather, const TensorMaps& maps, int row, int column,
                                         int k_tile, int first_b_row)
-        : gather(gather), maps(maps), start(pixel_start(gather.grid, k_tile * kStageK + first_b_row)), row(row),
-          k_tile(k_tile), step_lines(kStageK / gather.grid.width) {
+        : gather(gather),
+          maps(maps),
+          start(pixel_start(gather.grid, k_tile * kStageK + first_b_row)),
+          row(row),
+          k_tile(k_tile),
+          step_lines(kStageK / gather.grid.width) {
       step_pixels = kStageK - step_lines * gather.grid.width;
 #pragma unroll
       for (int i = 0; i < kColumnBlocks; ++i) {

@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <type_traits>
 
-
 namespace sdgp::sm90 {
 
 // Which way a 16-bit operand in shared memory is contiguous; the value is wgmma's transpose bit.
@@ -38,15 +37,16 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives on the barrier at the same shared-memory offset in CTA `cta` of the cluster. Without .release.cluster: what it
-// orders are reads by wgmma that have completed, and the qualifier costs a membar of ~1000 cycles.
+// Arrives on the barrier at the same shared-memory offset in CTA `cta` of the cluster. Without .release.cluster: what
+// it orders are reads by wgmma that have completed, and the qualifier costs a membar of ~1000 cycles.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier, uint32_t cta) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
       "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-      "}\n" ::"r"(barrier), "r"(cta)
+      "}\n" ::"r"(barrier),
+      "r"(cta)
       : "memory");
 }
 
@@ -60,7 +60,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       "@done bra finished;\n"
       "bra retry;\n"
       "finished:\n"
-      "}\n" ::"r"(barrier), "r"(parity)
+      "}\n" ::"r"(barrier),
+      "r"(parity)
       : "memory");
 }
 
@@ -82,8 +83,8 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// The loads below write a box of a tensor into shared memory and complete its bytes on `barrier`. With a cluster size of
-// 2 they write it to both CTAs, at the same offsets of data and barrier in each.
+// The loads below write a box of a tensor into shared memory and complete its bytes on `barrier`. With a cluster size
+// of 2 they write it to both CTAs, at the same offsets of data and barrier in each.
 
 // Box at (x, y) of a matrix, x innermost.
 __device__ __forceinline__ void tma_load(const CUtensorMap* map, uint32_t barrier, uint32_t destination, int x, int y) {
@@ -177,7 +178,7 @@ __device__ __forceinline__ void keep_registers(const uint32_t (&values)[kSets][k
 enum class Swizzle : uint64_t { k128B = 1 };
 
 // Descriptor of a matrix in shared memory without its start address (`descriptor_address`).
-// MN-major, 128 B swizzle: `leading_bytes` from one 64-wide MN block to the next, `stride_bytes` from 8 k to the next 8 k.
+// MN-major: `leading_bytes` from one 64-wide MN block to the next, `stride_bytes` from 8 k to the next 8 k.
 // K-major: `stride_bytes` from 8 rows to the next 8 rows, `leading_bytes` unused.
 __host__ __device__ constexpr uint64_t matrix_descriptor(Swizzle swizzle, int leading_bytes, int stride_bytes) {
   return static_cast<uint64_t>(swizzle) << 62 | static_cast<uint64_t>(stride_bytes >> 4) << 32 |
@@ -189,38 +190,41 @@ __host__ __device__ constexpr uint64_t matrix_descriptor(Swizzle swizzle, int le
 __device__ __forceinline__ uint64_t descriptor_address(uint32_t address) { return (address & 0x3ffff) >> 4; }
 
 // The registers of d as asm operands: 64 or 128.
-#define SDGP_NAMES_64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+#define SDGP_NAMES_64                                                                \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"             \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SDGP_NAMES_128 SDGP_NAMES_64 \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+#define SDGP_NAMES_128                                                                           \
+  SDGP_NAMES_64                                                                                  \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define SDGP_OPERANDS_8(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define SDGP_OPERANDS_32(i) \
-  SDGP_OPERANDS_8(i), SDGP_OPERANDS_8(i + 8), SDGP_OPERANDS_8(i + 16), SDGP_OPERANDS_8(i + 24)
+#define SDGP_OPERANDS_8(i)                                                                                    \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
+#define SDGP_OPERANDS_32(i) SDGP_OPERANDS_8(i), SDGP_OPERANDS_8(i + 8), SDGP_OPERANDS_8(i + 16), SDGP_OPERANDS_8(i + 24)
 #define SDGP_OPERANDS_64 SDGP_OPERANDS_32(0), SDGP_OPERANDS_32(32)
 #define SDGP_OPERANDS_128 SDGP_OPERANDS_64, SDGP_OPERANDS_32(64), SDGP_OPERANDS_32(96)
 
 // Numbered operands after the COUNT registers of d: a, b, metadata, selector, accumulate, transpose of A.
-#define SDGP_SPARSE_WGMMA(TYPE, N, COUNT, A, B, E, SELECTOR, ACCUMULATE, TRANSPOSE_A)                       \
-  template <Major kMajorA, int kSelector>                                                                            \
-  __device__ __forceinline__ void sparse_wgmma_##TYPE##_##N(float (&d)[COUNT], uint64_t a, uint64_t b,               \
-                                                            uint32_t metadata, bool accumulate) {                    \
-    asm volatile(                                                                                                    \
-        "{\n"                                                                                                        \
-        ".reg .pred accumulate;\n"                                                                                   \
-        "setp.ne.b32 accumulate, " ACCUMULATE ", 0;\n"                                                               \
-        "wgmma.mma_async.sp.sync.aligned.m64n" #N "k32.f32." #TYPE "." #TYPE " {" SDGP_NAMES_##COUNT "}, " A ", " B  \
-        ", " E ", " SELECTOR ", accumulate, 1, 1, " TRANSPOSE_A ", 1;\n"                                             \
-        "}\n"                                                                                                        \
-        : SDGP_OPERANDS_##COUNT                                                                                      \
-        : "l"(a), "l"(b), "r"(metadata), "n"(kSelector), "r"(static_cast<int>(accumulate)),                          \
-          "n"(static_cast<int>(kMajorA)));                                                                           \
+#define SDGP_SPARSE_WGMMA(TYPE, N, COUNT, A, B, E, SELECTOR, ACCUMULATE, TRANSPOSE_A)                  \
+  template <Major kMajorA, int kSelector>                                                              \
+  __device__ __forceinline__ void sparse_wgmma_##TYPE##_##N(float (&d)[COUNT], uint64_t a, uint64_t b, \
+                                                            uint32_t metadata, bool accumulate) {      \
+    asm volatile(                                                                                      \
+        "{\n"                                                                                          \
+        ".reg .pred accumulate;\n"                                                                     \
+        "setp.ne.b32 accumulate, " ACCUMULATE                                                          \
+        ", 0;\n"                                                                                       \
+        "wgmma.mma_async.sp.sync.aligned.m64n" #N "k32.f32." #TYPE "." #TYPE " {" SDGP_NAMES_##COUNT   \
+        "}, " A ", " B ", " E ", " SELECTOR ", accumulate, 1, 1, " TRANSPOSE_A                         \
+        ", 1;\n"                                                                                       \
+        "}\n"                                                                                          \
+        : SDGP_OPERANDS_##COUNT                                                                        \
+        : "l"(a), "l"(b), "r"(metadata), "n"(kSelector), "r"(static_cast<int>(accumulate)),            \
+          "n"(static_cast<int>(kMajorA)));                                                             \
   }
 SDGP_SPARSE_WGMMA(f16, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
 SDGP_SPARSE_WGMMA(f16, 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
@@ -234,8 +238,8 @@ SDGP_SPARSE_WGMMA(bf16, 256, 128, "%128", "%129", "%130", "%131", "%132", "%133"
 #undef SDGP_NAMES_128
 #undef SDGP_NAMES_64
 
-// D[64, kN] (+)= A[64, 32 at 2:4] * B[32, kN], float32 accumulators, A and B in shared memory, B MN-major. kSelector: the
-// lanes of each quad whose `metadata` counts, 0 and 1 or 2 and 3.
+// D[64, kN] (+)= A[64, 32 at 2:4] * B[32, kN], float32 accumulators, A and B in shared memory, B MN-major. kSelector:
+// the lanes of each quad whose `metadata` counts, 0 and 1 or 2 and 3.
 template <typename Element, int kN, Major kMajorA, int kSelector>
 __device__ __forceinline__ void sparse_wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t metadata,
                                              bool accumulate) {

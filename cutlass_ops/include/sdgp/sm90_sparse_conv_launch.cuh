@@ -82,12 +82,13 @@ int launch_dgrad_class(const SdgpSm90SparseConv& conv, const ResidueClass& verti
     const int taps = conv.r * conv.s;
     const cuuint64_t extent[3] = {static_cast<cuuint64_t>(conv.c_in), static_cast<cuuint64_t>(taps),
                                   static_cast<cuuint64_t>(conv.c_out)};
-    const cuuint64_t strides[2] = {static_cast<cuuint64_t>(conv.c_in) * 2, static_cast<cuuint64_t>(conv.c_in) * taps * 2};
+    const cuuint64_t strides[2] = {static_cast<cuuint64_t>(conv.c_in) * 2,
+                                   static_cast<cuuint64_t>(conv.c_in) * taps * 2};
     const cuuint32_t box[3] = {kSwizzleElements, 1, static_cast<cuuint32_t>(kStageK / conv.cluster_size)};
     const cuuint32_t step[3] = {1, 1, 1};
-    const CUresult result = tensor_map_encoder()(
-        &maps.b, kType, 3, const_cast<void*>(conv.b), extent, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result = tensor_map_encoder()(&maps.b, kType, 3, const_cast<void*>(conv.b), extent, strides, box,
+                                                 step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) error = kDriverErrorBase + result;
   }
   if (error != 0) return error;
@@ -116,8 +117,14 @@ int launch_dgrad_class(const SdgpSm90SparseConv& conv, const ResidueClass& verti
 
 template <typename Config>
 int launch_sparse_dgrad(const SdgpSm90SparseConv& conv) {
-  const Target target{conv.out,     nullptr,           false,         conv.accumulate != 0,
-                      1,            conv.group_n,      conv.cluster_size, conv.sm_count,
+  const Target target{conv.out,
+                      nullptr,
+                      false,
+                      conv.accumulate != 0,
+                      1,
+                      conv.group_n,
+                      conv.cluster_size,
+                      conv.sm_count,
                       static_cast<cudaStream_t>(conv.stream)};
   // Pixels that no tap reaches (a stride larger than the filter's reach) get a zero gradient.
   bool covered = true;
@@ -152,11 +159,16 @@ int launch_sparse_wgrad(const SdgpSm90SparseConv& conv) {
                           conv.c_in, grid, kSwizzleElements, kStageK / conv.cluster_size, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != 0) return error;
   const int taps = conv.r * conv.s, blocks_per_tap = (conv.c_in + kSwizzleElements - 1) / kSwizzleElements;
-  const WgradGather gather{grid,   conv.c_out,     conv.c_in,       taps,
-                           conv.s, blocks_per_tap, conv.dilation_h, conv.dilation_w};
-  const Target target{conv.out,          conv.workspace, conv.out_is_float != 0,
-                      conv.accumulate != 0, conv.splits, conv.group_n,
-                      conv.cluster_size, conv.sm_count,  static_cast<cudaStream_t>(conv.stream)};
+  const WgradGather gather{grid, conv.c_out, conv.c_in, taps, conv.s, blocks_per_tap, conv.dilation_h, conv.dilation_w};
+  const Target target{conv.out,
+                      conv.workspace,
+                      conv.out_is_float != 0,
+                      conv.accumulate != 0,
+                      conv.splits,
+                      conv.group_n,
+                      conv.cluster_size,
+                      conv.sm_count,
+                      static_cast<cudaStream_t>(conv.stream)};
   const int positions = conv.n * conv.p * conv.q;
   return launch<Config>(maps, gather, target, conv.c_out, taps * blocks_per_tap * kSwizzleElements,
                         (positions + kStageK - 1) / kStageK, conv.c_out, taps * conv.c_in);
@@ -165,11 +177,10 @@ int launch_sparse_wgrad(const SdgpSm90SparseConv& conv) {
 }  // namespace sdgp::sm90
 
 // Define the entry point of one instance.
-#define SDGP_SM90_SPARSE_CONV(NAME, PASS, GATHER, ELEMENT, MAJOR, BLOCK_M, BLOCK_N)                                    \
-  extern "C" int NAME(const SdgpSm90SparseConv* conv) {                                                               \
-    using Config =                                                                                                    \
-        sdgp::sm90::TileConfig<ELEMENT, sdgp::sm90::GATHER, sdgp::sm90::Major::MAJOR, BLOCK_M, BLOCK_N>;                \
-    return sdgp::sm90::launch_sparse_##PASS<Config>(*conv);                                                            \
+#define SDGP_SM90_SPARSE_CONV(NAME, PASS, GATHER, ELEMENT, MAJOR, BLOCK_M, BLOCK_N)                                 \
+  extern "C" int NAME(const SdgpSm90SparseConv* conv) {                                                             \
+    using Config = sdgp::sm90::TileConfig<ELEMENT, sdgp::sm90::GATHER, sdgp::sm90::Major::MAJOR, BLOCK_M, BLOCK_N>; \
+    return sdgp::sm90::launch_sparse_##PASS<Config>(*conv);                                                         \
   }
 #define SDGP_SM90_SPARSE_CONV_DGRAD(NAME, ELEMENT, BLOCK_M, BLOCK_N) \
   SDGP_SM90_SPARSE_CONV(NAME, dgrad, DgradGather, ELEMENT, K, BLOCK_M, BLOCK_N)

@@ -15,7 +15,7 @@ struct SdgpSm90SparseGemm {
   void* out;        // 16-bit like the operands, or float32 where out_is_float
   void* workspace;  // float32 [splits, m, n] where splits > 1
   int32_t m, n, k;
-  int32_t padded_k;  // length of k in values and metadata: the stored rows hold padded_k / 2 and padded_k / 16
+  int32_t padded_k;      // length of k in values and metadata: the stored rows hold padded_k / 2 and padded_k / 16
   int32_t splits;        // 1 .. ceil(k / 128) parts of the k range, added up afterwards in a fixed order
   int32_t group_n;       // tile columns that run together, for reuse in L2
   int32_t cluster_size;  // 1 or 2

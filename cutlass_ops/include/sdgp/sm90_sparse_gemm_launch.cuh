@@ -32,9 +32,9 @@ inline int encode_matrix(CUtensorMap& map, CUtensorMapDataType type, const void*
   const cuuint64_t stride_bytes[1] = {static_cast<cuuint64_t>(row_stride) * 2};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t step[2] = {1, 1};
-  const CUresult result = tensor_map_encoder()(
-      &map, type, 2, const_cast<void*>(matrix), extent, stride_bytes, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = tensor_map_encoder()(&map, type, 2, const_cast<void*>(matrix), extent, stride_bytes, box,
+                                               step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? 0 : kDriverErrorBase + result;
 }
 
@@ -89,8 +89,8 @@ int launch(const TensorMaps& maps, const typename Config::Gather& gather, const 
   // A part of an empty k range would have nothing to write.
   if (target.splits < 1 || target.splits > (k_tiles + kBlockTiles - 1) / kBlockTiles) return cudaErrorInvalidValue;
   // Every time: the attribute belongs to the current device.
-  const cudaError_t attribute = cudaFuncSetAttribute(
-      sparse_gemm_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
+  const cudaError_t attribute = cudaFuncSetAttribute(sparse_gemm_kernel<Config>,
+                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
   if (attribute != cudaSuccess) return attribute;
 
   const bool split = target.splits > 1;
@@ -136,9 +136,15 @@ int launch_sparse_gemm(const SdgpSm90SparseGemm& gemm) {
     error = encode_matrix(maps.b, kTensorMapType<typename Config::Element>, gemm.b, gemm.k, gemm.n, gemm.n,
                           kStageK / gemm.cluster_size, kSwizzleElements, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != 0) return error;
-  const Target target{gemm.out,     gemm.workspace,    gemm.out_is_float != 0,
-                      gemm.accumulate != 0, gemm.splits, gemm.group_n,
-                      gemm.cluster_size, gemm.sm_count, static_cast<cudaStream_t>(gemm.stream)};
+  const Target target{gemm.out,
+                      gemm.workspace,
+                      gemm.out_is_float != 0,
+                      gemm.accumulate != 0,
+                      gemm.splits,
+                      gemm.group_n,
+                      gemm.cluster_size,
+                      gemm.sm_count,
+                      static_cast<cudaStream_t>(gemm.stream)};
   return launch<Config>(maps, MatrixGather{gemm.m, gemm.n}, target, gemm.m, gemm.n, (gemm.k + kStageK - 1) / kStageK,
                         gemm.m, gemm.n);
 }
@@ -146,8 +152,9 @@ int launch_sparse_gemm(const SdgpSm90SparseGemm& gemm) {
 }  // namespace sdgp::sm90
 
 // Defines the entry point of one instance.
-#define SDGP_SM90_SPARSE_GEMM(NAME, ELEMENT, MAJOR, BLOCK_M, BLOCK_N)                                                 \
-  extern "C" int NAME(const SdgpSm90SparseGemm* gemm) {                                                               \
-    using Config = sdgp::sm90::TileConfig<ELEMENT, sdgp::sm90::MatrixGather, sdgp::sm90::Major::MAJOR, BLOCK_M, BLOCK_N>; \
-    return sdgp::sm90::launch_sparse_gemm<Config>(*gemm);                                                              \
+#define SDGP_SM90_SPARSE_GEMM(NAME, ELEMENT, MAJOR, BLOCK_M, BLOCK_N)                                          \
+  extern "C" int NAME(const SdgpSm90SparseGemm* gemm) {                                                        \
+    using Config =                                                                                             \
+        sdgp::sm90::TileConfig<ELEMENT, sdgp::sm90::MatrixGather, sdgp::sm90::Major::MAJOR, BLOCK_M, BLOCK_N>; \
+    return sdgp::sm90::launch_sparse_gemm<Config>(*gemm);                                                      \
   }
