@@ -213,10 +213,10 @@ def mvue(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
         torch.minimum(torch.add(before, weight, out=now), end, out=now)
     torch.sub(running[:, 1:], running[:, :-1], out=w)
 
-    # Step 5. How many points j * 2^24 + u lie below each R.
+    # Step 5. How many points j * 2^24 + u lie below each R, less one: floor((R - u - 1) / 2^24).
     offset = scratch("offset", plane, integer)
     for word in words(1):
-        offset.copy_(word.bitwise_right_shift_(8).view(plane)).neg_().add_(UNIT - 1)
+        offset.copy_(word.bitwise_right_shift_(8).view(plane)).bitwise_not_()
     points = running.add_(offset.unsqueeze(1)).bitwise_right_shift_(24)
     keep = torch.ne(points[:, 1:], points[:, :-1], out=after)
 
