@@ -10,7 +10,8 @@ from .scheduler import Scheduler
 from .wave import Counters, Device, Dim3, Wave
 
 WAVE_THREADS = 2048
-WAVE_SHARED_BYTES = 1 << 21
+WAVE_HISTORY_BYTES = 1 << 26  # what the race detector keeps
+CACHED_WAVES = 8  # some 30 MB of registers each
 
 
 class Launcher:
@@ -38,12 +39,13 @@ class Launcher:
         total = grid[0] * grid[1] * grid[2]
         size = cluster[0] * cluster[1] * cluster[2]
         shared = dynamic_shared + program.shared_static + 1024
-        ctas = max(1, min(total, WAVE_THREADS // threads, WAVE_SHARED_BYTES // shared) // size) * size
+        history = shared // program.granule * size * (threads // 32 + 4) * 8
+        ctas = max(1, min(total, WAVE_THREADS // threads, WAVE_HISTORY_BYTES // history) // size) * size
         key = (id(kernel), block, ctas, dynamic_shared, cluster)
         wave = self.waves.get(key)
         if wave is None:
-            if len(self.waves) > 24:
-                self.waves.clear()
+            if len(self.waves) == CACHED_WAVES:
+                del self.waves[next(iter(self.waves))]
             wave = self.waves[key] = Wave(self.device, program, block, ctas, dynamic_shared, cluster)
         wave.counters = Counters()
         with np.errstate(all="ignore"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .ptx import Instr, Kernel, PtxError, Sym, Variable
+from .ptx import TYPE_BYTES, Instr, Kernel, PtxError, Sym, Variable
 
 # Opcodes that end a block: control flow, and everything at which a thread may have to wait.
 TERMINATORS = {"bra", "brx", "ret", "exit", "trap", "bar", "barrier"}
@@ -50,6 +50,8 @@ class Program:
     local_size: int
     params: dict[str, tuple[int, int]]  # name -> (offset, size)
     param_size: int
+    granule: int  # bytes of the narrowest shared-memory access
+    agents: bool  # whether TMA or tensor cores access shared memory by themselves
 
 
 def is_warp_sync(instr: Instr) -> bool:
@@ -176,6 +178,8 @@ def decode(kernel: Kernel, module_variables: dict[str, Variable]) -> Program:
         local_size=-(-local_size // 16) * 16,
         params={name: (offset, sizes[name]) for name, offset in params.items()},
         param_size=param_size,
+        granule=min(_shared_width(i) for i in kernel.instrs),
+        agents=any(i.opcode in ("wgmma", "mbarrier") for i in kernel.instrs),
     )
 
 
@@ -194,3 +198,16 @@ def _symbols(instr: Instr) -> list[Sym]:
     for operand in instr.operands:
         walk(operand)
     return found
+
+
+def _shared_width(instr: Instr) -> int:
+    """Bytes of the narrowest piece in which `instr` may touch shared memory; 16 if it does not."""
+    if instr.opcode in ("ld", "st", "atom", "red"):
+        generic = not any(m.split("::")[0] in ("global", "const", "local", "param") for m in instr.mods)
+        if generic or any(m.startswith("shared") for m in instr.mods):
+            count = next((int(m[1]) for m in instr.mods if m in ("v2", "v4")), 1)
+            return min(16, TYPE_BYTES[instr.mods[-1]] * count)
+    if instr.opcode == "cp" and instr.mods[0] == "async" and len(instr.operands) > 2:
+        size = instr.operands[2]
+        return min(16, int(getattr(size, "value", 4)))
+    return 16

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import importlib.machinery
 import importlib.util
+import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,7 +125,7 @@ class Runtime:
         self.variables: dict[int, tuple[Image, str]] = {}
         self.launches: list[Launch] = []
         self.poison_shared = False
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self._launchers: dict[int, Launcher] = {}
         self._text = ctypes.create_string_buffer(b"")
         self._keep = {
@@ -154,7 +155,7 @@ class Runtime:
         target = directory / path.name
         if not target.exists():
             directory.mkdir(exist_ok=True)
-            partial = directory / f".{path.name}.{id(self)}"
+            partial = directory / f".{path.name}.{os.getpid()}"
             partial.write_bytes(image)
             partial.replace(target)
         return target
@@ -232,7 +233,7 @@ class Runtime:
             launcher.device.poison_shared = self.poison_shared
             counters = launcher.launch(module, kernel, grid, block, shared, bytes(packed), cluster)
             self.launches.append(Launch(kernel.name, grid, block, shared, counters))
-        except Exception as error:  # SimError, or a bug in the simulator must not vanish in the C caller
+        except BaseException as error:  # SimError; a bug or a test's timeout must not vanish in the C caller either
             self.error = error
             return LAUNCH_FAILURE
         return CUDA_SUCCESS

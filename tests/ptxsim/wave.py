@@ -106,15 +106,14 @@ class Wave:
         static = -(-self.program.shared_static // 1024) * 1024
         self.dynamic_offset = static
         extents = [*self.program.shared_extents, (static, self.dynamic_shared)]
-        widths = [_shared_width(i) for b in self.program.blocks for i in b.instrs]
         self.shared = SharedMemory(
             self.ctas,
             self.padded,
             static + self.dynamic_shared,
             extents,
-            granule=min([16, *(w for w in widths if w)]),
+            granule=self.program.granule,
             cluster=self.cluster,
-            agents=any(i.opcode in ("wgmma", "mbarrier") for b in self.program.blocks for i in b.instrs),
+            agents=self.program.agents,
         )
 
     def _special(self) -> None:
@@ -224,16 +223,3 @@ class Wave:
 
 def _coordinates(index: Array, shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
     return index % shape[0], index // shape[0] % shape[1], index // (shape[0] * shape[1])
-
-
-def _shared_width(instr: Instr) -> int:
-    """Bytes of the narrowest piece in which `instr` may touch shared memory, 0 if it does not."""
-    if instr.opcode in ("ld", "st", "atom", "red"):
-        generic = not any(m.split("::")[0] in ("global", "const", "local", "param") for m in instr.mods)
-        if generic or any(m.startswith("shared") for m in instr.mods):
-            count = next((int(m[1]) for m in instr.mods if m in ("v2", "v4")), 1)
-            return min(16, TYPE_BYTES[instr.mods[-1]] * count)
-    if instr.opcode == "cp" and instr.mods[0] == "async" and len(instr.operands) > 2:
-        size = instr.operands[2]
-        return int(getattr(size, "value", 4))
-    return 0

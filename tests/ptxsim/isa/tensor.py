@@ -250,16 +250,20 @@ def _metadata_source(kind: str, k: int, selector: int) -> tuple[Array, Array]:
     return lane, np.broadcast_to(16 * high[:, None], lane.shape)
 
 
-def check_nibbles(b: Binder, words: Array, lane: Array, warps: Array, *, single: bool = False) -> tuple[Array, Array]:
+def check_nibbles(
+    b: Binder, words: Array, lane: Array, warps: Array, *, ordered: bool = True, single: bool = False
+) -> tuple[Array, Array]:
     """Both indices [warps, 16, groups] of every nibble of 16-bit metadata words [warps, 16, words] from `lane` [16,
     words].
 
-    Indices must ascend (`single`, for tf32: be 1110 or 0100); ordered_metadata says so, and without it nothing of ours
-    descends.
+    The indices must differ, with `ordered` they must ascend; `single` (tf32) knows only 1110 and 0100.
     """
     nibble = (words[..., None] >> np.arange(0, 16, 4, dtype=np.uint32) & np.uint32(15)).reshape(*words.shape[:2], -1)
     first, second = (nibble & np.uint32(3)).astype(np.int64), (nibble >> np.uint32(2)).astype(np.int64)
-    wrong = (nibble != 0b1110) & (nibble != 0b0100) if single else first >= second
+    if single:  # noqa: SIM108
+        wrong = (nibble != 0b1110) & (nibble != 0b0100)
+    else:
+        wrong = first >= second if ordered else first == second
     if wrong.any():
         w, row, group = (int(i[0]) for i in wrong.nonzero())
         detail = f"nibble {int(nibble[w, row, group]):04b} for row {row}, k group {group}"
@@ -283,13 +287,13 @@ def _sparse(b: Binder) -> Make:
         raise b.unknown("constant metadata")
     metadata = f.row(b, b.args[4])
     lane, bit = _metadata_source(f.kind_a, f.k, selector.value)
-    single = f.kind_a == "tf32"
+    single, ordered = f.kind_a == "tf32", b.mods[0] == "sp::ordered_metadata"
     packed = f.k // 2
 
     def positions(warps: Array) -> Array:
         """k position [warps, 16, k/2] of every packed element."""
         words = metadata[warps][:, lane] >> bit.astype(np.uint32) & np.uint32(0xFFFF)
-        first, second = check_nibbles(b, words, lane, warps, single=single)
+        first, second = check_nibbles(b, words, lane, warps, ordered=ordered, single=single)
         groups = np.arange(first.shape[2])
         if single:
             return 2 * groups + (first == 2)
