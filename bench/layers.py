@@ -153,7 +153,7 @@ def main(only: str, functions: tuple[str, ...], minutes: float, path: Path | Non
         rows.append(time_layer(backend, name, function))
         result = {"benchmark": "layers", "provenance": provenance(device), "rows": rows}
         path.write_text(json.dumps(result, indent=1) + "\n")
-    Console().print(table(rows))
+    Console(width=110).print(table(rows))
 
 
 if __name__ == "__main__":

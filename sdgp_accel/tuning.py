@@ -25,6 +25,10 @@ WARM_UP_ROUNDS = 3  # the first call of a cuDNN convolution may search for its a
 # Sparse must win by more than the difference between two measurements of one kernel, a few tenths of a per cent here.
 REQUIRED_GAIN = 0.01
 
+# GPU cycles of waiting, about 2 ms, in which the host launches a whole round: otherwise the first candidates of a round
+# would be timed with the launch latency of an idle GPU, which a training step does not see.
+HEAD_START_CYCLES = 4_000_000
+
 Candidates = Mapping[str, Callable[[], Any]]
 
 
@@ -123,6 +127,8 @@ def median_milliseconds(candidates: Candidates, device: torch.device, rounds: in
     clock = clock_for(device)
     marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in candidates}
     for index in range(WARM_UP_ROUNDS + rounds):
+        if device.type == "cuda":
+            torch.cuda._sleep(HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
         for name, call in candidates.items():
             start = clock.mark()
             call()
