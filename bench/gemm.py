@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 import cutlass_ops
-from sdgp_accel.backends.tiles import CLUSTER, TILE_K, TILES, Tiling, choose_tiling
+from sdgp_accel.backends.tiles import TILE_K, TILES, Tiling, choose_tiling
 from sdgp_accel.provenance import provenance
 from sdgp_accel.semi_structured import SparseOperand, compress_matrix
 from sdgp_accel.timing import Stats
@@ -97,7 +97,7 @@ def ours(p: Problem, tiling: Tiling) -> Callable[[], None]:
         values=p.operand.values.data_ptr(), metadata=p.operand.metadata.data_ptr(), b=p.b.data_ptr(),
         out=p.out.data_ptr(), workspace=0 if workspace is None else workspace.data_ptr(), m=m, n=n, k=k,
         padded_k=p.operand.values.shape[p.operand.axis] * 2, splits=tiling.splits, group_n=tiling.group_n,
-        cluster_size=CLUSTER, sm_count=multiprocessors(),
+        cluster_size=tiling.cluster_size, sm_count=multiprocessors(),
     )  # fmt: skip
 
 
@@ -183,8 +183,8 @@ def measure(layer: Layer, is_dgrad: bool, search: bool) -> dict[str, Any]:
     if search:
         parts = (1,) if is_dgrad else (1, 2, 3, 4, 6, 8)
         tilings = [
-            Tiling(f"{rows}x{columns}", splits, group)
-            for (rows, columns), splits, group in itertools.product(TILES, parts, (4, 8, 16))
+            Tiling(f"{rows}x{columns}", cluster, splits, group)
+            for (rows, columns, cluster), splits, group in itertools.product(TILES, parts, (4, 8, 16))
         ]
         found = time_in_turns({repr(tuple(t)): [ours(first, t)] for t in tilings}, 7)
         row["search"] = {name: stats.median for name, stats in sorted(found.items(), key=lambda x: x[1].median)}

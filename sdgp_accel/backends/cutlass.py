@@ -246,6 +246,7 @@ def _product_arguments(
         "values": operand.values.data_ptr(), "metadata": operand.metadata.data_ptr(), "b": b.data_ptr(),
         "out": out.data_ptr(), "workspace": 0 if workspace is None else workspace.data_ptr(),
         "padded_k": operand.values.shape[operand.axis] * 2, "splits": tiling.splits, "group_n": tiling.group_n,
+        "cluster_size": tiling.cluster_size,
         "sm_count": device_facts(b.device).multiprocessors, "stream": _stream(b.device),
     }  # fmt: skip
 

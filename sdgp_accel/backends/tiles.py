@@ -5,24 +5,28 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-# (rows, columns) of the output per thread block -> time per multiply-add relative to the fastest, measured with large
-# GEMMs on an H100 (bench/results).
-TILES = {(128, 256): 1.0, (256, 128): 1.08, (128, 128): 1.3}
+# (rows, columns) of the output per thread block, and the thread blocks of a cluster, which sit above each other and
+# share loads of the dense operand -> time per multiply-add relative to the fastest, measured with large GEMMs on an
+# H100 (bench/results/gemm_h100.json).
+TILES = {
+    (128, 256, 2): 1.0, (256, 128, 2): 1.08, (128, 128, 2): 1.3,
+    (128, 256, 1): 1.25, (256, 128, 1): 1.12, (128, 128, 1): 1.5,
+}  # fmt: skip
 TILE_K = 128  # one step of the main loop; reduction lengths are padded to it
-CLUSTER = 2  # thread blocks that share loads of the dense operand
 # Per multiprocessor of an H100: multiply-adds of a sparse main loop (counted dense) per byte of device memory traffic.
 MULTIPLY_ADDS_PER_BYTE = 200.0
 # With few multiprocessors busy, those run faster: they have the power and the L2 cache to themselves.
 IDLE_GAIN = 0.25
 # Tile columns that run together: all where they are few, else groups of 8; 0 to 6 % faster than 4 or 16.
 FEW_COLUMNS, GROUP_N = 16, 8
-MAX_SPLITS = 16
+MAX_SPLITS = 64
 
 
 class Tiling(NamedTuple):
     """How one product is launched."""
 
     tile: str  # as in the instance's name
+    cluster_size: int
     splits: int  # parts of the reduction, each into its own float32 partial result
     group_n: int  # tile columns that run together, for reuse in L2
 
@@ -37,17 +41,18 @@ def choose_tiling(m: int, n: int, k: int, multiprocessors: int, splittable: bool
     """
     steps = -(-k // TILE_K)
 
-    def cost(rows: int, columns: int, splits: int) -> float:
-        blocks = CLUSTER * -(-m // (rows * CLUSTER)) * -(-n // columns) * splits
+    def cost(rows: int, columns: int, cluster: int, splits: int) -> float:
+        blocks = cluster * -(-m // (rows * cluster)) * -(-n // columns) * splits
         rounds, rest = divmod(blocks, multiprocessors)
         last_round = 1 - IDLE_GAIN * (1 - rest / multiprocessors) if rest else 0.0
         # One more step stands for filling the pipeline and storing the result.
-        main_loop = rows * columns * (-(-steps // splits) + 1) * TILE_K * TILES[rows, columns]
+        main_loop = rows * columns * (-(-steps // splits) + 1) * TILE_K * TILES[rows, columns, cluster]
         partials = 8.0 * m * n * splits if splits > 1 else 0.0
         return (rounds + last_round) * main_loop + partials * MULTIPLY_ADDS_PER_BYTE / multiprocessors
 
     limit = min(MAX_SPLITS, steps) if splittable else 1
     candidates = [(*tile, splits) for tile in TILES for splits in range(1, limit + 1)]
-    rows, columns, splits = min(candidates, key=lambda candidate: cost(*candidate))
+    rows, columns, cluster, splits = min(candidates, key=lambda candidate: cost(*candidate))
     tile_columns = -(-n // columns)
-    return Tiling(f"{rows}x{columns}", splits, tile_columns if tile_columns < FEW_COLUMNS else GROUP_N)
+    group_n = tile_columns if tile_columns < FEW_COLUMNS else GROUP_N
+    return Tiling(f"{rows}x{columns}", cluster, splits, group_n)

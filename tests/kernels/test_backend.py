@@ -70,9 +70,14 @@ def test_empty_gradients_are_left_to_others(hopper):
 def test_tilings_exist_and_are_within_limits(shape):
     m, n, k = shape
     tiling = tiles.choose_tiling(m, n, k, 132, splittable=True)
-    assert tuple(map(int, tiling.tile.split("x"))) in tiles.TILES
+    assert (*map(int, tiling.tile.split("x")), tiling.cluster_size) in tiles.TILES
     assert 1 <= tiling.splits <= max(1, -(-k // tiles.TILE_K))
     assert tiles.choose_tiling(m, n, k, 132, splittable=False).splits == 1
+
+
+def test_a_single_row_of_tiles_needs_no_cluster():
+    assert tiles.choose_tiling(128, 1152, 200704, 132, splittable=True).cluster_size == 1
+    assert tiles.choose_tiling(25088, 1024, 4096, 132, splittable=False).cluster_size == 2
 
 
 def test_small_outputs_of_long_sums_are_split():
