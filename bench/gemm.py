@@ -14,8 +14,8 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import statistics
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,6 @@ import cutlass_ops
 from sdgp_accel.backends.tiles import TILE_K, TILES, Tiling, choose_tiling
 from sdgp_accel.provenance import provenance
 from sdgp_accel.semi_structured import SparseOperand, compress_matrix
-from sdgp_accel.timing import Stats
 
 CACHE_BYTES = 1 << 28  # several times the L2 cache of any GPU so far
 REPEATS, WARM_UP = 30, 3
@@ -131,8 +130,8 @@ def multiprocessors() -> int:
     return torch.cuda.get_device_properties(0).multi_processor_count
 
 
-def time_in_turns(contenders: dict[str, list[Callable[[], object]]], repeats: int) -> dict[str, Stats]:
-    """Microseconds of each contender: its closures, one per set of buffers, in turns with all others."""
+def time_in_turns(contenders: dict[str, list[Callable[[], object]]], repeats: int) -> dict[str, list[float]]:
+    """Samples of microseconds of each contender: its closures, one per set of buffers, in turns with all others."""
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in contenders}
     for i in range(WARM_UP + repeats):
         torch.cuda._sleep(HEAD_START)
@@ -144,8 +143,7 @@ def time_in_turns(contenders: dict[str, list[Callable[[], object]]], repeats: in
             events[name].append((start, end))
     torch.cuda.synchronize()
     return {
-        name: Stats.of([1e3 * start.elapsed_time(end) for start, end in pairs[WARM_UP:]])
-        for name, pairs in events.items()
+        name: [1e3 * start.elapsed_time(end) for start, end in pairs[WARM_UP:]] for name, pairs in events.items()
     }
 
 
@@ -168,17 +166,15 @@ def measure(layer: Layer, is_dgrad: bool, search: bool) -> dict[str, Any]:
     if not error < 1e-2:
         raise click.ClickException(f"{layer.name}: wrong product, relative error {error}")
     contenders: dict[str, list[Callable[[], object]]] = {
-        "sdgp": [ours(p, chosen) for p in problems],
+        "ours": [ours(p, chosen) for p in problems],
         "cublas": [cublas(p) for p in problems],
     }
     if torch.backends.cusparselt.is_available():
-        contenders["cusparselt"] = [cusparselt(p) for p in problems]
+        contenders["cslt"] = [cusparselt(p) for p in problems]
     times = time_in_turns(contenders, REPEATS)
     row: dict[str, Any] = {
-        "layer": layer.name, "tokens": layer.tokens, "pass": "dgrad" if is_dgrad else "wgrad", "m": m, "n": n, "k": k,
-        "tiling": chosen._asdict(), "relative_error": error, "buffer_sets": len(problems),
-        "microseconds": {name: asdict(stats) for name, stats in times.items()},
-        "tflops": {name: 2e-6 * m * n * k / stats.median for name, stats in times.items()},
+        "layer": layer.name, "T": layer.tokens, "pas": "dgrad" if is_dgrad else "wgrad", "m": m, "n": n, "k": k,
+        "tiling": chosen._asdict(), "relative_error": error, "buffer_sets": len(problems), "us": times,
     }  # fmt: skip
     if search:
         parts = (1,) if is_dgrad else (1, 2, 3, 4, 6, 8)
@@ -187,7 +183,8 @@ def measure(layer: Layer, is_dgrad: bool, search: bool) -> dict[str, Any]:
             for (rows, columns, cluster), splits, group in itertools.product(TILES, parts, (4, 8, 16))
         ]
         found = time_in_turns({repr(tuple(t)): [ours(first, t)] for t in tilings}, 7)
-        row["search"] = {name: stats.median for name, stats in sorted(found.items(), key=lambda x: x[1].median)}
+        medians = {name: statistics.median(sample) for name, sample in found.items()}
+        row["search"] = dict(sorted(medians.items(), key=lambda item: item[1]))
     return row
 
 
@@ -196,13 +193,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for column in ("layer", "pass", "m x n x k", "tile", "µs", "TFLOP/s", "x cuBLAS", "x cuSPARSELt"):
         result.add_column(column, justify="left" if column in ("layer", "pass") else "right")
     for row in rows:
-        tflops = row["tflops"]
-        peers = [tflops.get(peer) for peer in ("cublas", "cusparselt")]
-        ratios = ["-" if peer is None else f"{tflops['sdgp'] / peer:.2f}" for peer in peers]
-        tiling = f"{row['tiling']['tile']}/{row['tiling']['splits']}"
+        us = {name: statistics.median(sample) for name, sample in row["us"].items()}
         result.add_row(
-            row["layer"], row["pass"], f"{row['m']}x{row['n']}x{row['k']}", tiling,
-            f"{row['microseconds']['sdgp']['median']:.1f}", f"{tflops['sdgp']:.0f}", *ratios,
+            row["layer"], row["pas"], f"{row['m']}x{row['n']}x{row['k']}",
+            f"{row['tiling']['tile']}/{row['tiling']['splits']}", f"{us['ours']:.1f}",
+            f"{2e-6 * row['m'] * row['n'] * row['k'] / us['ours']:.0f}",
+            *(f"{us[peer] / us['ours']:.2f}" if peer in us else "-" for peer in ("cublas", "cslt")),
         )  # fmt: skip
     return result
 
@@ -223,7 +219,7 @@ def main(only: str, search: bool, path: Path | None) -> None:
     for layer, is_dgrad in itertools.product(LAYERS, (True, False)):
         if layer.name.startswith(only):
             rows.append(measure(layer, is_dgrad, search))
-            result = {"benchmark": "gemm", "provenance": provenance(torch.device("cuda")), "rows": rows}
+            result = {"benchmark": "gemm", "provenance": provenance(torch.device("cuda")), "results": rows}
             path.write_text(json.dumps(result, indent=1) + "\n")
     Console(width=120).print(table(rows))
 
