@@ -81,7 +81,10 @@ def _collective(case: str) -> Path:
 @pytest.fixture(scope="module")
 def collectives(sim) -> dict[str, Path]:
     """All of them, compiled side by side: each takes half a minute or more of one core."""
-    return build_all({case: functools.partial(_collective, case) for case in COLLECTIVES})
+    wgrad = functools.partial(
+        build_library, HERE / "kernels" / "cutlass_sm90_conv.cu", arch="90a", includes=cutlass_include()
+    )
+    return build_all({"wgrad": wgrad, **{case: functools.partial(_collective, case) for case in COLLECTIVES}})
 
 
 @pytest.mark.skipif(not cutlass_include(), reason="no CUTLASS headers: pip install nvidia-cutlass==4.2.0.0")
@@ -119,3 +122,28 @@ def test_cutlass_collective(hopper, collectives, case):
     error = ((d.double() - reference).abs() - rounding) / scale
     print(f"{case}: error beyond the result's rounding / sum|ab| = {max(error.max().item(), 0):.1e}")
     assert error.max() <= 2.0**-22
+
+
+@pytest.mark.skipif(not cutlass_include(), reason="no CUTLASS headers: pip install nvidia-cutlass==4.2.0.0")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("stride", "pad", "dilation"), [(1, 1, 1), (2, 1, 1), (1, 2, 2)])
+def test_cutlass_convolution(hopper, collectives, stride, pad, dilation):
+    """A wgrad that is not ours: its activations come through TMA im2col, with strides, padding and dilation."""
+    from .engine import pointer
+
+    lib = hopper.load(collectives["wgrad"])
+    n, h, w, c, k, r, s = 2, 9, 7, 40, 136, 3, 3
+    p, q = ((x + 2 * pad - dilation * (r - 1) - 1) // stride + 1 for x in (h, w))
+    dy, x = torch.randn(n, p, q, k).bfloat16(), torch.randn(n, h, w, c).bfloat16()
+    ddy, dx, dw = hopper.put(dy), hopper.put(x), hopper.empty(k, r, s, c)
+    with hopper.checked(), hopper.poisoned_shared():
+        assert lib.run(n, h, w, c, k, r, s, pad, stride, dilation, pointer(ddy), pointer(dx), pointer(dw)) == 0
+
+    def wgrad(activations: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        nchw = (t.double().permute(0, 3, 1, 2) for t in (activations, gradient))
+        weight = torch.nn.grad.conv2d_weight(next(nchw), (k, c, r, s), next(nchw), stride, pad, dilation)
+        return weight.permute(0, 2, 3, 1)
+
+    error = ((dw.double() - wgrad(x, dy)).abs() / wgrad(x.abs(), dy.abs()).clamp_min(1e-3)).max().item()
+    print(f"wgrad, stride {stride}, dilation {dilation}: error / sum|ab| = {error:.1e}")
+    assert error <= 2.0**-22
