@@ -26,7 +26,7 @@ from sdgp_accel.semi_structured import SparseOperand
 DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 GROUP_SIZES = (4, 8, 16)
 HOPPER = (9, 0)
-MAX_SIZE = (1 << 31) - 1  # the products count positions and channels in 32 bits
+MAX_SIZE = (1 << 31) - 1024  # the products count positions and channels, rounded up to tiles, in 32 bits
 # TMA's im2col mode has 8 signed bits for the corners of a 4-D tensor's box and strides of at most 8 (CUDA driver API,
 # cuTensorMapEncodeIm2col); the corners go beyond padding and reach of the filter by less than a stride.
 MAX_REACH, MAX_STRIDE = 120, 8
@@ -149,7 +149,7 @@ class CutlassBackend:
                     f"and {max(geometry.stride)}"
                 )
             positions = max(positions, geometry.batch * geometry.height * geometry.width)
-        if max(positions, geometry.in_channels, geometry.out_channels) > MAX_SIZE - TILE_K:
+        if max(positions, geometry.in_channels, geometry.out_channels) > MAX_SIZE:
             return f"sparse products count positions in 32 bits; got {positions}"
         return None
 
