@@ -552,3 +552,83 @@ def test_local_memory_and_generic_addresses(launcher):
     np.testing.assert_array_equal(execute(launcher, body, [a, b]), b << np.uint64(32) | a)
     with pytest.raises(SimError, match="out-of-bounds"):
         execute(launcher, body.replace("[%SP+8]", "[%SP+4096]"), [a, b])
+
+
+GATHER = """
+{ .shared .align 8 .b8 barrier[8];
+.shared .align 16 .b8 box[2048];
+.reg .pred done;
+mov.u32 %r5, box;
+mov.u32 %r6, barrier;
+setp.ne.u32 %p1, %r10, 0;
+@%p1 bra READY;
+mbarrier.init.shared::cta.b64 [%r6], 256;
+READY:
+bar.sync 0;
+shl.b32 %r7, %r10, 3;
+add.u32 %r7, %r7, %r5;
+cp.async.ca.shared.global [%r7], [%d10], 8;
+cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%r6];
+RETRY:
+mbarrier.try_wait.parity.shared::cta.b64 done, [%r6], 0;
+@!done bra RETRY;
+xor.b32 %r8, %r10, 255;
+shl.b32 %r8, %r8, 3;
+add.u32 %r8, %r8, %r5;
+ld.shared.u64 %d0, [%r8]; }
+"""
+
+
+def test_gather_signalled_through_an_mbarrier(launcher):
+    """Each thread copies a value with cp.async; the copies' completion arrives on an mbarrier; each reads another one."""
+    x = words(np.random.default_rng(), 64)[:256]
+    np.testing.assert_array_equal(execute(launcher, GATHER, [x]), x[::-1])
+    with pytest.raises(SimError, match="async-race"):
+        execute(
+            launcher,
+            GATHER.replace("cp.async.mbarrier.arrive.noinc", "mbarrier.arrive").replace(
+                ".b64 [%r6];\nRETRY", ".b64 _, [%r6];\nRETRY"
+            ),
+            [x],
+        )
+    with pytest.raises(SimError, match=r"deadlock: .* still expects 1 arrivals"):
+        execute(launcher, GATHER.replace("[%r6], 256", "[%r6], 257"), [x])
+    with pytest.raises(SimError, match="mbarrier: more arrivals"):
+        execute(launcher, GATHER.replace("[%r6], 256", "[%r6], 100"), [x])
+    with pytest.raises(SimError, match="mbarrier: not initialised"):
+        execute(launcher, GATHER.replace("mbarrier.init.shared::cta.b64 [%r6], 256;", ""), [x])
+
+
+def test_bulk_copy_and_phase_token(launcher):
+    """cp.async.bulk counts its bytes on an mbarrier; test_wait asks with the token of the arrival."""
+    body = """
+    { .shared .align 8 .b8 barrier[8];
+    .shared .align 16 .b8 box[512];
+    .reg .pred done;
+    mov.u32 %r5, box;
+    mov.u32 %r6, barrier;
+    setp.ne.u32 %p1, %r10, 0;
+    @%p1 bra OTHERS;
+    mbarrier.init.shared::cta.b64 [%r6], 64;
+    OTHERS:
+    bar.sync 0;
+    @%p1 bra ARRIVE;
+    mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r6], 512;
+    cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r5], [%d10], 512, [%r6];
+    ARRIVE:
+    mbarrier.arrive.shared::cta.b64 %d5, [%r6];
+    RETRY:
+    mbarrier.test_wait.shared::cta.b64 done, [%r6], %d5;
+    @!done bra RETRY;
+    shl.b32 %r7, %r10, 3;
+    add.u32 %r7, %r7, %r5;
+    ld.shared.u64 %d0, [%r7]; }
+    """
+    x = words(np.random.default_rng(), 64)[:64]
+    np.testing.assert_array_equal(execute(launcher, body, [x]), x)
+    with pytest.raises(SimError, match=r"shared-race: .*a TMA load"):
+        execute(
+            launcher,
+            body.replace("mbarrier.test_wait.shared::cta.b64 done, [%r6], %d5;\n    @!done bra RETRY;", ""),
+            [x],
+        )
