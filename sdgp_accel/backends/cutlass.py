@@ -224,7 +224,8 @@ def _conv(name: str, operand: SparseOperand, b: Tensor, shape: tuple[int, ...], 
         m, n, k = g.batch * g.height * g.width, g.in_channels, g.out_channels * taps
     else:
         m, n, k = g.out_channels, g.in_channels * taps, g.positions
-    tiling = choose_tiling(m, n, k, device_facts(b.device).multiprocessors, name == "wgrad")
+    is_wgrad = name == "wgrad"
+    tiling = choose_tiling(m, n, k, device_facts(b.device).multiprocessors, is_wgrad, is_wgrad)
     out = b.new_empty(shape)
     workspace = _workspace(out, tiling)
     cutlass_ops.kernels().sparse_conv(

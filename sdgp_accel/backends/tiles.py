@@ -12,6 +12,12 @@ TILES = {
     (128, 256, 2): 1.0, (256, 128, 2): 1.08, (128, 128, 2): 1.3,
     (128, 256, 1): 1.25, (256, 128, 1): 1.12, (128, 128, 1): 1.5,
 }  # fmt: skip
+# The same for a convolution's wgrad, which gathers the dense operand from images: narrow tiles load less of it. Only the
+# first entry (ResNet-9's 3x3 layers) and that of 256x128 without a cluster are measured, the others are set between.
+GATHERING_TILES = {
+    (128, 256, 2): 1.15, (256, 128, 2): 1.05, (128, 128, 2): 1.35,
+    (128, 256, 1): 1.3, (256, 128, 1): 1.0, (128, 128, 1): 1.5,
+}  # fmt: skip
 TILE_K = 128  # one step of the main loop; reduction lengths are padded to it
 # Per multiprocessor of an H100: multiply-adds of a sparse main loop (counted dense) per byte of device memory traffic.
 MULTIPLY_ADDS_PER_BYTE = 200.0
@@ -32,26 +38,28 @@ class Tiling(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def choose_tiling(m: int, n: int, k: int, multiprocessors: int, splittable: bool) -> Tiling:
+def choose_tiling(m: int, n: int, k: int, multiprocessors: int, splittable: bool, gathering: bool = False) -> Tiling:
     """The tiling of [m, k] x [k, n] with the least predicted time.
 
     Each round of thread blocks takes as long as one tile, a last one that leaves multiprocessors idle a little less;
     splitting the reduction fills it, and costs writing and reading the partial results. Within 4 % of the best tiling
-    found by search at 24 shapes of ViT-L and 4096-wide layers on an H100.
+    found by search at 24 shapes of ViT-L and 4096-wide layers on an H100. gathering: the dense operand comes from
+    images.
     """
     steps = -(-k // TILE_K)
+    tiles = GATHERING_TILES if gathering else TILES
 
     def cost(rows: int, columns: int, cluster: int, splits: int) -> float:
         blocks = cluster * -(-m // (rows * cluster)) * -(-n // columns) * splits
         rounds, rest = divmod(blocks, multiprocessors)
         last_round = 1 - IDLE_GAIN * (1 - rest / multiprocessors) if rest else 0.0
         # One more step stands for filling the pipeline and storing the result.
-        main_loop = rows * columns * (-(-steps // splits) + 1) * TILE_K * TILES[rows, columns, cluster]
+        main_loop = rows * columns * (-(-steps // splits) + 1) * TILE_K * tiles[rows, columns, cluster]
         partials = 8.0 * m * n * splits if splits > 1 else 0.0
         return (rounds + last_round) * main_loop + partials * MULTIPLY_ADDS_PER_BYTE / multiprocessors
 
     limit = min(MAX_SPLITS, steps) if splittable else 1
-    candidates = [(*tile, splits) for tile in TILES for splits in range(1, limit + 1)]
+    candidates = [(*tile, splits) for tile in tiles for splits in range(1, limit + 1)]
     rows, columns, cluster, splits = min(candidates, key=lambda candidate: cost(*candidate))
     tile_columns = -(-n // columns)
     group_n = tile_columns if tile_columns < FEW_COLUMNS else GROUP_N

@@ -80,6 +80,10 @@ def test_a_single_row_of_tiles_needs_no_cluster():
     assert tiles.choose_tiling(25088, 1024, 4096, 132, splittable=False).cluster_size == 2
 
 
+def test_gathered_operands_prefer_narrow_tiles():
+    assert tiles.choose_tiling(256, 2304, 131072, 132, splittable=True, gathering=True).tile == "256x128"
+
+
 def test_small_outputs_of_long_sums_are_split():
     assert tiles.choose_tiling(1024, 1024, 25088, 132, splittable=True).splits > 1
     assert tiles.choose_tiling(8192, 8192, 8192, 132, splittable=True).splits == 1
