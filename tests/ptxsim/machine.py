@@ -11,16 +11,18 @@ from .wave import Counters, Device, Dim3, Wave
 
 WAVE_THREADS = 2048
 WAVE_HISTORY_BYTES = 1 << 26  # what the race detector keeps
-CACHED_WAVES = 8  # some 30 MB of registers each
+CACHED_WAVES = 4  # some 100 MB each at most
+
+
+_waves: dict[tuple[int, Dim3, int, int, Dim3], Wave] = {}
 
 
 class Launcher:
-    """Decoded programs and compiled waves, by kernel and launch shape."""
+    """Launches on one device; keeps decoded programs, and the latest compiled waves of all launchers."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.programs: dict[int, Program] = {}
-        self.waves: dict[tuple[int, Dim3, int, int, Dim3], Wave] = {}
 
     def launch(
         self,
@@ -42,11 +44,12 @@ class Launcher:
         history = shared // program.granule * size * (threads // 32 + 4) * 8
         ctas = max(1, min(total, WAVE_THREADS // threads, WAVE_HISTORY_BYTES // history) // size) * size
         key = (id(kernel), block, ctas, dynamic_shared, cluster)
-        wave = self.waves.get(key)
+        wave = _waves.pop(key, None)
         if wave is None:
-            if len(self.waves) == CACHED_WAVES:
-                del self.waves[next(iter(self.waves))]
-            wave = self.waves[key] = Wave(self.device, program, block, ctas, dynamic_shared, cluster)
+            wave = Wave(self.device, program, block, ctas, dynamic_shared, cluster)
+        _waves[key] = wave  # the latest last
+        if len(_waves) > CACHED_WAVES:
+            del _waves[next(iter(_waves))]
         wave.counters = Counters()
         with np.errstate(all="ignore"):
             for first in range(0, total, ctas):

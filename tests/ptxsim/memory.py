@@ -20,6 +20,7 @@ LIVE, READY = 1, 3
 SHARED_BASE = 1024  # first address of the shared window (the first KiB is the system's on real devices)
 SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW = 1 << 60, 2 << 60, 3 << 60  # generic addresses
 GUARD = 256
+REUSE = 1 << 26
 
 # 16-byte elements travel as complex128: numpy copies them bit for bit.
 ELEMENT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
@@ -107,23 +108,31 @@ class GlobalMemory:
         self.last = self.arena
         self.live: dict[int, int] = {}
         self.top = GUARD
+        self.bottom_of_permanent = arena_bytes
 
-    def allocate(self, size: int) -> int:
-        """`size` uninitialised bytes, 256-byte aligned, between guard bytes."""
-        if self.top + size + 2 * GUARD > self.arena.size:
+    def allocate(self, size: int, *, permanent: bool = False) -> int:
+        """`size` uninitialised bytes, 256-byte aligned, between guard bytes; `permanent` ones cannot be freed."""
+        padded = (size + 2 * GUARD - 1) // GUARD * GUARD
+        if self.top + padded > self.bottom_of_permanent:
             raise MemoryError(f"arena of {self.arena.size} bytes exhausted")
-        offset = self.top
+        if permanent:
+            self.bottom_of_permanent -= padded
+            offset = self.bottom_of_permanent
+        else:
+            offset = self.top
+            self.top += padded
+            self.live[self.arena.base + offset] = size
         self.arena.shadow[offset : offset + size] = LIVE
-        self.live[self.arena.base + offset] = size
-        self.top = (offset + size + 2 * GUARD - 1) // GUARD * GUARD
         return self.arena.base + offset
 
     def free(self, address: int) -> None:
+        """Freed memory is used again only when REUSE bytes of it have gathered: until then, touching it is a fault."""
         size = self.live.pop(address)
         offset = address - self.arena.base
         self.arena.shadow[offset : offset + size] = 0
-        if not self.live:
-            self.top = GUARD
+        end = max((a + n for a, n in self.live.items()), default=self.arena.base) - self.arena.base
+        if self.top - end > REUSE:
+            self.top = (end + 2 * GUARD - 1) // GUARD * GUARD
 
     def mark(self, address: int, size: int, state: int) -> None:
         """Declares bytes written (READY) or never written (LIVE)."""

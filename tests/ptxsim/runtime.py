@@ -201,7 +201,7 @@ class Runtime:
                 raise SimError("launch", "the PTX has no such kernel", kernel=function.name)
             for variable in module.variables.values():
                 if variable.space in ("global", "const") and variable.name not in image.symbols:
-                    address = self.memory.allocate(variable.size)
+                    address = self.memory.allocate(variable.size, permanent=True)
                     ctypes.memmove(address, (variable.init or b"").ljust(variable.size, b"\0"), variable.size)
                     self.memory.mark(address, variable.size, READY)
                     image.symbols[variable.name] = address

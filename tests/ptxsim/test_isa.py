@@ -580,7 +580,7 @@ ld.shared.u64 %d0, [%r8]; }
 
 
 def test_gather_signalled_through_an_mbarrier(launcher):
-    """Each thread copies a value with cp.async, whose completion arrives on an mbarrier; each reads another's."""
+    """Each thread copies a value with cp.async whose completion arrives on an mbarrier; each reads another one."""
     x = words(np.random.default_rng(), 64)[:256]
     np.testing.assert_array_equal(execute(launcher, GATHER, [x]), x[::-1])
     with pytest.raises(SimError, match="async-race"):
