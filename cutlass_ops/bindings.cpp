@@ -7,10 +7,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 
 #include "sdgp/prune_compress_api.h"
@@ -67,12 +69,16 @@ void check_size(const char* argument, int64_t size, int64_t least) {
   }
 }
 
-void check_padded(const char* argument, int64_t padded, int64_t length) {
-  if (padded % 16 != 0 || padded < length) {
-    throw py::value_error(std::string(argument) + " must be a multiple of 16, at least " + std::to_string(length) +
-                          "; got " + std::to_string(padded));
+void check_padded(const char* argument, int64_t padded, int64_t length, int64_t multiple = 16) {
+  if (padded % multiple != 0 || padded < length) {
+    throw py::value_error(std::string(argument) + " must be a multiple of " + std::to_string(multiple) + ", at least " +
+                          std::to_string(length) + "; got " + std::to_string(padded));
   }
 }
+
+// Names of SDGP_LAYOUT_.., and how many k their tiles cover.
+constexpr std::array<std::string_view, 5> kLayouts = {"row_major", "sm80", "sm90_k32", "sm90_k64", "sm90_k128"};
+constexpr std::array<int64_t, 5> kLayoutTiles = {16, 32, 32, 64, 128};
 
 // rows * stride must be countable.
 void check_extent(const char* arguments, int64_t rows, int64_t stride) {
@@ -104,18 +110,23 @@ void prune_compress(const std::string& function, int n, int m, const std::string
                     int64_t c, int64_t row_stride, int64_t dgrad_values, int64_t dgrad_metadata, int64_t dgrad_k,
                     int64_t wgrad_values, int64_t wgrad_metadata, int64_t wgrad_k, int64_t bias, int64_t bias_partials,
                     int64_t seed, uint32_t rank, float eps, int64_t dgrad_scale, int64_t wgrad_scale,
-                    int64_t positions_per_sample, int64_t stream) {
+                    int64_t positions_per_sample, const std::string& metadata_layout, int64_t stream) {
   check_matrix(dy, t, c, row_stride);
+  const auto layout = std::find(kLayouts.begin(), kLayouts.end(), metadata_layout) - kLayouts.begin();
+  if (layout == std::ssize(kLayouts))
+    throw py::value_error("metadata_layout must be one of row_major, sm80, sm90_k32, sm90_k64, sm90_k128; got '" +
+                          metadata_layout + "'");
+  const int64_t tile_k = kLayoutTiles[layout];
   if (dgrad_values != 0) {
     check_pointer("dgrad_values", dgrad_values, 16);
     check_pointer("dgrad_metadata", dgrad_metadata, 16);
-    check_padded("dgrad_k", dgrad_k, c);
+    check_padded("dgrad_k", dgrad_k, c, tile_k);
     check_extent("t and dgrad_k", t, dgrad_k);
   }
   if (wgrad_values != 0) {
     check_pointer("wgrad_values", wgrad_values, 16);
     check_pointer("wgrad_metadata", wgrad_metadata, 16);
-    check_padded("wgrad_k", wgrad_k, t);
+    check_padded("wgrad_k", wgrad_k, t, tile_k);
     check_extent("c and wgrad_k", c, wgrad_k);
   }
   if (bias != 0) {
@@ -149,6 +160,7 @@ void prune_compress(const std::string& function, int n, int m, const std::string
                                   pointer<const float>(dgrad_scale),
                                   pointer<const float>(wgrad_scale),
                                   positions_per_sample,
+                                  static_cast<int32_t>(layout),
                                   pointer<void>(stream)};
   const std::string name = pattern_name("sdgp_" + (wide ? "scaled_magnitude" : function), n, m, dtype);
   check_launch(name, instance<SdgpPruneCompressFunction>(name)(&problem));
@@ -285,7 +297,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("wgrad_values") = 0, py::arg("wgrad_metadata") = 0, py::arg("wgrad_k") = 0, py::arg("bias") = 0,
              py::arg("bias_partials") = 0, py::arg("seed") = 0, py::arg("rank") = 0, py::arg("eps") = 0.0f,
              py::arg("dgrad_scale") = 0, py::arg("wgrad_scale") = 0, py::arg("positions_per_sample") = 0,
-             py::arg("stream") = 0,
+             py::arg("metadata_layout") = "row_major", py::arg("stream") = 0,
              "Prune dY [t, c] and compress it along both axes; SdgpPruneCompress in prune_compress_api.h.");
   module.def("bias_partial_rows", &sdgp_bias_partial_rows, py::arg("t"), py::arg("c"),
              "Rows of the workspace bias_partials, float32 [rows, c].");

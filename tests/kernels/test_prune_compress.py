@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sdgp_accel.config import FUNCTIONS, PruneSpec
+from sdgp_accel.layouts import LAYOUTS
 from sdgp_accel.philox import Rng
 from sdgp_accel.pruning import prune_matrix
 from sdgp_accel.semi_structured import SparseOperand, compress_matrix
@@ -47,7 +48,10 @@ def new_seed():
     return torch.randint(-(2**63), 2**63 - 1, (2,))
 
 
-def run(engine, x, spec, seed, rank=0, positions_per_sample=1, k_align=16, dgrad=True, wgrad=True, bias=False):
+def run(
+    engine, x, spec, seed, rank=0, positions_per_sample=1, k_align=16, dgrad=True, wgrad=True, bias=False,
+    layout="row_major",
+):  # fmt: skip
     """The kernel's outputs for the gradient x."""
     (t, c), device_x = x.shape, engine.put(x)
     common: dict[str, Any] = {"n": spec.n, "m": spec.m, "dtype": DTYPES[x.dtype], "dy": device_x.data_ptr()}
@@ -60,6 +64,9 @@ def run(engine, x, spec, seed, rank=0, positions_per_sample=1, k_align=16, dgrad
             k = -(-x.shape[axis] // k_align) * k_align
             shapes = ((t, k // 2), (t, k // 16)) if axis == 1 else ((k // 2, c), (k // 16, c))
             values, metadata = engine.empty(*shapes[0], dtype=x.dtype), engine.empty(*shapes[1], dtype=torch.int16)
+            if layout != "row_major":
+                padding = torch.full(shapes[1] if axis == 1 else shapes[1][::-1], 0x4444, dtype=torch.int16)
+                metadata = engine.put(LAYOUTS[layout].encode(padding))
             operands[1 - axis] = SparseOperand(values, metadata, axis, (t, c))
             arguments |= {f"{name}_values": values.data_ptr(), f"{name}_metadata": metadata.data_ptr(), f"{name}_k": k}
     keep = []
@@ -79,8 +86,9 @@ def run(engine, x, spec, seed, rank=0, positions_per_sample=1, k_align=16, dgrad
         arguments |= {"bias": db.data_ptr(), "bias_partials": keep[-1].data_ptr()}
     with engine.launching():
         engine.kernels.prune_compress(
-            function=spec.function, eps=spec.eps, seed=device_seed.data_ptr(), rank=rank, **common, **arguments
-        )
+            function=spec.function, eps=spec.eps, seed=device_seed.data_ptr(), rank=rank, metadata_layout=layout,
+            **common, **arguments,
+        )  # fmt: skip
     return Outputs(*(o and SparseOperand(o.values.cpu(), o.metadata.cpu(), o.axis, o.shape) for o in operands), db)
 
 
@@ -127,6 +135,19 @@ def test_any_shape(engine, function, shape):
 @pytest.mark.parametrize("m", [4, 16])
 def test_padding_to_the_gemm_tile(engine, m):
     check(engine, make_gradient("normal", 20, 24, torch.float16), PruneSpec("mvue", 2, m), k_align=128)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_cutlass(engine, layout):
+    """Tiles that the operand's rows do not fill, too."""
+    t, c, k_align = 70, 40, LAYOUTS[layout].tile_words * 16
+    x, spec, seed = make_gradient("normal", t, c, torch.float16), PruneSpec("mvue", 2, 4), new_seed()
+    row_major = run(engine, x, spec, seed, k_align=k_align)
+    tiled = run(engine, x, spec, seed, k_align=k_align, layout=layout)
+    for ours, operand in zip(tiled[:2], row_major[:2], strict=True):
+        assert torch.equal(ours.values, operand.values)
+        words = operand.metadata if operand.axis == 1 else operand.metadata.t()
+        assert torch.equal(ours.metadata, LAYOUTS[layout].encode(words))
 
 
 @pytest.mark.parametrize("positions_per_sample", [1, 4, 9, 36])
@@ -196,7 +217,8 @@ GOOD = {"function": "mvue", "n": 2, "m": 4, "dtype": "f16", "dy": 1 << 20, "t": 
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("dy", 0), ("dy", 1), ("t", -1), ("c", 0), ("row_stride", 7), ("row_stride", 1 << 62), ("dgrad_values", 2),
-     ("dgrad_metadata", 0), ("dgrad_k", 8), ("dgrad_k", 17), ("seed", 0), ("seed", 4)],
+     ("dgrad_metadata", 0), ("dgrad_k", 8), ("dgrad_k", 17), ("seed", 0), ("seed", 4),
+     ("metadata_layout", "sm70")],
 )  # fmt: skip
 def test_bad_arguments_are_named(engine, argument, value):
     with pytest.raises(ValueError, match=argument):

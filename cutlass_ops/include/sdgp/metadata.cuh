@@ -1,7 +1,9 @@
-// Packing of a pruned quad (an aligned group of 4 with at most 2 non-zeros) into the hardware's 2:4 format.
+// Packing of a pruned quad (an aligned group of 4 with at most 2 non-zeros) into the hardware's 2:4 format, and where
+// the metadata goes in CUTLASS's layouts.
 #pragma once
 
 #include "sdgp/element.cuh"
+#include "sdgp/prune_compress_api.h"
 
 namespace sdgp {
 
@@ -30,6 +32,20 @@ __device__ __forceinline__ PackedQuads pack_pruned(const uint32_t (&x)[4]) {
   keep[0] |= ~majority(keep[1], keep[2], keep[3]);
   keep[1] |= ~(keep[2] | keep[3]);
   return pack_kept(x, keep);
+}
+
+// The place of word `word` (16 consecutive k) of row `row` of an operand with `rows` rows, in a tiled layout. Tiles
+// come one after the other along the rows, then along k; within a tile the bits of row and word change places.
+__device__ __forceinline__ int64_t tiled_word(int32_t layout, int64_t row, int64_t word, int64_t rows) {
+  const auto l = static_cast<int>(row % 8), g = static_cast<int>(row / 8 % 2), x = static_cast<int>(word % 2);
+  if (layout == SDGP_LAYOUT_SM80) {  // tiles of 32 rows x 2 words: l, half of the rows, x, g, from slow to fast
+    const int64_t tile = word / 2 * ((rows + 31) / 32) + row / 32;
+    return tile * 64 + ((l * 2 + row / 16 % 2) * 2 + x) * 2 + g;
+  }
+  // Tiles of 64 rows x 2 `pairs` words: quarter of the rows, x, l, pair of words, g.
+  const int pairs = 1 << (layout - SDGP_LAYOUT_SM90_K32);
+  const int64_t tile = word / (2 * pairs) * ((rows + 63) / 64) + row / 64;
+  return tile * 128 * pairs + (((row / 16 % 4 * 2 + x) * 8 + l) * pairs + word / 2 % pairs) * 2 + g;
 }
 
 }  // namespace sdgp

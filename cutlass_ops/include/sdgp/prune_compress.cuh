@@ -111,28 +111,34 @@ template <typename Element>
 struct QuadRule<Mvue<Element, 2, 4>> : MvueQuad<Element> {};
 
 // Each thread's own column of shared memory for the quads on their way into and out of `compress_quads`.
-using QuadSlots = uint2[8][kBlockThreads];
+using QuadSlots = uint4[4][kBlockThreads];
 
-// Single quads: x01, x23 in, values and nibble out; index_of(i): the index of the i-th group, length_of(i): how many of
-// its elements exist. A loop, because eight copies of the rule overflow the instruction cache; and hence through shared
-// memory, because registers cannot be indexed.
-template <typename Rule, typename IndexOf, typename LengthOf>
-__device__ __forceinline__ void compress_quads(const uint32_t (&x01)[8], const uint32_t (&x23)[8],
-                                               const IndexOf& index_of, const LengthOf& length_of, const Stream& stream,
-                                               QuadSlots& slots, PackedQuad (&packed)[8]) {
+// Four pairs of quads: x01, x23 in, values and nibble out. The groups of pair r have the indices first_group + r *
+// stride and the next; length_of(quad): how many elements exist, all of them where `whole`. A loop, because eight
+// copies of the rule overflow the instruction cache; and hence through shared memory, because registers cannot be
+// indexed.
+template <typename Rule, typename LengthOf>
+__device__ __forceinline__ void compress_quads(const uint32_t (&x01)[8], const uint32_t (&x23)[8], uint64_t first_group,
+                                               uint64_t stride, bool whole, const LengthOf& length_of,
+                                               const Stream& stream, QuadSlots& slots, PackedQuad (&packed)[8]) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) slots[i][threadIdx.x] = {x01[i], x23[i]};
+  for (int r = 0; r < 4; ++r) slots[r][threadIdx.x] = {x01[2 * r], x23[2 * r], x01[2 * r + 1], x23[2 * r + 1]};
 #pragma unroll 1
-  for (int i = 0; i < 8; ++i) {
-    const uint2 x = slots[i][threadIdx.x];
-    const uint4 words = philox(stream, index_of(i), 0);
-    bool regular = length_of(i) >= 4;
-    PackedQuad result = QuadRule<Rule>::compress(x.x, x.y, words, regular);
-    if (!regular) result = QuadRule<Rule>::compress_any(x.x, x.y, words, length_of(i));
-    slots[i][threadIdx.x] = {result.values, result.nibble};
+  for (int r = 0; r < 4; ++r, first_group += stride) {
+    const uint4 x = slots[r][threadIdx.x];
+    const uint4 words[2] = {philox(stream, first_group, 0), philox(stream, first_group + 1, 0)};
+    bool regular[2] = {whole, whole};
+    PackedQuad result[2] = {QuadRule<Rule>::compress(x.x, x.y, words[0], regular[0]),
+                            QuadRule<Rule>::compress(x.z, x.w, words[1], regular[1])};
+    if (!regular[0]) result[0] = QuadRule<Rule>::compress_any(x.x, x.y, words[0], length_of(2 * r));
+    if (!regular[1]) result[1] = QuadRule<Rule>::compress_any(x.z, x.w, words[1], length_of(2 * r + 1));
+    slots[r][threadIdx.x] = {result[0].values, result[0].nibble, result[1].values, result[1].nibble};
   }
 #pragma unroll
-  for (int i = 0; i < 8; ++i) packed[i] = {slots[i][threadIdx.x].x, slots[i][threadIdx.x].y};
+  for (int r = 0; r < 4; ++r) {
+    const uint4 pair = slots[r][threadIdx.x];
+    packed[2 * r] = {pair.x, pair.y}, packed[2 * r + 1] = {pair.z, pair.w};
+  }
 }
 
 // The in-register part, for this kernel and for the epilogues of kernels that produce dY. x[r][p] holds channels 2p
@@ -154,8 +160,8 @@ __device__ __forceinline__ void compress_along_channels(const uint32_t (&x)[kRow
     for (int i = 0; i < 8; ++i) x01[i] = x[i / 2][i % 2 * 2], x23[i] = x[i / 2][i % 2 * 2 + 1];
     PackedQuad packed[8];
     compress_quads<Rule>(
-        x01, x23, [&](int i) { return first_group + static_cast<uint64_t>(i / 2) * groups_per_row + i % 2; },
-        [&](int i) { return channels_left - 4 * (i % 2); }, parameters.stream, *slots, packed);
+        x01, x23, first_group, groups_per_row, channels_left >= 8, [&](int i) { return channels_left - 4 * (i % 2); },
+        parameters.stream, *slots, packed);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       metadata[r] = 0;
@@ -216,9 +222,8 @@ __device__ __forceinline__ void compress_along_positions(const uint32_t (&x)[kRo
     }
     PackedQuad packed[8];
     compress_quads<Rule>(
-        x01, x23, [&](int i) { return first_group + static_cast<uint64_t>(i); },
-        [&](int) { return static_cast<int>(positions_left < 4 ? positions_left : 4); }, parameters.stream, *slots,
-        packed);
+        x01, x23, first_group, 2, positions_left >= 4, [&](int) { return static_cast<int>(positions_left); },
+        parameters.stream, *slots, packed);
 #pragma unroll
     for (int p = 0; p < kChannels / 2; ++p) {
       values[0][p] = zip_low(packed[2 * p].values, packed[2 * p + 1].values);
@@ -330,7 +335,11 @@ __device__ __forceinline__ void emit_dgrad(const SdgpPruneCompress& problem, con
     if (row + r >= problem.t) break;
     const int64_t offset = (row + r) * problem.dgrad_k + channel;
     auto* value_row = static_cast<uint32_t*>(problem.dgrad_values) + offset / 4;
-    auto* metadata_row = static_cast<uint8_t*>(problem.dgrad_metadata) + offset / 8;
+    int64_t metadata_byte = offset / 8;
+    if (problem.metadata_layout != SDGP_LAYOUT_ROW_MAJOR) {
+      metadata_byte = tiled_word(problem.metadata_layout, row + r, channel / 16, problem.t) * 2 + channel / 8 % 2;
+    }
+    auto* metadata_row = static_cast<uint8_t*>(problem.dgrad_metadata) + metadata_byte;
     if constexpr (kChannels == 8) {
       *reinterpret_cast<uint2*>(value_row) = {values[r][0], values[r][1]};
       *metadata_row = static_cast<uint8_t>(metadata[r]);
@@ -472,8 +481,18 @@ __global__ void __launch_bounds__(kBlockThreads)
   }
 
   if (problem.wgrad_values != nullptr && position < problem.wgrad_k) {
-    store_channels(static_cast<uint16_t*>(problem.wgrad_metadata) + position / 16 * c, channel, c, vector_stores,
-                   {wgrad_metadata[0], wgrad_metadata[1], wgrad_metadata[2], wgrad_metadata[3]});
+    auto* words = static_cast<uint16_t*>(problem.wgrad_metadata);
+    if (problem.metadata_layout == SDGP_LAYOUT_ROW_MAJOR) {
+      store_channels(words + position / 16 * c, channel, c, vector_stores,
+                     {wgrad_metadata[0], wgrad_metadata[1], wgrad_metadata[2], wgrad_metadata[3]});
+    } else {
+#pragma unroll
+      for (int e = 0; e < kChannels; ++e) {
+        if (channel + e >= c) break;
+        words[tiled_word(problem.metadata_layout, channel + e, position / 16, c)] =
+            static_cast<uint16_t>(wgrad_metadata[e / 2] >> (16 * (e & 1)));
+      }
+    }
   }
 
   // Sums of the block's positions, added up in a fixed order.

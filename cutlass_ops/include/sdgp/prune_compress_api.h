@@ -30,8 +30,13 @@ struct SdgpPruneCompress {
   const float* dgrad_scale;
   const float* wgrad_scale;
   int64_t positions_per_sample;
+  int32_t metadata_layout;  // SDGP_LAYOUT_..; the metadata of a tiled layout has to hold 0x4444 everywhere beforehand,
+                            // because rows that only fill up a tile are not written
   void* stream;
 };
+
+// Layouts of metadata, described in sdgp_accel/layouts.py. Tiled ones need dgrad_k and wgrad_k in whole tiles.
+enum { SDGP_LAYOUT_ROW_MAJOR, SDGP_LAYOUT_SM80, SDGP_LAYOUT_SM90_K32, SDGP_LAYOUT_SM90_K64, SDGP_LAYOUT_SM90_K128 };
 
 // The factors of rescale_magnitude for a scope wider than a group: sum |dy| / (sum |kept| + eps) per (sample, channel).
 struct SdgpScopeScales {
