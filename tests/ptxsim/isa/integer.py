@@ -87,13 +87,11 @@ def _product(b: Binder, x: Array, y: Array, part: str, kind: str) -> Any:
     return lambda: (mul_hi_u64(ux, uy) - np.where(x < 0, uy, zero) - np.where(y < 0, ux, zero)).view(np.int64)
 
 
-@op("mul", "mul24")
+@op("mul")
 def mul(b: Binder) -> Make:
     if is_float(b.type):
         return float_binary(b)
     part = next(m for m in b.mods if m in ("lo", "hi", "wide"))
-    if b.instr.opcode == "mul24":
-        raise b.unknown()
     dtype = DTYPES[b.type]
     x, y = b.src(b.args[1], dtype), b.src(b.args[2], dtype)
     if part == "lo":
