@@ -8,9 +8,9 @@
 //    above it the difference is exact.
 //  - Divisions are those of division.cuh, and only the kept values are divided.
 //
-// A group still takes 181 instructions, of which Philox is 36 (17 wide multiplications): arithmetic, not memory, is what
-// limits mvue. On an H100, 92 per group and direction would hide behind the memory traffic of both operands; measured,
-// both take 3.2 times as long as a copy of dY (bench/results/kernels-NVIDIA_H100_80GB_HBM3.json).
+// A group still takes 181 instructions, of which Philox is 36 (17 wide multiplications): arithmetic, not memory, is
+// what limits mvue. On an H100, 92 per group and direction would hide behind the memory traffic of both operands;
+// measured, both take 3.2 times as long as a copy of dY (bench/results/kernels-NVIDIA_H100_80GB_HBM3.json).
 #pragma once
 
 #include "sdgp/division.cuh"
