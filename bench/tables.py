@@ -45,6 +45,7 @@ def layers(results: Path) -> str:
         "layer", "in → out, positions", "prune", "dense, µs", "prune + compress, µs", "dgrad", "wgrad",
         "whole backward", 'what `backend="auto"` runs',
     )  # fmt: skip
+
     def summary(result: Result) -> list[str]:
         lines = []
         for function in dict.fromkeys(row["prune"] for row in result["rows"]):
@@ -86,6 +87,7 @@ def gemm(results: Path) -> str:
         "layer", "pass", "m × n × k", "ours, µs", "dense-equivalent TFLOP/s", "over cuBLAS (dense)", "over cuSPARSELt",
         "over CUTLASS's sparse collective",
     )  # fmt: skip
+
     def summary(result: Result) -> list[str]:
         lines = []
         for name in ("dgrad", "wgrad"):
@@ -100,40 +102,38 @@ def gemm(results: Path) -> str:
 
 
 def prune(results: Path) -> str:
-    """Prune and compress along both axes, in units of a copy of the same tensor."""
-    functions = ("magnitude", "rescale_magnitude", "random", "mvue")
-
-    def rows(result: Result) -> list[dict[str, Any]]:
-        found = result.get("rows") or result.get("results") or [] if isinstance(result, dict) else result
-        return found if isinstance(found, list) else []
+    """Prune and compress along both axes, in units of a copy of the same tensor, from bench/kernels.py."""
 
     def is_prune(result: Result) -> bool:
-        return bool(rows(result)) and isinstance(rows(result)[0], dict) and "clone" in rows(result)[0]
+        return isinstance(result, dict) and result.get("benchmark") == "kernels" and "rows" in result
+
+    def both(result: Result) -> list[dict[str, Any]]:
+        """The rows that write both operands and nothing else."""
+        return [row for row in result["rows"] if row["needs"] == {"dgrad": True, "wgrad": True, "bias": False}]
 
     def row(row: dict[str, Any]) -> list[str]:
-        clone = statistics.median(row["clone"])
-        parts = [row.get(f"prune:{function}") for function in functions]
-        dtype = str(row["dtype"]).removeprefix("torch.")
+        tiles = row.get("torch_tiles")
         return [
-            f"{row['T']} × {row['C']} {dtype}",
-            microseconds(clone),
-            *(times(statistics.median(part) / clone) if part else "—" for part in parts),
+            row["case"],
+            f"{row['t']} × {row['c']} {row['dtype']}",
+            row["rule"],
+            microseconds(row["microseconds"]["kernel"]["median"]),
+            f"**{times(row['clones'])}**",
+            times(tiles) if tiles else "—",
         ]
 
-    columns = ("gradient", "`clone()`, µs", *(f"`{function}`" for function in functions))
+    columns = (
+        "layer", "gradient", "rule", "µs", "over `clone()`", "over `torch._sparse_semi_structured_tile`",
+    )  # fmt: skip
+
     def summary(result: Result) -> list[str]:
-        ratios = {
-            function: [
-                statistics.median(row[f"prune:{function}"]) / statistics.median(row["clone"])
-                for row in rows(result)
-                if f"prune:{function}" in row
-            ]
-            for function in functions
-        }
-        costs = [f"`{function}` {spread(values)}" for function, values in ratios.items() if values]
+        ratios: dict[str, list[float]] = {}
+        for row in both(result):
+            ratios.setdefault(row["rule"], []).append(row["clones"])
+        costs = [f"{rule} {spread(values)}" for rule, values in ratios.items()]
         return [f"Time over that of `clone()` of the gradient: {', '.join(costs)}."]
 
-    return section(results, is_prune, columns, lambda result: map(row, rows(result)), summary)
+    return section(results, is_prune, columns, lambda result: map(row, both(result)), summary)
 
 
 def step_time(results: Path) -> str:

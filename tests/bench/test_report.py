@@ -52,7 +52,16 @@ GEMM = {
         }
     ],
 }  # fmt: skip
-PRUNE = [{"T": 64, "C": 32, "dtype": "torch.bfloat16", "clone": [10.0], "prune:mvue": [35.0, 36.0, 34.0]}]
+BOTH = {"dgrad": True, "wgrad": True, "bias": False}
+PRUNE_ROW = {
+    "case": "a.fc", "t": 64, "c": 32, "dtype": "bfloat16", "rule": "mvue", "needs": BOTH,
+    "microseconds": {"kernel": {"median": 35.0}}, "clones": 3.5, "torch_tiles": 0.5,
+}  # fmt: skip
+PRUNE = {
+    "benchmark": "kernels",
+    "provenance": ORIGIN,
+    "rows": [PRUNE_ROW, PRUNE_ROW | {"case": "one pass", "needs": BOTH | {"dgrad": False}}],
+}
 
 
 def contender(name, milliseconds, sdgp=False):
@@ -102,10 +111,11 @@ def test_gemm(tmp_path):
     assert "- dgrad: 1.50 × (1.50 to 1.50) dense cuBLAS, 1.25 × (1.25 to 1.25) cuSPARSELt over 1 shapes." in text
 
 
-@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: {"provenance": ORIGIN, "rows": rows}])
-def test_prune(wrap, tmp_path):
-    text = build("prune", tmp_path, wrap(PRUNE))
-    assert "| 64 × 32 bfloat16 | 10.0 | — | — | — | 3.50 × |" in text
+def test_prune(tmp_path):
+    text = build("prune", tmp_path, PRUNE)
+    assert "| a.fc | 64 × 32 bfloat16 | mvue | 35.0 | **3.50 ×** | 0.50 × |" in text
+    assert "`clone()` of the gradient: mvue 3.50 × (3.50 to 3.50)." in text
+    assert "one pass" not in text
 
 
 def test_step_time_compares_with_the_fastest_dense_step(tmp_path):
@@ -119,7 +129,7 @@ def test_emulated_steps_are_no_savings(tmp_path):
 
 def test_long_tables_are_folded(tmp_path):
     assert "<details>" not in build("prune", tmp_path, PRUNE)
-    assert "<details>" in build("prune", tmp_path, PRUNE * tables.LONG)
+    assert "<details>" in build("prune", tmp_path, PRUNE | {"rows": [PRUNE_ROW] * tables.LONG})
 
 
 def test_sections_are_filled_and_stay_filled(tmp_path):
