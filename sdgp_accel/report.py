@@ -126,10 +126,15 @@ class SwapReport:
         return self.table()
 
     def __str__(self) -> str:
-        console = Console(width=120, color_system=None)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return as_text(self.table())
+
+
+def as_text(table: Table) -> str:
+    """`table` as plain text, 120 columns wide."""
+    console = Console(width=120, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
 
 
 def describe_skipped(module: nn.Module, names: list[str], reason: str) -> LayerReport:

@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sdgp_accel.report import SwapReport
+from sdgp_accel.report import SwapReport, as_text
 
 SCHEMA = 1
 BIAS_STANDARD_ERRORS = 6.0
@@ -130,7 +129,4 @@ class ValidationReport:
         return self.table()
 
     def __str__(self) -> str:
-        console = Console(width=120, color_system=None)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return as_text(self.table())

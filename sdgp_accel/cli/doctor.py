@@ -14,9 +14,7 @@ import click
 import torch
 
 from sdgp_accel import __version__
-
-BUILD_COMMAND = "SDGP_CUDA=1 pip install --no-cache-dir ."
-FIRST_SPARSE_CAPABILITY = (8, 0)  # Ampere: the first GPUs whose tensor cores skip the zeros of a 2:4 operand
+from sdgp_accel.backends import BUILD_COMMAND, FIRST_SPARSE_CAPABILITY
 
 # Extra of this package -> the modules it brings.
 EXTRAS = {
