@@ -78,7 +78,7 @@ def run(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decisio
     Linear: dy [T, C_out], x [T, C_in]; Conv2d: dy [N, C_out, P, Q], x [N, C_in, H, W]. What the ops do, and what the
     eager backward calls directly.
     """
-    geometry, backend, plan, draws, _ = decision
+    geometry, backend, plan, draws, _, tilings = decision
     prune_dgrad = backend is not None and weight is not None and plan.grad_input is not None
     prune_wgrad = backend is not None and x is not None and plan.grad_weight is not None
     gradients: list[Tensor] = []
@@ -96,14 +96,14 @@ def run(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decisio
         if weight is not None:
             with stage("dgrad"):
                 if backend is not None and prune_dgrad:
-                    gradients.append(backend.dgrad(dgrad, weight, geometry))
+                    gradients.append(backend.dgrad(dgrad, weight, geometry, tilings.dgrad))
                     dgrad = None  # freed before wgrad allocates
                 else:
                     gradients.append(dense.dgrad(dy, weight, geometry))
         if x is not None:
             with stage("wgrad"):
                 if backend is not None and prune_wgrad:
-                    gradients.append(backend.wgrad(wgrad, x, geometry))
+                    gradients.append(backend.wgrad(wgrad, x, geometry, tilings.wgrad))
                 else:
                     gradients.append(dense.wgrad(dy, x, geometry))
         if db is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdgp_accel import backends
+from sdgp_accel import backends, ops
 from sdgp_accel.backends import Needs, dense
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
@@ -35,6 +35,25 @@ def test_reference_prepares_only_what_is_needed(needs: Needs) -> None:
         assert (operands.wgrad.t().reshape(8, 3, 4) != 0).sum(-1).eq(2).all()
     if needs.bias:
         torch.testing.assert_close(operands.bias, dy.sum(0))
+
+
+def test_a_backend_is_given_the_tilings_of_the_decision() -> None:
+    class Recording(type(backends.load("reference"))):
+        def dgrad(self, operand, weight, geometry, tiling=None):
+            given.append(tiling)
+            return super().dgrad(operand, weight, geometry)
+
+        def wgrad(self, operand, x, geometry, tiling=None):
+            given.append(tiling)
+            return super().wgrad(operand, x, geometry)
+
+    given: list[object] = []
+    dy, x, weight = torch.randn(8, 4), torch.randn(8, 12), torch.randn(4, 12)
+    plan = decode(plan_string("linear", SDGPConfig()))
+    decision = backends.Decision(LinearGeometry(8, 12, 4), Recording(), plan, True, "")
+    ops.run(dy, x, weight, False, decision)
+    ops.run(dy, x, weight, False, decision._replace(tilings=backends.Tilings("fast", "faster")))
+    assert given == [None, None, "fast", "faster"]
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -10,12 +10,13 @@ import functools
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from sdgp_accel.config import PruneSpec
+from sdgp_accel.config import Pass, PruneSpec
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import LayerPlan, decode
 from sdgp_accel.philox import Rng
@@ -63,11 +64,32 @@ class Backend(Protocol):
         unpruned dY over T.
         """
 
-    def dgrad(self, operand: Any, weight: Tensor, geometry: Geometry) -> Tensor:
-        """dX: [T, C_in], or [N, C_in, H, W] for a convolution, in the dtype of `weight`."""
+    def tilings(
+        self, geometry: Geometry, pass_name: Pass, dtype: torch.dtype, device: torch.device
+    ) -> Sequence[Hashable]:
+        """The ways to launch this layer's dgrad or wgrad that are worth timing, best predicted first; may be empty.
 
-    def wgrad(self, operand: Any, x: Tensor, geometry: Geometry) -> Tensor:
-        """dW [C_out, C_in (/ groups, R, S)] from x [T, C_in] or [N, C_in, H, W], in the dtype of `x`."""
+        `str` of a tiling tells it from the others, in one process and in the next.
+        """
+
+    def dgrad(self, operand: Any, weight: Tensor, geometry: Geometry, tiling: Any = None) -> Tensor:
+        """dX: [T, C_in], or [N, C_in, H, W] for a convolution, in the dtype of `weight`.
+
+        tiling: one of `tilings`; None for the first.
+        """
+
+    def wgrad(self, operand: Any, x: Tensor, geometry: Geometry, tiling: Any = None) -> Tensor:
+        """dW [C_out, C_in (/ groups, R, S)] from x [T, C_in] or [N, C_in, H, W], in the dtype of `x`.
+
+        tiling: as for `dgrad`.
+        """
+
+
+class Tilings(NamedTuple):
+    """How the products of both passes are launched; None for the backend's own choice."""
+
+    dgrad: Any = None
+    wgrad: Any = None
 
 
 class Decision(NamedTuple):
@@ -81,6 +103,7 @@ class Decision(NamedTuple):
     plan: LayerPlan
     draws: bool
     reason: str
+    tilings: Tilings = Tilings()
 
     @property
     def name(self) -> str:

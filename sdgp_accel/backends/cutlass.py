@@ -16,8 +16,8 @@ from torch import Tensor
 
 import cutlass_ops
 from sdgp_accel.backends import BUILD_COMMAND, Needs, Operands, dense
-from sdgp_accel.backends.tiles import TILE_K, Tiling, choose_tiling
-from sdgp_accel.config import PruneSpec
+from sdgp_accel.backends.tiles import TILE_K, Tiling, rank_tilings
+from sdgp_accel.config import Pass, PruneSpec
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import LayerPlan
 from sdgp_accel.philox import Rng
@@ -101,32 +101,42 @@ class CutlassBackend:
             wanted = (specs[0] is not None, specs[1] is not None)
             return Operands(*_prune_compress(dy2d, spec, *wanted, needs.bias, rng, positions_per_sample))
 
-    def dgrad(self, operand: SparseOperand, weight: Tensor, geometry: Geometry) -> Tensor:
+    def tilings(
+        self, geometry: Geometry, pass_name: Pass, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tiling, ...]:
+        """The tilings of the sparse product; none where it runs dense on the decompressed operand."""
+        if self._no_sparse_products(geometry, device) is not None:
+            return ()
+        return _tilings(geometry, "dgrad" if pass_name == "grad_input" else "wgrad", device)
+
+    def dgrad(self, operand: SparseOperand, weight: Tensor, geometry: Geometry, tiling: Tiling | None = None) -> Tensor:
         """dX on sparse tensor cores, or dense on the decompressed operand."""
         if self._no_sparse_products(geometry, weight.device) is not None:
             return dense.dgrad(dense.layer_view(operand.decompress(), geometry), weight, geometry)
+        tiling = tiling or _tilings(geometry, "dgrad", weight.device)[0]
         with _on_device(weight.device):
             if isinstance(geometry, LinearGeometry) or _is_pointwise(geometry):
                 b = weight.reshape(geometry.out_channels, geometry.in_channels).contiguous()
-                return _as_input(_gemm("dgrad", operand, b), geometry)
+                return _as_input(_gemm("dgrad", operand, b, tiling), geometry)
             b = weight.permute(0, 2, 3, 1).contiguous()
             shape = (geometry.batch, geometry.height, geometry.width, geometry.in_channels)
-            return _as_input(_conv("dgrad", operand, b, shape, geometry), geometry)
+            return _as_input(_conv("dgrad", operand, b, shape, geometry, tiling), geometry)
 
-    def wgrad(self, operand: SparseOperand, x: Tensor, geometry: Geometry) -> Tensor:
+    def wgrad(self, operand: SparseOperand, x: Tensor, geometry: Geometry, tiling: Tiling | None = None) -> Tensor:
         """dW on sparse tensor cores, or dense on the decompressed operand."""
         if self._no_sparse_products(geometry, x.device) is not None:
             return dense.wgrad(dense.layer_view(operand.decompress(), geometry), x, geometry)
+        tiling = tiling or _tilings(geometry, "wgrad", x.device)[0]
         with _on_device(x.device):
             if isinstance(geometry, LinearGeometry):
-                return _gemm("wgrad", operand, x.contiguous())
+                return _gemm("wgrad", operand, x.contiguous(), tiling)
             b = x.permute(0, 2, 3, 1).contiguous()
             r, s = geometry.kernel
             shape = (geometry.out_channels, r, s, geometry.in_channels)
             if _is_pointwise(geometry):
-                out = _gemm("wgrad", operand, b.view(-1, geometry.in_channels)).view(shape)
+                out = _gemm("wgrad", operand, b.view(-1, geometry.in_channels), tiling).view(shape)
             else:
-                out = _conv("wgrad", operand, b, shape, geometry)
+                out = _conv("wgrad", operand, b, shape, geometry, tiling)
             return _from_channels_last(out, geometry)
 
     def _no_sparse_products(self, geometry: Geometry, device: torch.device) -> str | None:
@@ -201,12 +211,28 @@ def _scope_scales(dy: Tensor, arguments: dict[str, Any], positions_per_sample: i
     return scales
 
 
-def _gemm(name: str, operand: SparseOperand, b: Tensor) -> Tensor:
+def _tilings(geometry: Geometry, name: str, device: torch.device) -> tuple[Tiling, ...]:
+    m, n, k = _product_size(geometry, name)
+    is_wgrad = name == "wgrad"
+    gathering = is_wgrad and isinstance(geometry, Conv2dGeometry) and not _is_pointwise(geometry)
+    return rank_tilings(m, n, k, device_facts(device).multiprocessors, is_wgrad, gathering)
+
+
+def _product_size(geometry: Geometry, name: str) -> tuple[int, int, int]:
+    """(m, n, k) of dgrad or wgrad as one product; of a convolution's, the taps of the filter included."""
+    c_in, c_out = geometry.in_channels, geometry.out_channels
+    taps, inputs = 1, geometry.positions
+    if isinstance(geometry, Conv2dGeometry):
+        taps = geometry.kernel[0] * geometry.kernel[1]
+        inputs = geometry.batch * geometry.height * geometry.width
+    return (inputs, c_in, c_out * taps) if name == "dgrad" else (c_out, c_in * taps, geometry.positions)
+
+
+def _gemm(name: str, operand: SparseOperand, b: Tensor, tiling: Tiling) -> Tensor:
     """operand [m, k] x b [k, n], in b's dtype."""
     t, c = operand.shape
     m, k = (t, c) if operand.axis == 1 else (c, t)
     n = b.shape[1]
-    tiling = choose_tiling(m, n, k, device_facts(b.device).multiprocessors, name == "wgrad")
     out = b.new_empty((m, n))
     workspace = _workspace(out, tiling)
     cutlass_ops.kernels().sparse_gemm(
@@ -216,16 +242,11 @@ def _gemm(name: str, operand: SparseOperand, b: Tensor) -> Tensor:
     return out
 
 
-def _conv(name: str, operand: SparseOperand, b: Tensor, shape: tuple[int, ...], geometry: Conv2dGeometry) -> Tensor:
+def _conv(
+    name: str, operand: SparseOperand, b: Tensor, shape: tuple[int, ...], geometry: Conv2dGeometry, tiling: Tiling
+) -> Tensor:
     """dX [N, H, W, C_in] or dW [C_out, R, S, C_in], of that `shape`; b: the filter [C_out, R, S, C_in] or x NHWC."""
     g = geometry
-    taps = g.kernel[0] * g.kernel[1]
-    if name == "dgrad":
-        m, n, k = g.batch * g.height * g.width, g.in_channels, g.out_channels * taps
-    else:
-        m, n, k = g.out_channels, g.in_channels * taps, g.positions
-    is_wgrad = name == "wgrad"
-    tiling = choose_tiling(m, n, k, device_facts(b.device).multiprocessors, is_wgrad, is_wgrad)
     out = b.new_empty(shape)
     workspace = _workspace(out, tiling)
     cutlass_ops.kernels().sparse_conv(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sdgp_accel.backends import Needs, Operands, dense
+from sdgp_accel.config import Pass
 from sdgp_accel.geometry import Geometry
 from sdgp_accel.layer_plan import LayerPlan
 from sdgp_accel.philox import Rng
@@ -39,11 +40,15 @@ class ReferenceBackend:
             bias = dy2d.sum(0)
         return Operands(dgrad, wgrad, bias)
 
-    def dgrad(self, operand: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    def tilings(self, geometry: Geometry, pass_name: Pass, dtype: torch.dtype, device: torch.device) -> tuple[()]:
+        """None: torch launches its own kernels."""
+        return ()
+
+    def dgrad(self, operand: Tensor, weight: Tensor, geometry: Geometry, tiling: None = None) -> Tensor:
         """Dense dgrad of the pruned gradient."""
         return dense.dgrad(dense.layer_view(operand, geometry), weight, geometry)
 
-    def wgrad(self, operand: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
+    def wgrad(self, operand: Tensor, x: Tensor, geometry: Geometry, tiling: None = None) -> Tensor:
         """Dense wgrad of the pruned gradient."""
         return dense.wgrad(dense.layer_view(operand, geometry), x, geometry)
 

@@ -75,6 +75,32 @@ def test_tilings_exist_and_are_within_limits(shape):
     assert tiles.choose_tiling(m, n, k, 132, splittable=False).splits == 1
 
 
+@pytest.mark.parametrize("pass_name", ["grad_input", "grad_weight"])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        LinearGeometry(25088, 1024, 4096),
+        Conv2dGeometry.of((8, 64, 14, 14), (128, 64, 3, 3), (2, 2, 1, 1, 1, 1, 1), True),
+    ],
+    ids=["linear", "conv2d"],
+)
+def test_candidates_are_different_tiles_best_first(hopper, geometry, pass_name):
+    listed = cutlass.BACKEND.tilings(geometry, pass_name, torch.float16, CUDA)
+    assert len({(tiling.tile, tiling.cluster_size) for tiling in listed}) == len(listed) == len(tiles.TILES)
+    assert len(set(map(str, listed))) == len(listed)
+    m, n, k = {
+        ("linear", "grad_input"): (25088, 1024, 4096), ("linear", "grad_weight"): (4096, 1024, 25088),
+        ("conv2d", "grad_input"): (8 * 14 * 14, 64, 128 * 9), ("conv2d", "grad_weight"): (128, 64 * 9, 8 * 7 * 7),
+    }["linear" if isinstance(geometry, LinearGeometry) else "conv2d", pass_name]  # fmt: skip
+    is_wgrad = pass_name == "grad_weight"
+    gathering = is_wgrad and isinstance(geometry, Conv2dGeometry)
+    assert listed[0] == tiles.choose_tiling(m, n, k, 132, splittable=is_wgrad, gathering=gathering)
+
+
+def test_there_is_nothing_to_list_without_sparse_products(hopper):
+    assert cutlass.BACKEND.tilings(LinearGeometry(50, 36, 20), "grad_input", torch.float16, CUDA) == ()
+
+
 def test_a_single_row_of_tiles_needs_no_cluster():
     assert tiles.choose_tiling(128, 1152, 200704, 132, splittable=True).cluster_size == 1
     assert tiles.choose_tiling(25088, 1024, 4096, 132, splittable=False).cluster_size == 2
