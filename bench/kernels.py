@@ -1,9 +1,8 @@
 """The prune+compress kernel on its own: time and bandwidth against copying the tensor and against PyTorch's kernel.
 
     python bench/kernels.py            # to bench/results/kernels-<GPU>.json
-    python bench/kernels.py --ptxas    # no GPU: registers, spills and shared memory of every kernel
 
-On a GPU each case and its peers run in turns in one process, as CUDA graphs over buffers that together exceed the L2
+Each case and its peers run in turns in one process, as CUDA graphs over buffers that together exceed the L2
 cache. The peers are `clone()` of the same tensor (what memory allows) and ``torch._sparse_semi_structured_tile`` (2:4
 along both axes by magnitude, CUTLASS's layout for sm_80).
 """
@@ -11,9 +10,6 @@ along both axes by magnitude, CUTLASS's layout for sm_80).
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from cutlass_ops import build_kernels
 from sdgp_accel.backends import KERNELS, Needs, load
 from sdgp_accel.config import PruneSpec
 from sdgp_accel.layer_plan import LayerPlan
@@ -137,61 +132,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return result
 
 
-class Resources(NamedTuple):
-    """What ptxas says of one kernel."""
-
-    kernel: str
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-
-
-def ptxas_report(source: Path, arch: str) -> list[Resources]:
-    """Compile one instance and read the compiler's resource report."""
-    toolkit = build_kernels.find_toolkit()
-    if toolkit is None:
-        raise click.ClickException("no CUDA toolkit found: set CUDA_HOME")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [toolkit.nvcc, *build_kernels.COMPILE_FLAGS, "-I", build_kernels.INCLUDE, "-Xptxas", "-v"]
-        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-c", source, "-o", Path(folder) / "object.o"]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stderr  # type: ignore[arg-type]
-    return parse_report(output)
-
-
-def parse_report(output: str) -> list[Resources]:
-    """The kernels in what ``ptxas -v`` printed."""
-    kernels = []
-    for block in output.split("Compiling entry function")[1:]:
-        name, registers = re.search(r"'(\w+)'", block), re.search(r"Used (\d+) registers", block)
-        assert name is not None
-        assert registers is not None
-        spills = sum(map(int, re.findall(r"(\d+) bytes spill", block)))
-        shared = re.search(r"(\d+) bytes smem", block)
-        kernels.append(Resources(name[1], int(registers[1]), spills, int(shared[1]) if shared else 0))
-    return kernels
-
-
-def print_ptxas_reports(arch: str) -> None:
-    result = Table("kernel", "registers", "spilled bytes", "shared bytes", title=f"ptxas, sm_{arch}")
-    for source in sorted(build_kernels.INSTANCES.glob("*.cu")):
-        if build_kernels.archs_of(source, (arch,)):
-            for kernel in ptxas_report(source, arch):
-                numbers = (kernel.registers, kernel.spilled_bytes, kernel.shared_bytes)
-                result.add_row(f"{source.stem}: {kernel.kernel}", *map(str, numbers))
-    Console(width=200).print(result)
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--ptxas", is_flag=True, help="Print the compiler's resource report instead; needs no GPU.")
-@click.option("--arch", default="90a", show_default=True, help="Architecture of that report.")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Where the results go.")
-def main(ptxas: bool, arch: str, path: Path | None) -> None:
+def main(path: Path | None) -> None:
     """Time prune+compress for gradients of real layers."""
-    if ptxas:
-        print_ptxas_reports(arch)
-        return
     if not torch.cuda.is_available():
-        raise click.ClickException("no CUDA device: there is nothing to time here; --ptxas works without one")
+        raise click.ClickException("no CUDA device: there is nothing to time here (bench.static_evidence needs none)")
     device = torch.device("cuda")
     backend = load(KERNELS)
     problem = "not installed" if backend is None else backend.unavailable(device)

@@ -15,14 +15,3 @@ def test_cases_are_distinct_and_on_the_lists() -> None:
     assert len(set(kernels.CASES)) == len(kernels.CASES)
     assert all(case.gradient in kernels.GRADIENTS and case.rule in kernels.RULES for case in kernels.CASES)
     assert all(t % positions == 0 for t, _, positions in kernels.GRADIENTS.values())
-
-
-def test_a_compiler_report_is_read() -> None:
-    report = """ptxas info    : Compiling entry function 'one' for 'sm_90a'
-    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
-ptxas info    : Used 96 registers, used 1 barriers, 4096 bytes smem
-ptxas info    : Compiling entry function 'two' for 'sm_90a'
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 17 registers, used 0 barriers
-"""
-    assert kernels.parse_report(report) == [("one", 96, 16, 4096), ("two", 17, 0, 0)]

@@ -1,0 +1,87 @@
+"""`bench/static_evidence.py` on text of the shape that the tools print, and on one kernel."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+from bench import static_evidence
+from bench.static_evidence import Resources
+from cutlass_ops import build_kernels
+
+LISTING = """
+	.section	.text.kernel,"ax",@progbits
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+        /*0030*/                   IMAD.WIDE.U32 R4, R4, R5, RZ ;
+        /*0040*/                   LOP3.LUT R4, R4, R5, RZ, 0x3c, !PT ;
+.L_x_2:
+        /*0050*/                   FMUL R4, R4, R5 ;
+        /*0060*/               @P1 BRA `(.L_x_1) ;
+.L_x_3:
+        /*0070*/                   HGMMA.SP.64x128x32.F32.BF16 R24, gdesc[UR8].tnspB, R24, R89, 0x0 ;
+        /*0080*/                   BRA P3, `(.L_x_3) ;
+        /*0090*/                   EXIT ;
+.L_x_4:
+        /*00a0*/                   BRA `(.L_x_4);
+
+	.section	.text.other,"ax",@progbits
+        /*0000*/                   EXIT ;
+"""
+
+
+def test_a_compiler_report_is_read() -> None:
+    report = """ptxas info    : Compiling entry function 'one' for 'sm_90a'
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 96 registers, used 1 barriers, 4096 bytes smem
+ptxas info    : Compiling entry function 'two' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 17 registers, used 0 barriers
+"""
+    assert static_evidence.parse_report(report) == [("one", 96, 16, 4096), ("two", 17, 0, 0)]
+
+
+def test_block_sizes_are_launch_bounds() -> None:
+    ptx = ".visible .entry one(\n.param .u64 p\n)\n.maxntid 32, 4\n{\nret;\n}\n.visible .entry two()\n{\n}\n"
+    assert static_evidence.block_sizes(ptx) == {"one": 128, "two": 1024}
+
+
+def test_loops_and_pipes() -> None:
+    kernels = static_evidence.parse_listing(LISTING)
+    assert [len(code) for code in kernels.values()] == [11, 1]
+    product = static_evidence.main_loop(kernels["kernel"])
+    assert product is not None
+    assert [instruction.text.split(".")[0] for instruction in product.instructions] == ["HGMMA", "BRA"]
+    plain = static_evidence.main_loop(kernels["kernel"][:7])
+    assert plain is not None
+    assert len(plain.instructions) == 6
+    assert [static_evidence.pipe_of(i.text) for i in plain.fewest] == ["memory", "control", "FMA", "control"]
+    assert static_evidence.pipe_of("IMAD.WIDE.U32") == "wide"
+    assert static_evidence.pipe_of("LOP3.LUT") == "ALU"
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "threads", "blocks"),
+    [(32, 0, 256, 8), (126, 12288, 128, 4), (168, 0, 384, 1), (32, 100 << 10, 128, 2), (16, 0, 32, 32)],
+)
+def test_occupancy_by_hand(registers: int, shared: int, threads: int, blocks: int) -> None:
+    """On sm_90: 64 warps, 65536 registers in units of 256 per warp, 228 KiB of which each block takes 1 KiB more."""
+    assert static_evidence.resident_blocks(Resources("kernel", registers, 0, shared), threads, "90a") == blocks
+
+
+def test_names() -> None:
+    symbol = "_ZN4sdgp21prune_compress_kernelI13__nv_bfloat16NS_4MvueIS1_Li2ELi4EEELi4ELb0EEEv17SdgpPruneCompress"
+    assert static_evidence.readable(symbol) == "prune_compress_kernel bf16"
+
+
+def test_an_instance() -> None:
+    try:
+        found = static_evidence.examine(build_kernels.INSTANCES / "bias_sum.cu", "80")
+    except click.ClickException as problem:
+        pytest.skip(problem.message)
+    assert [(kernel.kernel, kernel.threads, kernel.resources.spilled_bytes) for kernel in found] == [
+        ("sum_bias_partials", 1024, 0)
+    ]
+    assert found[0].loop is not None
