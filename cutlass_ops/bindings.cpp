@@ -16,8 +16,8 @@
 #include <unordered_map>
 
 #include "sdgp/prune_compress_api.h"
-#include "sdgp/sm90_sparse_conv_api.h"
-#include "sdgp/sm90_sparse_gemm_api.h"
+#include "sdgp/sparse_conv_api.h"
+#include "sdgp/sparse_gemm_api.h"
 
 namespace py = pybind11;
 
@@ -224,23 +224,23 @@ void sparse_gemm(const std::string& name, int64_t values, int64_t metadata, int6
   check_size("m", m, 1);
   check_multiple("n", n, 8);
   check_padded("padded_k", padded_k, k);
-  const SdgpSm90SparseGemm problem{pointer<const void>(values),
-                                   pointer<const void>(metadata),
-                                   pointer<const void>(b),
-                                   pointer<void>(out),
-                                   pointer<void>(workspace),
-                                   m,
-                                   n,
-                                   k,
-                                   padded_k,
-                                   splits,
-                                   group_n,
-                                   cluster_size,
-                                   sm_count,
-                                   out_is_float,
-                                   accumulate,
-                                   pointer<void>(stream)};
-  check_launch(name, instance<SdgpSm90SparseGemmFunction>(name)(&problem));
+  const SdgpSparseGemm problem{pointer<const void>(values),
+                               pointer<const void>(metadata),
+                               pointer<const void>(b),
+                               pointer<void>(out),
+                               pointer<void>(workspace),
+                               m,
+                               n,
+                               k,
+                               padded_k,
+                               splits,
+                               group_n,
+                               cluster_size,
+                               sm_count,
+                               out_is_float,
+                               accumulate,
+                               pointer<void>(stream)};
+  check_launch(name, instance<SdgpSparseGemmFunction>(name)(&problem));
 }
 
 void sparse_conv(const std::string& name, int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace,
@@ -252,35 +252,35 @@ void sparse_conv(const std::string& name, int64_t values, int64_t metadata, int6
   check_multiple("c_in", shape[3], 8);
   for (const int i : {0, 1, 4, 5}) check_size("stride and dilation", window[i], 1);
   const auto [batch, h, w, c_in, p, q, c_out, r, s] = shape;
-  const SdgpSm90SparseConv problem{pointer<const void>(values),
-                                   pointer<const void>(metadata),
-                                   pointer<const void>(b),
-                                   pointer<void>(out),
-                                   pointer<void>(workspace),
-                                   batch,
-                                   h,
-                                   w,
-                                   c_in,
-                                   p,
-                                   q,
-                                   c_out,
-                                   r,
-                                   s,
-                                   window[0],
-                                   window[1],
-                                   window[2],
-                                   window[3],
-                                   window[4],
-                                   window[5],
-                                   padded_k,
-                                   splits,
-                                   group_n,
-                                   cluster_size,
-                                   sm_count,
-                                   out_is_float,
-                                   accumulate,
-                                   pointer<void>(stream)};
-  check_launch(name, instance<SdgpSm90SparseConvFunction>(name)(&problem));
+  const SdgpSparseConv problem{pointer<const void>(values),
+                               pointer<const void>(metadata),
+                               pointer<const void>(b),
+                               pointer<void>(out),
+                               pointer<void>(workspace),
+                               batch,
+                               h,
+                               w,
+                               c_in,
+                               p,
+                               q,
+                               c_out,
+                               r,
+                               s,
+                               window[0],
+                               window[1],
+                               window[2],
+                               window[3],
+                               window[4],
+                               window[5],
+                               padded_k,
+                               splits,
+                               group_n,
+                               cluster_size,
+                               sm_count,
+                               out_is_float,
+                               accumulate,
+                               pointer<void>(stream)};
+  check_launch(name, instance<SdgpSparseConvFunction>(name)(&problem));
 }
 
 }  // namespace
@@ -309,12 +309,11 @@ PYBIND11_MODULE(_C, module) {
              py::arg("b"), py::arg("out"), py::arg("workspace") = 0, py::arg("m"), py::arg("n"), py::arg("k"),
              py::arg("padded_k"), py::arg("splits") = 1, py::arg("group_n") = 8, py::arg("cluster_size") = 2,
              py::arg("sm_count"), py::arg("out_is_float") = false, py::arg("accumulate") = false, py::arg("stream") = 0,
-             "The instance `name` of the sparse GEMM; SdgpSm90SparseGemm in sm90_sparse_gemm_api.h.");
-  module.def(
-      "sparse_conv", &sparse_conv, py::arg("name"), py::kw_only(), py::arg("values"), py::arg("metadata"), py::arg("b"),
-      py::arg("out"), py::arg("workspace") = 0, py::arg("shape"), py::arg("window"), py::arg("padded_k"),
-      py::arg("splits") = 1, py::arg("group_n") = 8, py::arg("cluster_size") = 2, py::arg("sm_count"),
-      py::arg("out_is_float") = false, py::arg("accumulate") = false, py::arg("stream") = 0,
-      "The instance `name` of the sparse convolution; SdgpSm90SparseConv in sm90_sparse_conv_api.h. shape: n, h, "
-      "w, c_in, p, q, c_out, r, s; window: stride, padding, dilation, vertical first.");
+             "The instance `name` of the sparse GEMM; SdgpSparseGemm in sparse_gemm_api.h.");
+  module.def("sparse_conv", &sparse_conv, py::arg("name"), py::kw_only(), py::arg("values"), py::arg("metadata"),
+             py::arg("b"), py::arg("out"), py::arg("workspace") = 0, py::arg("shape"), py::arg("window"),
+             py::arg("padded_k"), py::arg("splits") = 1, py::arg("group_n") = 8, py::arg("cluster_size") = 2,
+             py::arg("sm_count"), py::arg("out_is_float") = false, py::arg("accumulate") = false, py::arg("stream") = 0,
+             "The instance `name` of the sparse convolution; SdgpSparseConv in sparse_conv_api.h. shape: n, h, "
+             "w, c_in, p, q, c_out, r, s; window: stride, padding, dilation, vertical first.");
 }

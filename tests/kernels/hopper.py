@@ -31,7 +31,7 @@ def _structure(sizes: Sequence[str]) -> type[ctypes.Structure]:
     return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("stream", ctypes.c_void_p)]})
 
 
-# SdgpSm90SparseGemm and SdgpSm90SparseConv of cutlass_ops/include/sdgp/sm90_sparse_*_api.h.
+# SdgpSparseGemm and SdgpSparseConv of cutlass_ops/include/sdgp/sparse_*_api.h.
 GemmArguments = _structure(("m", "n", "k"))
 ConvArguments = _structure((*_SHAPE, *_WINDOW))
 

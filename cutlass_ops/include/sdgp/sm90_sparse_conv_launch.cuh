@@ -3,8 +3,8 @@
 
 #include <numeric>
 
-#include "sdgp/sm90_sparse_conv_api.h"
 #include "sdgp/sm90_sparse_gemm_launch.cuh"
+#include "sdgp/sparse_conv_api.h"
 
 namespace sdgp::sm90 {
 
@@ -66,7 +66,7 @@ inline ResidueClass residue_class(int first, int extent, int filter, int stride,
 }
 
 template <typename Config>
-int launch_dgrad_class(const SdgpSm90SparseConv& conv, const ResidueClass& vertical, const ResidueClass& horizontal,
+int launch_dgrad_class(const SdgpSparseConv& conv, const ResidueClass& vertical, const ResidueClass& horizontal,
                        int first_h, int first_w, const Target& target) {
   constexpr auto kType = kTensorMapType<typename Config::Element>;
   const PixelGrid grid{vertical.positions, horizontal.positions, vertical.lower, horizontal.lower, 1, 1};
@@ -116,7 +116,7 @@ int launch_dgrad_class(const SdgpSm90SparseConv& conv, const ResidueClass& verti
 }
 
 template <typename Config>
-int launch_sparse_dgrad(const SdgpSm90SparseConv& conv) {
+int launch_sparse_dgrad(const SdgpSparseConv& conv) {
   const Target target{conv.out,
                       nullptr,
                       false,
@@ -150,7 +150,7 @@ int launch_sparse_dgrad(const SdgpSm90SparseConv& conv) {
 }
 
 template <typename Config>
-int launch_sparse_wgrad(const SdgpSm90SparseConv& conv) {
+int launch_sparse_wgrad(const SdgpSparseConv& conv) {
   const PixelGrid grid{conv.p, conv.q, -conv.padding_h, -conv.padding_w, conv.stride_h, conv.stride_w};
   TensorMaps maps;
   int error = encode_matrix_operand<Config>(maps, conv.values, conv.metadata, conv.c_out, conv.padded_k);
@@ -178,7 +178,7 @@ int launch_sparse_wgrad(const SdgpSm90SparseConv& conv) {
 
 // Define the entry point of one instance.
 #define SDGP_SM90_SPARSE_CONV(NAME, PASS, GATHER, ELEMENT, MAJOR, BLOCK_M, BLOCK_N)                                 \
-  extern "C" int NAME(const SdgpSm90SparseConv* conv) {                                                             \
+  extern "C" int NAME(const SdgpSparseConv* conv) {                                                                 \
     using Config = sdgp::sm90::TileConfig<ELEMENT, sdgp::sm90::GATHER, sdgp::sm90::Major::MAJOR, BLOCK_M, BLOCK_N>; \
     return sdgp::sm90::launch_sparse_##PASS<Config>(*conv);                                                         \
   }

@@ -19,6 +19,7 @@
 // of 1160.
 #pragma once
 
+#include "sdgp/product.cuh"
 #include "sdgp/sm90_gather.cuh"
 
 namespace sdgp::sm90 {
@@ -27,9 +28,6 @@ constexpr int kInstructionK = 32;               // k per wgmma.sp with 16-bit el
 constexpr int kBlockTiles = kBlockK / kStageK;  // k tiles per block of A
 constexpr int kConsumers = 2;                   // consumer warpgroups
 constexpr int kSharedMemoryLimit = 232448;
-constexpr uint32_t kLegalMetadata = 0x4444;  // indices 0 and 1 in each of four groups
-
-enum class Output : int { kElement, kFloat, kPartial };
 
 struct Problem {
   int m;        // rows of the product
@@ -118,13 +116,6 @@ struct RingPosition {
   }
 };
 
-// Words outside the matrix arrive as 0 from TMA, which is no legal metadata; legal words are never 0.
-__device__ __forceinline__ uint32_t make_legal(uint32_t words) {
-  if ((words & 0xffffu) == 0) words |= kLegalMetadata;
-  if ((words >> 16) == 0) words |= kLegalMetadata << 16;
-  return words;
-}
-
 // The metadata operands of the four instructions that cover 128 k: e[i] serves instruction i from lanes 0 and 1 of each
 // quad (selector 0) and instruction i + 2 from lanes 2 and 3 (selector 1). An instruction wants, for row g = lane / 4
 // in the low half and row g + 8 in the high half, k 0-15 from the even lane and k 16-31 from the odd one; ldmatrix
@@ -148,42 +139,6 @@ __device__ __forceinline__ void load_metadata(uint32_t (&e)[2], uint32_t slab, i
   const uint32_t received = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
   e[0] = odd ? received : first;
   e[1] = odd ? second : received;
-}
-
-template <typename Element>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  uint32_t packed;
-  if constexpr (std::is_same_v<Element, __half>) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    packed = reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    packed = reinterpret_cast<const uint32_t&>(pair);
-  }
-  return packed;
-}
-
-template <typename Element>
-__device__ __forceinline__ float2 unpack(uint32_t packed) {
-  if constexpr (std::is_same_v<Element, __half>) {
-    return __half22float2(reinterpret_cast<const __half2&>(packed));
-  } else {
-    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(packed));
-  }
-}
-
-// Transposes 4 x 4 words held by the four lanes of a quad: afterwards lane q holds word q of lanes 0, 1, 2, 3.
-__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int lane) {
-#pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {
-    const bool high = lane & step;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & step) continue;
-      const uint32_t received = __shfl_xor_sync(0xffffffffu, high ? words[i] : words[i + step], step);
-      (high ? words[i] : words[i + step]) = received;
-    }
-  }
 }
 
 // Writes a 64 x kBlockN slab of accumulators. Lane l of warp w holds columns 8j + 2(l%4) + {0, 1} of row 16w + l/4 in
@@ -422,37 +377,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   // A CTA must not leave while its peer may still arrive on its barriers or multicast into its tiles.
   __syncwarp();
   if (cluster_size > 1) cluster_sync();
-}
-
-// out[i] (+)= sum over splits of partials[split][i], added in the order of the splits: the same bits on every run.
-template <typename Out>
-__global__ void __launch_bounds__(256)
-    reduce_partials_kernel(const float* __restrict__ partials, Out* __restrict__ out, const int64_t count,
-                           const int splits, const bool accumulate) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x * 4;
-  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 4; i < count; i += stride) {
-    float4 sum = *reinterpret_cast<const float4*>(partials + i);
-    for (int split = 1; split < splits; ++split) {
-      const float4 part = *reinterpret_cast<const float4*>(partials + split * count + i);
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-    }
-    if constexpr (std::is_same_v<Out, float>) {
-      float4* target = reinterpret_cast<float4*>(out + i);
-      if (accumulate) {
-        const float4 old = *target;
-        sum.x += old.x, sum.y += old.y, sum.z += old.z, sum.w += old.w;
-      }
-      *target = sum;
-    } else {
-      uint2* target = reinterpret_cast<uint2*>(out + i);
-      if (accumulate) {
-        const uint2 old = *target;
-        const float2 low = unpack<Out>(old.x), high = unpack<Out>(old.y);
-        sum.x += low.x, sum.y += low.y, sum.z += high.x, sum.w += high.y;
-      }
-      *target = make_uint2(pack<Out>(sum.x, sum.y), pack<Out>(sum.z, sum.w));
-    }
-  }
 }
 
 }  // namespace sdgp::sm90

@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "sdgp/sm90_sparse_gemm.cuh"
-#include "sdgp/sm90_sparse_gemm_api.h"
+#include "sdgp/sparse_gemm_api.h"
 
 namespace sdgp::sm90 {
 
@@ -73,15 +73,6 @@ struct Target {
   cudaStream_t stream;
 };
 
-template <typename Out>
-int reduce_partials(const Target& target, int64_t count) {
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>((count + 1023) / 1024, 4 * target.sm_count));
-  reduce_partials_kernel<Out><<<blocks, 256, 0, target.stream>>>(static_cast<const float*>(target.workspace),
-                                                                 static_cast<Out*>(target.out), count, target.splits,
-                                                                 target.accumulate);
-  return cudaGetLastError();
-}
-
 // The product has `m` rows, `columns` columns and `k_tiles` k tiles; the output [rows, row_length].
 template <typename Config>
 int launch(const TensorMaps& maps, const typename Config::Gather& gather, const Target& target, int m, int columns,
@@ -124,12 +115,12 @@ int launch(const TensorMaps& maps, const typename Config::Gather& gather, const 
       cudaLaunchKernelEx(&launch, sparse_gemm_kernel<Config>, maps, gather, problem, target.cluster_size);
   if (launched != cudaSuccess || !split) return launched;
   const int64_t count = static_cast<int64_t>(rows) * row_length;
-  return target.is_float ? reduce_partials<float>(target, count)
-                         : reduce_partials<typename Config::Element>(target, count);
+  const auto reduce = target.is_float ? reduce_partials<float> : reduce_partials<typename Config::Element>;
+  return reduce(target.workspace, target.out, count, target.splits, target.accumulate, target.sm_count, target.stream);
 }
 
 template <typename Config>
-int launch_sparse_gemm(const SdgpSm90SparseGemm& gemm) {
+int launch_sparse_gemm(const SdgpSparseGemm& gemm) {
   TensorMaps maps;
   int error = encode_matrix_operand<Config>(maps, gemm.values, gemm.metadata, gemm.m, gemm.padded_k);
   if (error == 0)
@@ -153,7 +144,7 @@ int launch_sparse_gemm(const SdgpSm90SparseGemm& gemm) {
 
 // Defines the entry point of one instance.
 #define SDGP_SM90_SPARSE_GEMM(NAME, ELEMENT, MAJOR, BLOCK_M, BLOCK_N)                                          \
-  extern "C" int NAME(const SdgpSm90SparseGemm* gemm) {                                                        \
+  extern "C" int NAME(const SdgpSparseGemm* gemm) {                                                            \
     using Config =                                                                                             \
         sdgp::sm90::TileConfig<ELEMENT, sdgp::sm90::MatrixGather, sdgp::sm90::Major::MAJOR, BLOCK_M, BLOCK_N>; \
     return sdgp::sm90::launch_sparse_gemm<Config>(*gemm);                                                      \

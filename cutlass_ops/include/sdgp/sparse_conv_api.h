@@ -1,4 +1,4 @@
-// Host interface of the Hopper sparse convolution gradients: plain C, raw device pointers and a stream.
+// Host interface of the sparse convolution gradients: plain C, raw device pointers and a stream.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ extern "C" {
 
 // y[n, p, q, c_out] = conv(x[n, h, w, c_in], filter[c_out, r, s, c_in]), NHWC, one group. The compressed operand is dy
 // along c_out (dgrad: values [n, p, q, padded_k / 2]) or along positions (wgrad: values [padded_k / 2, c_out]).
-struct SdgpSm90SparseConv {
+struct SdgpSparseConv {
   const void* values;
   const void* metadata;
   const void* b;    // dgrad: the filter; wgrad: x
@@ -24,7 +24,7 @@ struct SdgpSm90SparseConv {
 };
 
 // Returns 0 or a cudaError_t / (1000 + CUresult) code. Nothing is synchronised.
-typedef int SdgpSm90SparseConvFunction(const struct SdgpSm90SparseConv*);
+typedef int SdgpSparseConvFunction(const struct SdgpSparseConv*);
 
 #ifdef __cplusplus
 }
