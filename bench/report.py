@@ -20,7 +20,8 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 SECTION = re.compile(r"(<!-- results: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SECTIONS: dict[str, Callable[[Path], str]] = {
-    "convergence": lambda results: (results / "convergence_2_4.md").read_text(),
+    "summary": tables.summary,
+    "convergence": tables.convergence,
     "layers": tables.layers,
     "gemm": tables.gemm,
     "prune": tables.prune,

@@ -65,6 +65,7 @@ CPU_CASES = (
         ),
     ),
 )
+MODELS = tuple(dict.fromkeys(case.model for case in GPU_CASES))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Markdown tables from the result files under bench/results/: what the README shows of them.
 
-Files are told apart by what they hold. Each table names the file it came from, the machine and the versions; a
-benchmark without a file is "not measured yet".
+Files are told apart by what they hold. Each table names the files it came from, the machine and the versions; what has
+no file is "not measured yet". Columns called "predicted" hold a roofline's figures (`sdgp plan`), never measurements.
 """
 
 from __future__ import annotations
@@ -10,185 +10,303 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-NOT_MEASURED = "Not measured yet."
+from bench.step_time import MODELS
+
+NOT_MEASURED = "not measured yet"
 LONG = 14  # table lines from which on a table is folded
-PEERS = {"dense cuBLAS": "cublas", "cuSPARSELt": "cslt"}
+PEERS = {"cublas": "cuBLAS (dense)", "cslt": "cuSPARSELt"}
 Result = Any  # a result file's JSON
+Row = dict[str, Any]
 
 
-def layers(results: Path) -> str:
-    """One layer's backward, from bench/layers.py."""
+class Section(NamedTuple):
+    """One kind of result file: which files are of that kind, their table, and what they come down to.
 
-    def is_layers(result: Result) -> bool:
-        return isinstance(result, dict) and result.get("benchmark") == "layers"
+    claims: sentences without verbs, each true of the whole file, for the README's summary.
+    """
 
-    def row(row: dict[str, Any]) -> list[str]:
-        name = [row["layer"], shape(row["geometry"]), f"`{row['prune']}`"]
-        if "unsupported" in row:
-            return [*name, "", "", "", "", "", f"dense: {row['unsupported']}"]
-        ms = row["milliseconds"]
-        passes = [name for name, pruned in zip(("dgrad", "wgrad"), row["auto_prunes"], strict=True) if pruned]
-        auto = f"{' + '.join(passes)} sparse, {times(row['auto_speedup'])}" if passes else "dense"
-        return [
-            *name,
-            microseconds(1e3 * (ms["dense_dgrad"] + ms["dense_wgrad"])),
-            microseconds(1e3 * ms["compress_both"]),
-            times(ms["dense_dgrad"] / ms["sparse_dgrad"]),
-            times(ms["dense_wgrad"] / ms["sparse_wgrad"]),
-            f"**{times(row['backward_speedup'])}**",
-            auto,
-        ]
-
-    columns = (
-        "layer", "in → out, positions", "prune", "dense, µs", "prune + compress, µs", "dgrad", "wgrad",
-        "whole backward", 'what `backend="auto"` runs',
-    )  # fmt: skip
-
-    def summary(result: Result) -> list[str]:
-        lines = []
-        for function in dict.fromkeys(row["prune"] for row in result["rows"]):
-            rows = [row for row in result["rows"] if row["prune"] == function and "unsupported" not in row]
-            if rows:
-                sparse, auto = (spread(row[key] for row in rows) for key in ("backward_speedup", "auto_speedup"))
-                used = sum(any(row["auto_prunes"]) for row in rows)
-                lines.append(
-                    f"`{function}`: the whole backward, compression included, runs at {sparse} the speed of dense over "
-                    f"{len(rows)} layers; `auto` prunes {used} of them and runs at {auto}."
-                )
-        return lines
-
-    return section(results, is_layers, columns, lambda result: map(row, result["rows"]), summary)
+    question: str
+    accepts: Callable[[Result], bool]
+    columns: Sequence[str]
+    rows: Callable[[Result], Iterable[Sequence[str]]]
+    claims: Callable[[Result], list[str]]
 
 
-def gemm(results: Path) -> str:
-    """The sparse products by themselves against their peers."""
-
-    def is_gemm(result: Result) -> bool:
-        return isinstance(result, dict) and bool(result.get("results")) and "pas" in result["results"][0]
-
-    def row(row: dict[str, Any]) -> list[str]:
-        us = medians(row["us"])
-        ours = us["ours"]
-        cutlass = [value for name, value in us.items() if name.startswith("peer_")]
-        return [
-            f"{row['layer']}, {row['T']} positions",
-            row["pas"],
-            f"{row['m']} × {row['n']} × {row['k']}",
-            microseconds(ours),
-            f"{2e-6 * row['m'] * row['n'] * row['k'] / ours:.0f}",
-            times(us["cublas"] / ours) if "cublas" in us else "—",
-            times(us["cslt"] / ours) if "cslt" in us else "—",
-            times(min(cutlass) / ours) if cutlass else "—",
-        ]
-
-    columns = (
-        "layer", "pass", "m × n × k", "ours, µs", "dense-equivalent TFLOP/s", "over cuBLAS (dense)", "over cuSPARSELt",
-        "over CUTLASS's sparse collective",
-    )  # fmt: skip
-
-    def summary(result: Result) -> list[str]:
-        lines = []
-        for name in ("dgrad", "wgrad"):
-            rows = [medians(row["us"]) for row in result["results"] if row["pas"] == name]
-            peers = [(peer, [us[key] / us["ours"] for us in rows if key in us]) for peer, key in PEERS.items()]
-            claims = [f"{spread(ratios)} {peer}" for peer, ratios in peers if ratios]
-            if claims:
-                lines.append(f"{name}: {', '.join(claims)} over {len(rows)} shapes.")
-        return lines
-
-    return section(results, is_gemm, columns, lambda result: map(row, result["results"]), summary)
+def files(section: Section, results: Path) -> list[tuple[Path, Result]]:
+    """The result files of `section`, by name."""
+    found = [(path, json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
+    return [(path, result) for path, result in found if section.accepts(result)]
 
 
-def prune(results: Path) -> str:
-    """Prune and compress along both axes, in units of a copy of the same tensor, from bench/kernels.py."""
+def render(section: Section, results: Path) -> str:
+    """A table for each file of `section`, folded where it is long, and where it comes from."""
+    texts = []
+    for path, result in files(section, results):
+        lines = table(section.columns, section.rows(result))
+        texts.append("\n".join([*lines, "", f"From {source(path)}: {machine(result)}."]))
+    return "\n\n".join(texts) or f"{NOT_MEASURED.capitalize()}."
 
-    def is_prune(result: Result) -> bool:
-        return isinstance(result, dict) and result.get("benchmark") == "kernels" and "rows" in result
 
-    def both(result: Result) -> list[dict[str, Any]]:
-        """The rows that write both operands and nothing else."""
-        return [row for row in result["rows"] if row["needs"] == {"dgrad": True, "wgrad": True, "bias": False}]
+def summary(results: Path) -> str:
+    """One row per question: what its result files come down to, and on which machines."""
+    rows = []
+    for section in (CONVERGENCE, STEP_TIME, LAYERS, GEMM, PRUNE):
+        found = [result for _, result in files(section, results)]
+        claims = [claim for result in found for claim in section.claims(result)]
+        gpus = dict.fromkeys(gpu_name(result) for result in found)
+        rows.append([section.question, "<br>".join(claims) or NOT_MEASURED, ", ".join(filter(None, gpus))])
+    return "\n".join(table(("", "measured", "on"), rows))
 
-    def row(row: dict[str, Any]) -> list[str]:
-        tiles = row.get("torch_tiles")
-        return [
-            row["case"],
-            f"{row['t']} × {row['c']} {row['dtype']}",
-            row["rule"],
-            microseconds(row["microseconds"]["kernel"]["median"]),
-            f"**{times(row['clones'])}**",
-            times(tiles) if tiles else "—",
-        ]
 
-    columns = (
-        "layer", "gradient", "rule", "µs", "over `clone()`", "over `torch._sparse_semi_structured_tile`",
-    )  # fmt: skip
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, folded where there are many."""
+    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    return folded("All measurements", lines) if len(lines) > LONG else lines
 
-    def summary(result: Result) -> list[str]:
-        ratios: dict[str, list[float]] = {}
-        for row in both(result):
-            ratios.setdefault(row["rule"], []).append(row["clones"])
-        costs = [f"{rule} {spread(values)}" for rule, values in ratios.items()]
-        return [f"Time over that of `clone()` of the gradient: {', '.join(costs)}."]
 
-    return section(results, is_prune, columns, lambda result: map(row, both(result)), summary)
+def folded(title: str, lines: Iterable[str]) -> list[str]:
+    """Lines that a reader has to open."""
+    return [f"<details><summary>{title}</summary>", "", *lines, "", "</details>"]
+
+
+# Does it learn? From bench/convergence.py; its tables are in convergence_2_4.md.
+
+
+def convergence(results: Path) -> str:
+    """The tables that bench/convergence.py wrote."""
+    path = results / "convergence_2_4.md"
+    if not path.exists():
+        return f"{NOT_MEASURED.capitalize()}."
+    return "\n".join(folded("All functions and passes, 2:4", path.read_text().strip().splitlines()))
+
+
+def convergence_claims(result: Result) -> list[str]:
+    claims = []
+    for task in result["tasks"].values():
+        cells = {cell["cell"]: cell for cell in task["cells"]}
+        dense, pruned = cells.get("dense"), cells.get("mvue 2:4 both")
+        if dense and pruned:
+            digits = 3 if task["score"] == "loss" else 2
+            claims.append(f"{task['title']}: {pruned['delta']:+.{digits}f} (dense {dense['mean']:.{digits}f})")
+    return claims
+
+
+CONVERGENCE = Section(
+    "final validation loss (digits: accuracy) with the default, `mvue` 2:4 on both passes, minus dense",
+    lambda result: isinstance(result, dict) and "tasks" in result and "environments" in result,
+    (),
+    lambda result: (),
+    convergence_claims,
+)
+
+
+# Whole training steps, from bench/step_time.py. Emulations are not savings and stay out.
 
 
 def step_time(results: Path) -> str:
-    """Whole training steps, from bench/step_time.py. Emulations are not savings and stay out."""
-
-    def is_step(result: Result) -> bool:
-        return isinstance(result, dict) and "contenders" in result and result.get("kind") != "emulated"
-
-    def row(result: dict[str, Any]) -> list[list[str]]:
-        ms = {contender["name"]: 1e3 * contender["step"]["median"] for contender in result["contenders"]}
-        sdgp = next(contender for contender in result["contenders"] if contender["sdgp"])
-        dense = [name for contender in result["contenders"] if not contender["sdgp"] for name in [contender["name"]]]
-        ratios = result["sdgp_over_dense"]
-        saved = min((1 - ratios[name]["median"] for name in dense if name in ratios), default=None)
-        settings = result["settings"]["config"]
-        return [
-            [
-                f"{result['model']}, batch {result['batch']}",
-                f"`{settings['prune']}`" if isinstance(settings["prune"], str) else str(settings["prune"]),
-                "; ".join(f"{name} {ms[name]:.2f}" for name in dense),
-                f"{ms[sdgp['name']]:.2f}",
-                "—" if saved is None else f"**{100 * saved:+.1f} %**",
-            ]
-        ]
-
-    columns = ("model", "prune", "dense step, ms", "SDGP step, ms", "saved over the fastest dense")
-    return section(results, is_step, columns, row)
+    """One table over all models of the list and all files, and what the files were measured on."""
+    found = files(STEP_TIME, results)
+    rows = [[*row, source(path)] for path, result in found for row in STEP_TIME.rows(result)]
+    measured = {result["model"] for _, result in found}
+    rows += [[model, *[NOT_MEASURED] * 5, ""] for model in MODELS if model not in measured]
+    lines = table((*STEP_TIME.columns, "file"), rows)
+    return "\n".join([*lines, *(f"\n{path.name}: {machine(result)}." for path, result in found)])
 
 
-def section(
-    results: Path,
-    accepts: Callable[[Result], bool],
-    columns: Sequence[str],
-    rows: Callable[[Result], Iterable[Sequence[str]]],
-    summary: Callable[[Result], list[str]] = lambda result: [],
-) -> str:
-    """For each file that `accepts` takes: its summary, where it comes from, and its table, folded where it is long."""
-    texts = []
-    for path in sorted(results.glob("*.json")):
-        result = json.loads(path.read_text())
-        if not accepts(result):
-            continue
-        head = [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
-        table = [*head, *(f"| {' | '.join(row)} |" for row in rows(result))]
-        if len(table) > LONG:
-            table = ["<details><summary>All measurements</summary>", "", *table, "", "</details>"]
-        source = f"From [{path.name}](bench/results/{path.name}): {machine(result)}."
-        texts.append("\n".join([*(f"- {line}" for line in summary(result)), "", *table, "", source]).strip())
-    return "\n\n".join(texts) or NOT_MEASURED
+def contender(result: Result, sdgp: bool, compiled: bool) -> dict[str, Any] | None:
+    found = (c for c in result["contenders"] if (c["sdgp"], c["compiled"]) == (sdgp, compiled))
+    return next(found, None)
+
+
+def step_saving(result: Result) -> float | None:
+    """What the fastest SDGP step saves over the fastest dense one, as a share, paired by round."""
+    ratios = [ratio["median"] for ratio in result["sdgp_over_dense"].values()]
+    return 1 - max(ratios) if ratios else None
+
+
+def step_row(result: Result) -> list[str]:
+    times = [contender(result, sdgp, compiled) for sdgp in (False, True) for compiled in (False, True)]
+    prune = result["settings"]["config"]["prune"]
+    saving = step_saving(result)
+    return [
+        f"{result['model']}, batch {result['batch']}, {f'`{prune}`' if isinstance(prune, str) else prune}",
+        *(NOT_MEASURED if c is None else f"{1e3 * c['step']['median']:.2f}" for c in times),
+        NOT_MEASURED if saving is None else f"**{100 * saving:+.1f} %**",
+    ]
+
+
+def step_claims(result: Result) -> list[str]:
+    saving = step_saving(result)
+    if saving is None:
+        return []
+    against = "" if contender(result, False, True) else f" (eager; compiled: {NOT_MEASURED})"
+    return [f"{result['model']}, batch {result['batch']}: {100 * saving:+.1f} %{against}"]
+
+
+STEP_TIME = Section(
+    "whole training step: time saved over the fastest dense step",
+    lambda result: isinstance(result, dict) and "contenders" in result and result.get("kind") != "emulated",
+    ("model", "dense, ms", "dense compiled", "SDGP", "SDGP compiled", "saved over the fastest dense"),
+    lambda result: [step_row(result)],
+    step_claims,
+)
+
+
+# One layer's backward, from bench/layers.py.
+
+
+def layers(results: Path) -> str:
+    return render(LAYERS, results)
+
+
+def layer_row(row: Row) -> list[str]:
+    name = [row["layer"], shape(row["geometry"]), f"`{row['prune']}`"]
+    if "unsupported" in row:
+        return [*name, "", "", "", "", "", f"dense: {row['unsupported']}"]
+    ms = row["milliseconds"]
+    passes = [name for name, pruned in zip(("dgrad", "wgrad"), row["auto_prunes"], strict=True) if pruned]
+    auto = f"{' + '.join(passes)} sparse, {times(row['auto_speedup'])}" if passes else "dense"
+    return [
+        *name,
+        microseconds(1e3 * (ms["dense_dgrad"] + ms["dense_wgrad"])),
+        microseconds(1e3 * ms["compress_both"]),
+        times(ms["dense_dgrad"] / ms["sparse_dgrad"]),
+        times(ms["dense_wgrad"] / ms["sparse_wgrad"]),
+        f"**{times(row['backward_speedup'])}**",
+        auto,
+    ]
+
+
+def layer_claims(result: Result) -> list[str]:
+    claims = []
+    for function in dict.fromkeys(row["prune"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["prune"] == function and "unsupported" not in row]
+        if rows:
+            sparse, auto = (spread(row[key] for row in rows) for key in ("backward_speedup", "auto_speedup"))
+            used = sum(any(row["auto_prunes"]) for row in rows)
+            claims.append(f"`{function}`: {sparse}; `auto` prunes {used} of {len(rows)} layers: {auto}")
+    return claims
+
+
+LAYERS = Section(
+    "one layer's backward, compression included: speed over dense",
+    lambda result: isinstance(result, dict) and result.get("benchmark") == "layers",
+    (
+        "layer", "in → out, positions", "prune", "dense, µs", "prune + compress, µs", "dgrad", "wgrad",
+        "whole backward", 'what `backend="auto"` runs',
+    ),
+    lambda result: map(layer_row, result["rows"]),
+    layer_claims,
+)  # fmt: skip
+
+
+# The sparse products by themselves against their peers, from bench/gemm.py.
+
+
+def gemm(results: Path) -> str:
+    return render(GEMM, results)
+
+
+def gemm_row(row: Row) -> list[str]:
+    us = medians(row["us"])
+    ours = us["ours"]
+    cutlass = [value for name, value in us.items() if name.startswith("peer_")]
+    return [
+        f"{row['layer']}, {row['T']} positions",
+        row["pas"],
+        f"{row['m']} × {row['n']} × {row['k']}",
+        microseconds(ours),
+        f"{2e-6 * row['m'] * row['n'] * row['k'] / ours:.0f}",
+        *(times(us[peer] / ours) if peer in us else NOT_MEASURED for peer in PEERS),
+        times(min(cutlass) / ours) if cutlass else NOT_MEASURED,
+    ]
+
+
+def gemm_claims(result: Result) -> list[str]:
+    claims = []
+    for name in ("dgrad", "wgrad"):
+        rows = [medians(row["us"]) for row in result["results"] if row["pas"] == name]
+        peers = [(peer, [us[key] / us["ours"] for us in rows if key in us]) for key, peer in PEERS.items()]
+        over = [f"{spread(ratios)} {peer}" for peer, ratios in peers if ratios]
+        if over:
+            claims.append(f"{name}, {len(rows)} shapes: {', '.join(over)}")
+    return claims
+
+
+GEMM = Section(
+    "sparse products alone: speed over",
+    lambda result: isinstance(result, dict) and bool(result.get("results")) and "pas" in result["results"][0],
+    (
+        "layer", "pass", "m × n × k", "ours, µs", "dense-equivalent TFLOP/s",
+        *(f"over {peer}" for peer in PEERS.values()), "over CUTLASS's sparse collective",
+    ),
+    lambda result: map(gemm_row, result["results"]),
+    gemm_claims,
+)  # fmt: skip
+
+
+# Prune and compress along both axes, in units of a copy of the same tensor, from bench/kernels.py.
+
+
+def prune(results: Path) -> str:
+    return render(PRUNE, results)
+
+
+def both_operands(result: Result) -> list[Row]:
+    """The rows that write both operands and nothing else."""
+    return [row for row in result["rows"] if row["needs"] == {"dgrad": True, "wgrad": True, "bias": False}]
+
+
+def prune_row(row: Row) -> list[str]:
+    tiles = row.get("torch_tiles")
+    return [
+        row["case"],
+        f"{row['t']} × {row['c']} {row['dtype']}",
+        row["rule"],
+        microseconds(row["microseconds"]["kernel"]["median"]),
+        f"**{times(row['clones'])}**",
+        times(tiles) if tiles else "—",  # it prunes 2:4 by magnitude and nothing else
+    ]
+
+
+def prune_claims(result: Result) -> list[str]:
+    ratios: dict[str, list[float]] = {}
+    for row in both_operands(result):
+        ratios.setdefault(row["rule"], []).append(row["clones"])
+    return ["; ".join(f"{rule} {spread(values)}" for rule, values in ratios.items())]
+
+
+PRUNE = Section(
+    "prune + compress, both operands: time over `clone()` of the gradient",
+    lambda result: isinstance(result, dict) and result.get("benchmark") == "kernels" and "rows" in result,
+    ("layer", "gradient", "rule", "µs", "over `clone()`", "over `torch._sparse_semi_structured_tile`"),
+    lambda result: map(prune_row, both_operands(result)),
+    prune_claims,
+)
+
+
+def source(path: Path) -> str:
+    return f"[{path.name}](bench/results/{path.name})"
 
 
 def spread(ratios: Iterable[float]) -> str:
     """Median and range of speed ratios."""
     values = sorted(ratios)
-    return f"{times(statistics.median(values))} ({values[0]:.2f} to {values[-1]:.2f})"
+    middle = times(statistics.median(values))
+    return middle if len(values) == 1 else f"{middle} ({values[0]:.2f}–{values[-1]:.2f})"
+
+
+def gpu_name(result: Result) -> str:
+    """What the numbers were measured on, as far as the file records it."""
+    if "meta" in result:
+        return str(result["meta"].get("gpu", ""))
+    if "environments" in result:
+        return ", ".join(dict.fromkeys(environment["device"] for environment in result["environments"]))
+    origin = result.get("provenance") or {}
+    return str((origin.get("gpu") or origin.get("cpu") or {}).get("name", ""))
 
 
 def machine(result: Result) -> str:
