@@ -37,6 +37,11 @@ class LinearGeometry(NamedTuple):
         """1: a Linear layer has no groups."""
         return 1
 
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape of W."""
+        return self.out_channels, self.in_channels
+
 
 class Conv2dGeometry(NamedTuple):
     """A 2-D convolution: x [batch, in_channels, height, width] → y [batch, out_channels, out_height, out_width].

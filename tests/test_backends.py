@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from sdgp_accel import backends, ops
 from sdgp_accel.backends import Needs, dense
 from sdgp_accel.config import SDGPConfig
-from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
+from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
 
 
@@ -81,6 +82,37 @@ def test_dense_convolution_gradients(
     assert matrix.shape == (geometry.positions, 12)
     assert torch.equal(dense.layer_view(matrix, geometry), dy)
     assert (matrix.data_ptr() == dy.data_ptr()) == channels_last  # a copy only where it cannot be avoided
+
+
+def wgrad_case(kind: str) -> tuple[Tensor, Tensor, Geometry]:
+    if kind == "linear":
+        return torch.randn(7, 6), torch.randn(7, 5), LinearGeometry(7, 5, 6)
+    geometry = Conv2dGeometry.of((2, 4, 5, 6), (6, 4, 3, 3), (1, 1, 1, 1, 1, 1, 1), kind == "channels_last")
+    return torch.randn(geometry.positions, 6), torch.randn(geometry.input_shape), geometry
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_wgrad_delivers_to_out(kind: str, dtype: torch.dtype) -> None:
+    reference = backends.load("reference")
+    operand, x, geometry = wgrad_case(kind)
+    operand, x = operand.bfloat16(), x.bfloat16()
+    expected = reference.wgrad(operand.to(dtype), x.to(dtype), geometry)
+    out = torch.full_like(expected, float("nan"))
+    assert reference.wgrad(operand, x, geometry, out=out) is out
+    assert torch.equal(out, expected)
+    assert reference.wgrad(operand, x, geometry, out=out, accumulate=True) is out
+    assert torch.equal(out, 2 * expected)
+
+
+@pytest.mark.parametrize(
+    ("out", "accumulate", "message"),
+    [(None, True, "out=None"), (torch.empty(5, 6), False, r"\(5, 6\)"), (torch.empty(6, 5).half(), False, "float16")],
+)
+def test_wgrad_refuses_an_out_that_does_not_fit(out: Tensor | None, accumulate: bool, message: str) -> None:
+    operand, x, geometry = wgrad_case("linear")
+    with pytest.raises(ValueError, match=message):
+        backends.load("reference").wgrad(operand, x, geometry, None, out, accumulate)
 
 
 def test_dense_linear_gradients() -> None:

@@ -78,11 +78,36 @@ class Backend(Protocol):
         tiling: one of `tilings`; None for the first.
         """
 
-    def wgrad(self, operand: Any, x: Tensor, geometry: Geometry, tiling: Any = None) -> Tensor:
-        """dW [C_out, C_in (/ groups, R, S)] from x [T, C_in] or [N, C_in, H, W], in the dtype of `x`.
+    def wgrad(
+        self,
+        operand: Any,
+        x: Tensor,
+        geometry: Geometry,
+        tiling: Any = None,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+    ) -> Tensor:
+        """dW [C_out, C_in (/ groups, R, S)] from x [T, C_in] or [N, C_in, H, W].
 
-        tiling: as for `dgrad`.
+        tiling: as for `dgrad`. out: where dW goes, in the dtype of `x` or float32 (the gradient of a float32 master
+        weight: not rounded to 16 bits in between); default a new tensor in the dtype of `x`. accumulate: add to what
+        `out` holds.
+
+        Raises ValueError as `check_out` does.
         """
+
+
+def check_out(out: Tensor | None, accumulate: bool, x: Tensor, geometry: Geometry) -> None:
+    """Raises ValueError where `Backend.wgrad` cannot deliver dW to `out`."""
+    if out is None:
+        if accumulate:
+            raise ValueError("accumulate=True needs an out tensor to add to; got out=None")
+        return
+    if out.shape != geometry.weight_shape or out.dtype not in (x.dtype, torch.float32) or out.device != x.device:
+        raise ValueError(
+            f"out must be a tensor of shape {tuple(geometry.weight_shape)}, dtype {x.dtype} or torch.float32, on "
+            f"{x.device}; got shape {tuple(out.shape)}, {out.dtype}, on {out.device}"
+        )
 
 
 class Tilings(NamedTuple):

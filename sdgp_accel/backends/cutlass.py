@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import cutlass_ops
-from sdgp_accel.backends import BUILD_COMMAND, Needs, Operands, dense
+from sdgp_accel.backends import BUILD_COMMAND, Needs, Operands, check_out, dense
 from sdgp_accel.backends.tiles import TILE_K, Tiling, rank_tilings
 from sdgp_accel.config import Pass, PruneSpec
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
@@ -117,27 +117,38 @@ class CutlassBackend:
         with _on_device(weight.device):
             if isinstance(geometry, LinearGeometry) or _is_pointwise(geometry):
                 b = weight.reshape(geometry.out_channels, geometry.in_channels).contiguous()
-                return _as_input(_gemm("dgrad", operand, b, tiling), geometry)
-            b = weight.permute(0, 2, 3, 1).contiguous()
-            shape = (geometry.batch, geometry.height, geometry.width, geometry.in_channels)
-            return _as_input(_conv("dgrad", operand, b, shape, geometry, tiling), geometry)
+                out = b.new_empty((operand.shape[0], geometry.in_channels))
+                return _as_input(_gemm("dgrad", operand, b, out, tiling), geometry)
+            b = _kernel_view(weight).contiguous()
+            out = b.new_empty((geometry.batch, geometry.height, geometry.width, geometry.in_channels))
+            return _as_input(_conv("dgrad", operand, b, out, geometry, tiling), geometry)
 
-    def wgrad(self, operand: SparseOperand, x: Tensor, geometry: Geometry, tiling: Tiling | None = None) -> Tensor:
-        """dW on sparse tensor cores, or dense on the decompressed operand."""
+    def wgrad(
+        self,
+        operand: SparseOperand,
+        x: Tensor,
+        geometry: Geometry,
+        tiling: Tiling | None = None,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+    ) -> Tensor:
+        """dW on sparse tensor cores, or dense on the decompressed operand.
+
+        The kernels write and add to an `out` of one block, a convolution's channels_last, at a multiple of 16 bytes; to
+        others their result is copied or added.
+        """
+        check_out(out, accumulate, x, geometry)
         if self._no_sparse_products(geometry, x.device) is not None:
-            return dense.wgrad(dense.layer_view(operand.decompress(), geometry), x, geometry)
+            return dense.wgrad_into(dense.layer_view(operand.decompress(), geometry), x, geometry, out, accumulate)
         tiling = tiling or _tilings(geometry, "wgrad", x.device)[0]
         with _on_device(x.device):
-            if isinstance(geometry, LinearGeometry):
-                return _gemm("wgrad", operand, x.contiguous(), tiling)
-            b = x.permute(0, 2, 3, 1).contiguous()
-            r, s = geometry.kernel
-            shape = (geometry.out_channels, r, s, geometry.in_channels)
-            if _is_pointwise(geometry):
-                out = _gemm("wgrad", operand, b.view(-1, geometry.in_channels), tiling).view(shape)
-            else:
-                out = _conv("wgrad", operand, b, shape, geometry, tiling)
-            return _from_channels_last(out, geometry)
+            if out is None:
+                dw = _sparse_wgrad(operand, x, geometry, tiling, _new_weight(x, geometry), False)
+                return dw if isinstance(geometry, LinearGeometry) or geometry.channels_last else dw.contiguous()
+            if _kernel_view(out).is_contiguous() and out.data_ptr() % 16 == 0:
+                return _sparse_wgrad(operand, x, geometry, tiling, out, accumulate)
+            dw = _sparse_wgrad(operand, x, geometry, tiling, _new_weight(out, geometry), False)
+            return out.add_(dw) if accumulate else out.copy_(dw)
 
     def _no_sparse_products(self, geometry: Geometry, device: torch.device) -> str | None:
         """Why the products of this layer cannot run on sparse tensor cores here."""
@@ -228,31 +239,48 @@ def _product_size(geometry: Geometry, name: str) -> tuple[int, int, int]:
     return (inputs, c_in, c_out * taps) if name == "dgrad" else (c_out, c_in * taps, geometry.positions)
 
 
-def _gemm(name: str, operand: SparseOperand, b: Tensor, tiling: Tiling) -> Tensor:
-    """operand [m, k] x b [k, n], in b's dtype."""
+def _sparse_wgrad(
+    operand: SparseOperand, x: Tensor, geometry: Geometry, tiling: Tiling, out: Tensor, accumulate: bool
+) -> Tensor:
+    """dW in `out`, which has the kernels' layout."""
+    b = _kernel_view(x).contiguous()
+    if isinstance(geometry, LinearGeometry) or _is_pointwise(geometry):
+        return _gemm("wgrad", operand, b.view(-1, geometry.in_channels), out, tiling, accumulate)
+    return _conv("wgrad", operand, b, out, geometry, tiling, accumulate)
+
+
+def _gemm(
+    name: str, operand: SparseOperand, b: Tensor, out: Tensor, tiling: Tiling, accumulate: bool = False
+) -> Tensor:
+    """operand [m, k] x b [k, n], to (or added to) `out`: m n elements in one block, of b's dtype or float32."""
     t, c = operand.shape
     m, k = (t, c) if operand.axis == 1 else (c, t)
     n = b.shape[1]
-    out = b.new_empty((m, n))
     workspace = _workspace(out, tiling)
     cutlass_ops.kernels().sparse_gemm(
-        f"sdgp_sm90_{name}_{DTYPE_NAMES[b.dtype]}_{tiling.tile}", m=m, n=n, k=k,
+        f"sdgp_sm90_{name}_{DTYPE_NAMES[b.dtype]}_{tiling.tile}", m=m, n=n, k=k, accumulate=accumulate,
         **_product_arguments(operand, b, out, workspace, tiling),
     )  # fmt: skip
     return out
 
 
 def _conv(
-    name: str, operand: SparseOperand, b: Tensor, shape: tuple[int, ...], geometry: Conv2dGeometry, tiling: Tiling
+    name: str,
+    operand: SparseOperand,
+    b: Tensor,
+    out: Tensor,
+    geometry: Conv2dGeometry,
+    tiling: Tiling,
+    accumulate: bool = False,
 ) -> Tensor:
-    """dX [N, H, W, C_in] or dW [C_out, R, S, C_in], of that `shape`; b: the filter [C_out, R, S, C_in] or x NHWC."""
+    """dX [N, H, W, C_in] or dW [C_out, R, S, C_in], as `_gemm` does; b: the filter [C_out, R, S, C_in] or x NHWC."""
     g = geometry
-    out = b.new_empty(shape)
     workspace = _workspace(out, tiling)
     cutlass_ops.kernels().sparse_conv(
         f"sdgp_sm90_conv_{name}_{DTYPE_NAMES[b.dtype]}_{tiling.tile}",
         shape=(g.batch, g.height, g.width, g.in_channels, g.out_height, g.out_width, g.out_channels, *g.kernel),
-        window=(*g.stride, *g.padding, *g.dilation), **_product_arguments(operand, b, out, workspace, tiling),
+        window=(*g.stride, *g.padding, *g.dilation), accumulate=accumulate,
+        **_product_arguments(operand, b, out, workspace, tiling),
     )  # fmt: skip
     return out
 
@@ -268,7 +296,7 @@ def _product_arguments(
         "values": operand.values.data_ptr(), "metadata": operand.metadata.data_ptr(), "b": b.data_ptr(),
         "out": out.data_ptr(), "workspace": 0 if workspace is None else workspace.data_ptr(),
         "padded_k": operand.values.shape[operand.axis] * 2, "splits": tiling.splits, "group_n": tiling.group_n,
-        "cluster_size": tiling.cluster_size,
+        "cluster_size": tiling.cluster_size, "out_is_float": out.dtype == torch.float32,
         "sm_count": device_facts(b.device).multiprocessors, "stream": _stream(b.device),
     }  # fmt: skip
 
@@ -277,16 +305,24 @@ def _is_pointwise(geometry: Conv2dGeometry) -> bool:
     return geometry.kernel == (1, 1) and geometry.stride == (1, 1) and geometry.padding == (0, 0)
 
 
+def _kernel_view(tensor: Tensor) -> Tensor:
+    """Channels innermost, as the kernels have them: [A, B, H, W] as [A, H, W, B]; a matrix as it is."""
+    return tensor if tensor.dim() == 2 else tensor.permute(0, 2, 3, 1)
+
+
+def _new_weight(like: Tensor, geometry: Geometry) -> Tensor:
+    """A gradient of the weight's shape in the kernels' layout."""
+    if isinstance(geometry, LinearGeometry):
+        return like.new_empty(geometry.weight_shape)
+    shape = (geometry.out_channels, *geometry.kernel, geometry.in_channels)
+    return like.new_empty(shape).permute(0, 3, 1, 2)
+
+
 def _as_input(dx: Tensor, geometry: Geometry) -> Tensor:
     """[T, C_in] for Linear, [N, C_in, H, W] in the layer's memory format for Conv2d."""
     if isinstance(geometry, LinearGeometry):
         return dx
-    return _from_channels_last(dx.view(geometry.batch, geometry.height, geometry.width, -1), geometry)
-
-
-def _from_channels_last(tensor: Tensor, geometry: Conv2dGeometry) -> Tensor:
-    """[A, H, W, B] as [A, B, H, W]: a view where the layer is channels_last."""
-    result = tensor.permute(0, 3, 1, 2)
+    result = dx.view(geometry.batch, geometry.height, geometry.width, -1).permute(0, 3, 1, 2)
     return result if geometry.channels_last else result.contiguous()
 
 

@@ -37,6 +37,14 @@ def wgrad(dy: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     return result
 
 
+def wgrad_into(dy: Tensor, x: Tensor, geometry: Geometry, out: Tensor | None, accumulate: bool) -> Tensor:
+    """`wgrad`, delivered to `out` (default: a new tensor) in its dtype: written, or added where `accumulate`."""
+    if out is None:
+        return wgrad(dy, x, geometry)
+    dw = wgrad(dy.to(out.dtype), x.to(out.dtype), geometry)
+    return out.add_(dw) if accumulate else out.copy_(dw)
+
+
 def matrix_view(dy: Tensor, geometry: Geometry) -> Tensor:
     """dY as [T, C]: a view for Linear and for channels_last gradients, a copy for other layouts of Conv2d's."""
     if isinstance(geometry, LinearGeometry):

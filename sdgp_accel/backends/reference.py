@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdgp_accel.backends import Needs, Operands, dense
+from sdgp_accel.backends import Needs, Operands, check_out, dense
 from sdgp_accel.config import Pass
 from sdgp_accel.geometry import Geometry
 from sdgp_accel.layer_plan import LayerPlan
@@ -48,9 +48,18 @@ class ReferenceBackend:
         """Dense dgrad of the pruned gradient."""
         return dense.dgrad(dense.layer_view(operand, geometry), weight, geometry)
 
-    def wgrad(self, operand: Tensor, x: Tensor, geometry: Geometry, tiling: None = None) -> Tensor:
+    def wgrad(
+        self,
+        operand: Tensor,
+        x: Tensor,
+        geometry: Geometry,
+        tiling: None = None,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+    ) -> Tensor:
         """Dense wgrad of the pruned gradient."""
-        return dense.wgrad(dense.layer_view(operand, geometry), x, geometry)
+        check_out(out, accumulate, x, geometry)
+        return dense.wgrad_into(dense.layer_view(operand, geometry), x, geometry, out, accumulate)
 
 
 BACKEND = ReferenceBackend()

@@ -5,10 +5,11 @@ The simulator runs instances one by one, compiled to PTX; a GPU runs those of th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,6 +69,14 @@ class SimulatorEngine:
     def poisoned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return self._engine.empty(*shape, dtype=dtype)  # all bits set: NaN
 
+    def register(self, address: int, size: int) -> None:
+        """Makes `size` bytes of the host's memory accessible to kernels."""
+        self._engine.runtime.memory.register(address, size)
+
+    def unregister(self, address: int) -> None:
+        """Undoes `register`."""
+        self._engine.runtime.memory.unregister(address)
+
     def gemm(self, name: str, **arguments: Any) -> None:
         self._launch(name, GemmArguments, arguments)
 
@@ -82,6 +91,44 @@ class SimulatorEngine:
             status = function(ctypes.byref(structure(sm_count=self.SM_COUNT, **addresses)))
         if status:
             raise RuntimeError(f"{name}: status {status}")
+
+
+class SimulatedKernels:
+    """What the backend uses of `cutlass_ops.kernels()`, run on the simulator on ordinary CPU tensors."""
+
+    def __init__(self, engine: SimulatorEngine) -> None:
+        self._engine = engine
+
+    def sparse_gemm(self, name: str, **arguments: Any) -> None:
+        m, n, k = (arguments[size] for size in "mnk")
+        with self._visible(m, m * n, k * n, arguments):
+            self._engine.gemm(name.removeprefix("sdgp_"), **arguments)
+
+    def sparse_conv(self, name: str, **arguments: Any) -> None:
+        batch, h, w, c_in, p, q, c_out, r, s = arguments["shape"]
+        x, weight = batch * h * w * c_in, c_out * r * s * c_in
+        is_dgrad = "dgrad" in name
+        sizes = (batch * p * q, x, weight) if is_dgrad else (c_out, weight, x)
+        with self._visible(*sizes, arguments):
+            self._engine.conv(name.removeprefix("sdgp_"), **arguments)
+
+    @contextlib.contextmanager
+    def _visible(self, rows: int, out: int, b: int, arguments: dict[str, Any]) -> Iterator[None]:
+        """The tensors' exact bytes are the only memory that kernels may touch; counts are elements, rows those of A."""
+        assert arguments.pop("sm_count") == self._engine.SM_COUNT
+        stored = rows * arguments["padded_k"]
+        sizes = {
+            "values": stored, "metadata": stored // 8, "b": 2 * b, "out": out * (4 if arguments["out_is_float"] else 2),
+            "workspace": 4 * arguments["splits"] * out,
+        }  # fmt: skip
+        addresses = {arguments[name]: size for name, size in sizes.items() if arguments[name]}
+        for address, size in addresses.items():
+            self._engine.register(address, size)
+        try:
+            yield
+        finally:
+            for address in addresses:
+                self._engine.unregister(address)
 
 
 class GpuEngine:

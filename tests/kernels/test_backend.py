@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 import cutlass_ops
 from sdgp_accel import SDGPConfig
-from sdgp_accel.backends import cutlass, tiles
+from sdgp_accel.backends import cutlass, dense, tiles
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.nn import SDGPConv2d, SDGPLinear
+from sdgp_accel.semi_structured import compress_matrix
+from tests.kernels import test_sm90_sparse
+from tests.kernels.hopper import SimulatedKernels, SimulatorEngine
+from tests.ptxsim import toolchain
 
 CUDA = torch.device("cuda", 0)
 HAS_KERNELS = torch.cuda.is_available() and bool(cutlass_ops.ARCHS)
@@ -113,6 +119,61 @@ def test_gathered_operands_prefer_narrow_tiles():
 def test_small_outputs_of_long_sums_are_split():
     assert tiles.choose_tiling(1024, 1024, 25088, 132, splittable=True).splits > 1
     assert tiles.choose_tiling(8192, 8192, 8192, 132, splittable=True).splits == 1
+
+
+@pytest.fixture
+def product_device(monkeypatch):
+    """Where the backend's sparse products run: a GPU that has them, else the CPU, which the simulator stands behind."""
+    if test_sm90_sparse.ON_GPU:
+        return CUDA
+    if reason := toolchain.missing():
+        pytest.skip(reason)
+    simulated = SimulatedKernels(SimulatorEngine())
+    facts = cutlass.Device((9, 0), SimulatorEngine.SM_COUNT)
+    monkeypatch.setattr(cutlass, "device_facts", lambda device: facts)
+    monkeypatch.setattr(cutlass, "_on_device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(cutlass, "_stream", lambda device: 0)
+    monkeypatch.setattr(cutlass_ops, "ARCHS", ("90a",))
+    monkeypatch.setattr(cutlass_ops, "kernels", lambda: simulated)
+    return torch.device("cpu")
+
+
+WGRAD_GEOMETRIES = {
+    "linear": LinearGeometry(300, 24, 16),
+    "pointwise": Conv2dGeometry.of((2, 24, 11, 12), (16, 24, 1, 1), (1, 1, 0, 0, 1, 1, 1), False),
+    "3x3": Conv2dGeometry.of((2, 24, 11, 12), (16, 24, 3, 3), (1, 1, 1, 1, 1, 1, 1), True),
+    "3x3_contiguous": Conv2dGeometry.of((2, 24, 11, 12), (16, 24, 3, 3), (1, 1, 1, 1, 1, 1, 1), False),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in WGRAD_GEOMETRIES for dtype in (None, torch.bfloat16, torch.float32)
+     # What torch adds to a layout that the kernels do not have has been rounded before.
+     if (name, dtype) != ("3x3_contiguous", torch.bfloat16)],
+)  # fmt: skip
+def test_wgrad_delivers_to_out(product_device, name, dtype):
+    geometry = WGRAD_GEOMETRIES[name]
+    shape = (geometry.positions, 24) if name == "linear" else geometry.input_shape
+    memory_format = torch.channels_last if getattr(geometry, "channels_last", False) else torch.contiguous_format
+    dy = test_sm90_sparse.sparse_matrix(geometry.positions, 16, 0, torch.bfloat16).to(product_device)
+    x = torch.randn(shape, device=product_device).bfloat16().contiguous(memory_format=memory_format)
+    operand = compress_matrix(dy, 0)
+    # Instances that other tests of the simulator compile anyway.
+    tiling = tiles.Tiling("128x256" if name.startswith("3x3") else "256x128", 1, 2, 2)
+    arguments = dense.layer_view(dy.double(), geometry), x.double(), geometry
+    exact = dense.wgrad(*arguments)
+    magnitude = dense.wgrad(*(abs(tensor) for tensor in arguments[:2]), geometry)
+    if dtype is None:
+        out = cutlass.BACKEND.wgrad(operand, x, geometry, tiling)
+        assert out.dtype == x.dtype
+        assert out.is_contiguous(memory_format=memory_format)
+    else:
+        before = torch.randn_like(exact).to(dtype)
+        out = before.clone(memory_format=torch.preserve_format)
+        assert cutlass.BACKEND.wgrad(operand, x, geometry, tiling, out, accumulate=True) is out
+        exact, magnitude = exact + before, magnitude + before.abs()
+    test_sm90_sparse.assert_close(out, exact.cpu(), magnitude.cpu(), geometry.positions)
 
 
 def gradients(layer_type, arguments, x, dy, config, backend):
