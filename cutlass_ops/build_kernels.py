@@ -1,7 +1,8 @@
 """Builds the extension ``cutlass_ops._C``: finds a CUDA compiler, compiles in parallel, reuses what has not changed.
 
-Run by setup.py, and by hand from the root of a checkout with ``python -m cutlass_ops.build_kernels`` (in place). Needs
-nothing of torch, and of this repository only this folder.
+Run by setup.py, and by hand from the root of a checkout with ``python -m cutlass_ops.build_kernels`` (in place; not
+where what is there already was built from these sources for these architectures). Needs nothing of torch, and of this
+repository only this folder.
 
 Environment:
     SDGP_CUDA        "1": build, and fail where that is impossible. "0": do not. Default: build where an NVIDIA GPU is.
@@ -131,7 +132,39 @@ def build(output: Path, archs: Sequence[str] | None = None, jobs: int | None = N
         bindings = pool.submit(_compile_bindings, toolkit, archs)
         objects = list(pool.map(lambda source: compile_instance(toolkit, source, archs_of(source, archs)), sources))
         objects.append(bindings.result())
-    link(toolkit, objects, output)
+    link(toolkit, objects, output, stamp(archs))
+
+
+def source_digest() -> str:
+    """Of everything in this folder that the extension is made from, and of the flags."""
+    digest = hashlib.sha256(" ".join((*COMPILE_FLAGS, *BINDING_FLAGS)).encode())
+    for path in sorted(path for path in HERE.rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp")):
+        digest.update(f"\0{path.relative_to(HERE).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def stamp(archs: Sequence[str]) -> str:
+    """What is written into an extension built for `archs` now, and read by `is_current`."""
+    return f"sdgp_accel kernels, sources {source_digest()}, architectures {';'.join(archs)}."
+
+
+def is_current(extension: Path, archs: Sequence[str]) -> bool:
+    """Whether `extension` was built from these sources for at least `archs`, wherever that was done.
+
+    By the stamp in the file, so without loading it, and not by its age, which a copy does not keep. Python and machine
+    are in its name (`sysconfig`'s EXT_SUFFIX).
+    """
+    if not extension.exists():
+        return False
+    found = re.search(rb"sdgp_accel kernels, sources (\w{64}), architectures ([\w;]+)\.", extension.read_bytes())
+    return (
+        found is not None and found[1].decode() == source_digest() and set(archs) <= set(found[2].decode().split(";"))
+    )
+
+
+def extension_path() -> Path:
+    """Where this interpreter looks for the extension beside this file."""
+    return HERE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def compile_instance(toolkit: Toolkit, source: Path, archs: Sequence[str]) -> Path:
@@ -185,12 +218,15 @@ def dependencies(source: Path) -> list[Path]:
     return found
 
 
-def link(toolkit: Toolkit, objects: Sequence[Path], output: Path) -> None:
-    """Link objects into a shared library that uses the shared CUDA runtime."""
-    # Beside torch the runtime is already loaded; the rpath is for CUDA wheels in the same site-packages.
-    command: list[str | Path] = [_host_compiler(), "-shared", "-o", output, *objects, toolkit.runtime, "-ldl"]
+def link(toolkit: Toolkit, objects: Sequence[Path], output: Path, text: str = "") -> None:
+    """Link objects, and `text` to be found in the file, into a shared library that uses the shared CUDA runtime."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    _run([*command, "-Wl,-rpath,$ORIGIN/../nvidia/cu13/lib"])
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "stamp.cpp"
+        source.write_text(f'extern "C" const char sdgp_stamp[] = "{text}";\n')
+        # Beside torch the runtime is already loaded; the rpath is for CUDA wheels in the same site-packages.
+        command: list[str | Path] = [_host_compiler(), "-shared", "-fPIC", "-o", output, source, *objects]
+        _run([*command, toolkit.runtime, "-ldl", "-Wl,-rpath,$ORIGIN/../nvidia/cu13/lib"])
 
 
 def _host_compiler() -> str:
@@ -208,6 +244,9 @@ def _run(command: Sequence[str | Path]) -> str:
 
 
 if __name__ == "__main__":
-    destination = HERE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    build(destination)
-    print(destination)
+    destination = extension_path()
+    if is_current(destination, selected_archs()):
+        print(f"{destination} was built from these sources already")
+    else:
+        build(destination)
+        print(destination)
