@@ -1,4 +1,5 @@
 # make bench   venv, install, validate + bench + report on a small model: the tour of the project
+# make gpu     on a GPU: build the kernels, test, sanitize and measure; ARGS="--minutes 8", ARGS=--dry-run
 # make test    venv, install, the whole test suite
 # make lint    ruff and mypy --strict
 # make clean   removes what the above made
@@ -18,7 +19,7 @@ CANDIDATES := python3 python3.13 python3.12 python3.11 python3.10 python
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c '$(USABLE)' >/dev/null 2>&1 && echo "$$p" && break; done)
 
-.PHONY: bench test lint clean
+.PHONY: bench gpu test lint clean
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/sdgp doctor
@@ -26,6 +27,11 @@ bench: $(VENV)/.installed-bench
 	$(BIN)/sdgp train
 	$(BIN)/sdgp bench digits --batch 64 --json $(RUNS)/digits.json --html $(RUNS)/digits.html
 	$(BIN)/sdgp bench resnet9 --batch 8 --json $(RUNS)/resnet9.json --html $(RUNS)/resnet9.html
+
+# The install builds no kernels: the suite does, for this GPU alone.
+gpu:
+	SDGP_CUDA=0 $(MAKE) $(VENV)/.installed-dev
+	$(BIN)/python -m bench.suite $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)

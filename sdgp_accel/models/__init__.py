@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | ``resnet9`` | the paper's CIFAR-10 net | images [B, 3, 32, 32] |
 | ``digits`` | small convolutional net | images [B, 1, 8, 8] |
-| ``gpt``, ``gpt-tiny``, ``gpt2``, ``gpt2-medium``, ``gpt2-large``, ``gpt2-xl`` | decoder transformer | tokens [B, T] |
+| ``gpt``, ``gpt-tiny``, ``gpt-block``, ``gpt2``, ``gpt2-medium``, .., ``gpt2-xl`` | decoder | tokens [B, T] |
 | ``conv_lm`` | causal dilated Conv2d language model | tokens [B, T] |
 | anything else | torchvision's or timm's classifier of that name (``timm/...`` forces timm) | images [B, 3, 224, 224] |
 """

@@ -30,6 +30,8 @@ class GPTConfig:
 SIZES: dict[str, GPTConfig] = {
     "gpt": GPTConfig(),
     "gpt-tiny": GPTConfig(),
+    # One block as wide as those of 7-billion-parameter language models, without their vocabulary.
+    "gpt-block": GPTConfig(context=2048, layers=1, heads=32, width=4096),
     "gpt2": GPTConfig(vocab_size=50304, context=1024, layers=12, heads=12, width=768),
     "gpt2-medium": GPTConfig(vocab_size=50304, context=1024, layers=24, heads=16, width=1024),
     "gpt2-large": GPTConfig(vocab_size=50304, context=1024, layers=36, heads=20, width=1280),

@@ -1,0 +1,354 @@
+"""One command for a GPU: build the kernels, test and sanitize them, and measure what the README reports.
+
+    python -m bench.suite                            # everything; or `make gpu`
+    python -m bench.suite --minutes 8                # the most valuable cases that fit
+    python -m bench.suite --dry-run                  # what would run, with estimates; needs no GPU
+    python -m bench.suite --only gemm --again        # the cases whose names start so, also where a result exists
+
+Every case is a process of its own. Its log and its result go to runs/suite/<GPU>-<sources>/, where <sources> is a
+digest of the code (so it works in a copy without git, and counts changes that are not committed): the same code on the
+same GPU finds its earlier results and does not repeat them. suite-<GPU>.json there says what ran, how it ended, how
+long it took, and on what machine, driver and versions. To put results into the README, copy them to bench/results/ and
+run `python -m bench.report`.
+
+Needs torch and a CUDA GPU, no virtual environment and no network. The extension is built for this GPU alone, and not at
+all where one in cutlass_ops/ has the stamp of these sources (`build_kernels.is_current`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+
+from bench import step_time
+from cutlass_ops import build_kernels
+from sdgp_accel.provenance import gpu_state, provenance
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("sdgp_accel", "cutlass_ops", "bench", "tests")
+SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp", ".yaml")
+SLACK, SLACK_SECONDS = 3.0, 60.0  # a case may take so many times its estimate, and so much more, before it is killed
+GRACE_SECONDS = 5.0  # between asking a process to end and killing it
+TAIL_LINES = 15
+DONE = "done before, with these sources on this GPU"
+
+PYTEST = "{python} -m pytest -q -p no:cacheprovider"
+
+
+class Case(NamedTuple):
+    """One process.
+
+    command: {python}, {sanitizer} and {result}, the file that a benchmark writes, are filled in. seconds: the estimate,
+    for an H100 with 16 cores, until the case has run on a machine. needs: modules that it imports.
+    """
+
+    name: str
+    command: str
+    seconds: float
+    needs: tuple[str, ...] = ()
+
+
+def step(name: str, seconds: float, *needs: str) -> Case:
+    """A case of bench/step_time.py."""
+    case = next(case for case in step_time.GPU_CASES if case.name == name)
+    arguments = " ".join((case.model, *case.options))
+    return Case(f"step_time-{name}", f"{{python}} -m sdgp_accel bench {arguments} --json {{result}}", seconds, needs)
+
+
+def sanitize(tool: str, name: str, tests: str, seconds: float) -> Case:
+    """compute-sanitizer on a few small tests; only our kernels, whose names hold "sdgp", are instrumented."""
+    options = f"--tool {tool} --kernel-name kns=sdgp --error-exitcode 1"
+    return Case(f"{tool}-{name}", f"{{sanitizer}} {options} {PYTEST} {tests}", seconds, ("pytest",))
+
+
+PRUNE_TESTS = "tests/kernels/test_prune_compress.py -k any_shape"
+HOPPER_TESTS = "tests/kernels/test_sm90_sparse.py -k test_gemm"
+
+# Most valuable first: does it work, what does a layer and the smallest whole model gain, then the rest.
+CASES = (
+    Case("build", "{python} cutlass_ops/build_kernels.py", 90),
+    Case("tests-kernels", f"{PYTEST} tests/kernels", 100, ("pytest",)),
+    Case("layers-mvue", "{python} -m bench.layers --prune mvue --json {result}", 90),
+    step("resnet9", 110),
+    Case("kernels", "{python} -m bench.kernels --json {result}", 40),
+    Case("gemm", "{python} -m bench.gemm --json {result}", 90),
+    Case("tests-layers", f"{PYTEST} tests/test_layers_cuda.py", 60, ("pytest",)),
+    step("vit_large", 240, "timm"),
+    Case("layers-rescale_magnitude", "{python} -m bench.layers --prune rescale_magnitude --json {result}", 90),
+    sanitize("memcheck", "prune", PRUNE_TESTS, 60),
+    sanitize("memcheck", "hopper", HOPPER_TESTS, 60),
+    step("gpt_block", 120),
+    step("resnet50", 200, "torchvision"),
+    step("resnet18", 120, "torchvision"),
+    step("regnet_x_400mf", 180, "torchvision"),
+    sanitize("racecheck", "prune", PRUNE_TESTS, 60),
+    sanitize("racecheck", "hopper", HOPPER_TESTS, 90),
+    step("resnet9-paper", 110),
+    step("gpt2_medium", 200),
+    step("vit_base", 150, "timm"),
+)
+
+
+class Machine(NamedTuple):
+    """The GPU as torch calls it, the architecture to build for, and where results come from."""
+
+    gpu: str
+    arch: str
+    origin: dict[str, Any]
+
+
+def find_machine() -> Machine:
+    """This machine; ClickException without a GPU."""
+    if not torch.cuda.is_available():
+        raise click.ClickException("no CUDA device: there is nothing to run here; --dry-run works without one")
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")  # as CutlassBackend.unavailable says
+    return Machine(torch.cuda.get_device_name(), arch, provenance(torch.device("cuda")))
+
+
+def state_of_gpu() -> dict[str, str]:
+    """Clocks, power and temperature now."""
+    return gpu_state(torch.device("cuda"))
+
+
+class Run(NamedTuple):
+    """Where one call of the suite works: on which machine, with which sources (a digest), under which folder."""
+
+    machine: Machine
+    sources: str
+    out: Path
+
+    @property
+    def label(self) -> str:
+        """The GPU in file names."""
+        return self.machine.gpu.replace(" ", "_")
+
+    @property
+    def folder(self) -> Path:
+        """Of this GPU and these sources."""
+        return self.out / f"{self.label}-{self.sources[:12]}"
+
+    @property
+    def record_path(self) -> Path:
+        """What ran, and how it ended."""
+        return self.folder / f"suite-{self.label}.json"
+
+    def result(self, case: Case) -> Path | None:
+        """The file that the case writes, for those that do."""
+        return self.folder / f"{case.name}-{self.label}.json" if "{result}" in case.command else None
+
+    def command(self, case: Case) -> list[str]:
+        """What to execute."""
+        values = {"python": sys.executable, "result": self.result(case), "sanitizer": find_sanitizer()}
+        return [part.format(**values) for part in case.command.split()]
+
+    def estimate(self, case: Case) -> float:
+        """Seconds: what the case took when it last ran on this GPU, whatever the sources, else its own estimate."""
+        records = sorted(self.out.glob(f"*/{self.record_path.name}"), key=lambda path: path.stat().st_mtime)
+        known = [json.loads(path.read_text())["cases"].get(case.name, {}) for path in records]
+        return next((entry["seconds"] for entry in reversed(known) if entry.get("status") == "passed"), case.seconds)
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer, on the PATH or in the CUDA toolkit."""
+    toolkit = build_kernels.find_toolkit()
+    homes = [] if toolkit is None else [toolkit.home / "bin", toolkit.home / "compute-sanitizer"]
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(map(str, homes)))
+
+
+def source_digest() -> str:
+    """Of every file that a result may depend on."""
+    digest = hashlib.sha256()
+    paths = (path for folder in SOURCES for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES)
+    for path in sorted(paths):
+        digest.update(f"\0{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+class Outcome(NamedTuple):
+    """How a case ended: "passed", "failed", "killed" (it overran), "skipped" or "left out" (too little time)."""
+
+    status: str
+    seconds: float = 0.0
+    reason: str = ""
+
+
+Execute = Callable[[Case, float], "int | None"]  # a case and its limit in seconds -> exit code, None where killed
+
+
+def obstacle(case: Case, run: Run, done: dict[str, Any], again: bool) -> str:
+    """Why the case cannot or need not run; empty where it should."""
+    missing = [name for name in case.needs if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    if "{sanitizer}" in case.command and find_sanitizer() is None:
+        return "no compute-sanitizer on the PATH or in the CUDA toolkit"
+    result = run.result(case)
+    is_done = done.get(case.name, {}).get("status") == "passed" and (result is None or result.exists())
+    return DONE if is_done and not again and case.name != "build" else ""
+
+
+def outcomes(
+    cases: Sequence[Case],
+    run: Run,
+    minutes: float,
+    done: dict[str, Any],
+    again: bool,
+    execute: Execute,
+    now: Callable[[], float] = time.monotonic,
+) -> Iterator[tuple[Case, Outcome]]:
+    """Run the cases in their order; one that is not expected to end in time is left out for a shorter one behind it."""
+    deadline = now() + 60.0 * minutes
+    broken = ""
+    for case in cases:
+        reason = broken or obstacle(case, run, done, again)
+        if reason:
+            yield case, Outcome("skipped", reason=reason)
+            continue
+        estimate, left = run.estimate(case), deadline - now()
+        if estimate > left:
+            yield case, Outcome("left out", reason=f"takes about {estimate:.0f} s, {max(left, 0):.0f} s are left")
+            continue
+        start = now()
+        code = execute(case, min(left, SLACK * estimate + SLACK_SECONDS))
+        seconds = now() - start
+        if code is None:
+            yield case, Outcome("killed", seconds, f"took longer than {seconds:.0f} s, about {estimate:.0f} expected")
+        elif code:
+            yield case, Outcome("failed", seconds, f"exit code {code}")
+            broken = "the build failed" if case.name == "build" else ""
+        else:
+            yield case, Outcome("passed", seconds)
+
+
+def execute(command: Sequence[str], log: Path, seconds: float, environment: dict[str, str]) -> int | None:
+    """The exit code of a process group that writes to `log`, or None: it was stopped after so many seconds."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:  # also where this program is interrupted
+            stop(process)
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """End the process and everything it started."""
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, kind)
+            process.wait(GRACE_SECONDS)
+        except ProcessLookupError:  # none of the group is left
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def select(names: Sequence[str]) -> list[Case]:
+    """The cases whose names start with one of `names`, and the build, which is quick where nothing has changed."""
+    unknown = [name for name in names if not any(case.name.startswith(name) for case in CASES)]
+    if unknown:
+        known = ", ".join(case.name for case in CASES)
+        raise click.BadParameter(f"no case starts with {', '.join(unknown)}; there are {known}", param_hint="--only")
+    return [c for c in CASES if not names or c.name == "build" or c.name.startswith(tuple(names))]
+
+
+def pretend(run: Run) -> tuple[Execute, Callable[[], float]]:
+    """An `execute` that takes exactly as long as estimated, and its clock."""
+    clock = [0.0]
+
+    def run_case(case: Case, limit: float) -> int:
+        clock[0] += run.estimate(case)
+        return 0
+
+    return run_case, lambda: clock[0]
+
+
+def dry_run(cases: Sequence[Case], run: Run, minutes: float, done: dict[str, Any], again: bool) -> None:
+    """Print what would happen."""
+    total = 0.0
+    for case, outcome in outcomes(cases, run, minutes, done, again, *pretend(run)):
+        total += outcome.seconds
+        clock = f"{total / 60:5.1f} min" if outcome.status == "passed" else f"{outcome.status}: {outcome.reason}"
+        click.echo(f"{case.name:26} {run.estimate(case):5.0f} s  {clock}")
+        click.echo(f"    {case.command}")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--minutes", type=click.FloatRange(min=0), default=float("inf"), help="Stop after so long.")
+@click.option("--only", "names", multiple=True, metavar="NAME", help="Cases whose names start so; may be repeated.")
+@click.option("--again", is_flag=True, help="Also run what has a result for these sources and this GPU.")
+@click.option("--dry-run", "is_dry_run", is_flag=True, help="List the cases with their estimates and stop.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "runs" / "suite")
+def main(minutes: float, names: Sequence[str], again: bool, is_dry_run: bool, out: Path) -> None:
+    """Build, test, sanitize and measure on this machine's GPU, the most valuable cases first."""
+    cases = select(names)
+    machine = Machine("no GPU", "", {}) if is_dry_run and not torch.cuda.is_available() else find_machine()
+    run = Run(machine, source_digest(), out.resolve())
+    record: dict[str, Any] = {"cases": {}}
+    if run.record_path.exists():
+        record = json.loads(run.record_path.read_text())
+    if is_dry_run:
+        dry_run(cases, run, minutes, record["cases"], again)
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    record |= {"benchmark": "suite", "provenance": machine.origin, "sources": run.sources}
+    environment = os.environ | {
+        "SDGP_CUDA_ARCHS": machine.arch,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        "PYTHONUNBUFFERED": "1",
+    }
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+    def run_case(case: Case, limit: float) -> int | None:
+        click.echo(f"{case.name:26} about {run.estimate(case):.0f} s ... ", nl=False)
+        return execute(run.command(case), run.folder / f"{case.name}.log", limit, environment)
+
+    failed = []
+    click.echo(f"{machine.gpu}: {len(cases)} cases, results and logs in {run.folder}")
+    for case, outcome in outcomes(cases, run, minutes, record["cases"], again, run_case):
+        if outcome.status in ("skipped", "left out"):
+            click.echo(f"{case.name:26} {outcome.status}: {outcome.reason}")
+            record["cases"].setdefault(case.name, outcome._asdict())
+            continue
+        click.echo(f"{outcome.status} after {outcome.seconds:.0f} s {outcome.reason}")
+        log, result = run.folder / f"{case.name}.log", run.result(case)
+        if outcome.status != "passed":
+            failed.append(case.name)
+            tail = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+            click.echo("\n".join(f"    {line}" for line in tail))
+        record["cases"][case.name] = {
+            **outcome._asdict(), "command": case.command, "log": log.name,
+            "result": result.name if result is not None and result.exists() else None, "gpu": state_of_gpu(),
+        }  # fmt: skip
+        write(run.record_path, record)
+    write(run.record_path, record)
+    if failed:
+        raise click.ClickException(f"not passed: {', '.join(failed)}; logs are in {run.folder}")
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """All or nothing, so that a crash leaves the last state."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""The suite with a made-up GPU: real processes for small cases, pretended time for the list."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from bench import suite
+from bench.suite import Case, Machine, Outcome, Run
+
+MACHINE = Machine("Made-up GPU", "90a", {"gpu": {"name": "Made-up GPU"}})
+BUILD = Case("build", "{python} -c pass", 10)
+
+
+class Time:
+    """Cases take what `takes` says, in this clock's seconds; "fails" and "hangs" do what they are called."""
+
+    def __init__(self, **takes: float) -> None:
+        self.seconds, self.takes, self.ran = 0.0, takes, []
+
+    def now(self) -> float:
+        return self.seconds
+
+    def execute(self, case: Case, limit: float) -> int | None:
+        self.ran.append(case.name)
+        took = self.takes.get(case.name, case.seconds)
+        self.seconds += min(took, limit)
+        return None if took > limit else int(case.name == "fails")
+
+
+def run_of(tmp_path: Path) -> Run:
+    return Run(MACHINE, "0123456789abcdef", tmp_path)
+
+
+def outcomes(cases: list[Case], run: Run, clock: Time, minutes: float, **done: Any) -> dict[str, Outcome]:
+    found = suite.outcomes(cases, run, minutes, done, False, clock.execute, clock.now)
+    return {case.name: outcome for case, outcome in found}
+
+
+def test_valuable_cases_first_and_none_that_cannot_end_in_time(tmp_path: Path) -> None:
+    cases = [Case("a", "a", 50), Case("long", "b", 60), Case("short", "c", 40), Case("late", "d", 40)]
+    clock = Time(a=55)
+    found = outcomes(cases, run_of(tmp_path), clock, minutes=100 / 60)
+    assert clock.ran == ["a", "short"]
+    assert found["a"] == Outcome("passed", 55)
+    assert found["long"] == Outcome("left out", reason="takes about 60 s, 45 s are left")
+    assert found["late"].status == "left out"
+    assert clock.seconds <= 100
+
+
+def test_overruns_are_killed_at_the_end_of_the_time_or_at_a_multiple_of_the_estimate(tmp_path: Path) -> None:
+    cases = [Case("hangs", "a", 10), Case("next", "b", 10)]
+    clock = Time(hangs=1e9)
+    assert outcomes(cases, run_of(tmp_path), clock, float("inf"))["hangs"].status == "killed"
+    assert clock.ran == ["hangs", "next"]
+    assert clock.seconds == suite.SLACK * 10 + suite.SLACK_SECONDS + 10
+    clock = Time(hangs=1e9)
+    found = outcomes(cases, run_of(tmp_path), clock, minutes=0.5)
+    assert (clock.seconds, found["next"].status) == (30, "left out")
+
+
+def test_a_failure_stops_nothing_but_the_builds_does(tmp_path: Path) -> None:
+    cases = [BUILD, Case("fails", "a", 1), Case("next", "b", 1)]
+    found = outcomes(cases, run_of(tmp_path), Time(), float("inf"))
+    assert [outcome.status for outcome in found.values()] == ["passed", "failed", "passed"]
+    clock = Time()
+    clock.execute = lambda case, limit: 1  # type: ignore[method-assign]
+    found = outcomes(cases, run_of(tmp_path), clock, float("inf"))
+    assert [outcome.reason for outcome in found.values()] == ["exit code 1", "the build failed", "the build failed"]
+
+
+def test_what_is_done_is_not_repeated_unless_its_result_is_gone(tmp_path: Path) -> None:
+    run = run_of(tmp_path)
+    cases = [BUILD, Case("test", "x", 1), Case("kept", "{result}", 1), Case("gone", "{result}", 1)]
+    run.folder.mkdir()
+    kept = run.result(cases[2])
+    assert kept is not None
+    kept.write_text("{}")
+    done = {name: {"status": "passed"} for name in ("build", "test", "kept", "gone")}
+    clock = Time()
+    found = outcomes(cases, run, clock, float("inf"), **done)
+    assert clock.ran == ["build", "gone"]  # the build itself knows what is current
+    assert found["kept"] == Outcome("skipped", reason=suite.DONE)
+    assert outcomes(cases, run, Time(), float("inf"), kept={"status": "failed"})["kept"].status == "passed"
+    again = suite.outcomes(cases, run, 60, done, True, clock.execute, clock.now)
+    assert [outcome.status for _, outcome in again] == ["passed"] * 4
+
+
+def test_missing_modules_and_programs_are_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "find_sanitizer", lambda: None)
+    cases = [Case("a", "x", 1, ("torch", "no_such_module")), suite.sanitize("memcheck", "b", "tests", 1)]
+    found = outcomes(cases, run_of(tmp_path), Time(), float("inf"))
+    assert found["a"].reason == "no_such_module not installed"
+    assert found["memcheck-b"].reason == "no compute-sanitizer on the PATH or in the CUDA toolkit"
+
+
+def test_estimates_come_from_the_last_run_on_the_same_gpu(tmp_path: Path) -> None:
+    run, case = run_of(tmp_path), Case("a", "x", 100)
+    assert run.estimate(case) == 100
+    for age, (sources, status, seconds) in enumerate(
+        [("new", "killed", 9), ("old", "passed", 70), ("older", "passed", 5)]
+    ):
+        path = run._replace(sources=sources).record_path
+        path.parent.mkdir()
+        path.write_text(json.dumps({"cases": {"a": {"status": status, "seconds": seconds}}}))
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert run.estimate(case) == 70
+    assert run._replace(machine=MACHINE._replace(gpu="Another")).estimate(case) == 100
+
+
+def test_the_digest_is_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    (tmp_path / "bench" / "deep").mkdir(parents=True)
+    source = tmp_path / "bench" / "deep" / "a.py"
+    source.write_text("one")
+    first = suite.source_digest()
+    (tmp_path / "bench" / "result.json").write_text("{}")
+    assert suite.source_digest() == first
+    source.write_text("two")
+    assert suite.source_digest() != first
+
+
+def test_a_process_that_overruns_ends_with_all_it_started(tmp_path: Path) -> None:
+    program = (
+        "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    started = time.monotonic()
+    assert suite.execute([sys.executable, "-c", program], tmp_path / "log", 3.0, dict(os.environ)) is None
+    assert time.monotonic() - started < 3.0 + 2 * suite.GRACE_SECONDS
+    child = int((tmp_path / "log").read_text())
+    stat = Path(f"/proc/{child}/stat")
+    deadline = time.monotonic() + 10
+    while stat.exists() and stat.read_text().split(")")[1].split()[0] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)  # an orphan that nobody waits for may stay as a zombie
+    assert not stat.exists() or stat.read_text().split(")")[1].split()[0] == "Z"
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Five small real cases on the made-up GPU; what they write can be counted."""
+    write = tmp_path / "write.py"
+    write.write_text("import sys, pathlib; path = pathlib.Path(sys.argv[1]); path.write_text('{\"rows\": []}')")
+    fail = tmp_path / "fail.py"
+    fail.write_text("import os; print('archs', os.environ['SDGP_CUDA_ARCHS']); raise SystemExit('went wrong')")
+    cases = (
+        BUILD,
+        Case("one", f"{{python}} {write} {{result}}", 5),
+        Case("fails", f"{{python}} {fail}", 5),
+        Case("two", f"{{python}} {write} {{result}}", 5),
+        Case("endless", f"{{python}} {write} {{result}}", 1e6),
+    )
+    monkeypatch.setattr(suite, "CASES", cases)
+    monkeypatch.setattr(suite, "find_machine", lambda: MACHINE)
+    monkeypatch.setattr(suite, "state_of_gpu", lambda: {"power.draw": "1 W"})
+    handler = suite.signal.getsignal(suite.signal.SIGTERM)
+    yield tmp_path / "out"
+    suite.signal.signal(suite.signal.SIGTERM, handler)
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(suite.main, list(map(str, arguments)))
+
+
+def test_the_whole_path(small: Path) -> None:
+    result = call("--out", small, "--minutes", 10)
+    assert result.exit_code == 1
+    assert "not passed: fails; logs are in" in result.output
+    assert "    archs 90a\n    went wrong" in result.output
+    (folder,) = small.iterdir()
+    record = json.loads((folder / "suite-Made-up_GPU.json").read_text())
+    assert record["provenance"] == MACHINE.origin
+    assert {name: entry["status"] for name, entry in record["cases"].items()} == {
+        "build": "passed", "one": "passed", "fails": "failed", "two": "passed", "endless": "left out",
+    }  # fmt: skip
+    one = record["cases"]["one"]
+    assert (one["result"], one["log"], one["gpu"]) == ("one-Made-up_GPU.json", "one.log", {"power.draw": "1 W"})
+    assert (folder / one["result"]).exists()
+
+    resumed = call("--out", small, "--minutes", 10)
+    assert f"one{'':23} skipped: {suite.DONE}" in resumed.output
+    assert "fails" in resumed.output.split("not passed: ")[1]
+    assert json.loads((folder / "suite-Made-up_GPU.json").read_text())["cases"]["one"] == one
+
+    assert suite.DONE not in call("--out", small, "--minutes", 10, "--again", "--only", "one", "--only", "two").output
+
+
+def test_dry_run_runs_nothing(small: Path) -> None:
+    result = call("--out", small, "--dry-run", "--minutes", 0.3)
+    assert result.exit_code == 0, result.output
+    assert not small.exists()
+    lines = result.output.splitlines()
+    assert lines[0].split() == ["build", "10", "s", "0.2", "min"]
+    assert "left out: takes about 5 s, 3 s are left" in lines[4]
+
+
+def test_unknown_names_are_refused(small: Path) -> None:
+    result = call("--out", small, "--only", "three")
+    assert result.exit_code == 2
+    assert "no case starts with three; there are build, one," in " ".join(result.output.replace("│", "").split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    result = call("--out", tmp_path)
+    assert result.exit_code == 1
+    assert "no CUDA device" in result.output
+
+
+def test_eight_minutes_are_enough_for_something_useful(tmp_path: Path) -> None:
+    """By the estimates: the build, the kernels' tests, and a layer's and a model's time."""
+    run = run_of(tmp_path)
+    found = suite.outcomes(suite.CASES, run, 8, {}, True, *suite.pretend(run))
+    passed = [case.name for case, outcome in found if outcome.status == "passed"]
+    assert len(set(passed)) == len(passed)
+    assert set(passed) >= {"build", "tests-kernels", "layers-mvue", "step_time-resnet9"}
+
+
+@pytest.mark.parametrize("case", suite.CASES, ids=lambda case: case.name)
+def test_every_case_is_a_command_that_exists(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "find_sanitizer", lambda: "/bin/compute-sanitizer")
+    command = run_of(tmp_path).command(case)
+    assert not any("{" in part for part in command)
+    if command[1:3] == ["-m", "sdgp_accel"]:
+        from sdgp_accel.cli import main
+
+        parse(main, command[3:])
+    elif command[1] == "-m" and command[2].startswith("bench."):
+        parse(getattr(__import__(command[2], fromlist=["main"]), "main"), command[3:])  # noqa: B009
+    else:
+        files = [part for part in command if part.endswith(".py") or part.startswith("tests/")]
+        assert files
+        assert all((suite.ROOT / part).exists() for part in files)
+
+
+def parse(command: click.Command, arguments: list[str]) -> None:
+    result = CliRunner().invoke(command, [*arguments, "--help"])  # what stands before --help is checked first
+    assert result.exit_code == 0, result.output
