@@ -16,6 +16,7 @@ from torch import nn
 
 from sdgp_accel import batch as batches
 from sdgp_accel.config import SDGPConfig
+from sdgp_accel.layer_plan import DEFAULT_SCOPE
 from sdgp_accel.nn import SDGPConv2d, SDGPLinear
 from sdgp_accel.roofline import GPU, SCHEDULES, Choice, Schedule, Work, best_backward, dense_seconds, gpu_figures
 from sdgp_accel.swap import Filter, selector
@@ -205,8 +206,11 @@ def _plan_layer(call: LayerCall, gpu: GPU, config: SDGPConfig, select: Select) -
     wanted = [p for p in work.passes if getattr(config, p) == "sparse"]
     work = replace(work, sparse_passes=() if reason else tuple(wanted))
     dense = dense_seconds(work, gpu)
-    two_pass, fused = (best_backward(work, gpu, schedule) for schedule in SCHEDULES)
     kind = "Linear" if isinstance(module, nn.Linear) else "Conv2d"
+    scope = DEFAULT_SCOPE["linear" if isinstance(module, nn.Linear) else "conv2d"]
+    specs = (config.spec("grad_input", scope), config.spec("grad_weight", scope))
+    cost = max((gpu.compress_cost(spec) for spec in specs if spec is not None), default=1.0)
+    two_pass, fused = (best_backward(work, gpu, schedule, cost) for schedule in SCHEDULES)
     return LayerPlan(name, kind, work, dense, dense * len(work.passes), two_pass, fused, reason)
 
 

@@ -8,12 +8,13 @@ A sparse pass runs at `sparse_speedup` times the rate and moves 9/16 of the grad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
 from typing import Literal
 
-from sdgp_accel.config import PASSES, check_choice
+from sdgp_accel.config import PASSES, PruneSpec, check_choice
+from sdgp_accel.geometry import Conv2dGeometry, Geometry
 
 BYTES = 2  # fp16 and bf16
 COMPRESSED = 9 / 16
@@ -22,14 +23,22 @@ Schedule = Literal["two_pass", "fused"]
 SCHEDULES: tuple[Schedule, ...] = ("two_pass", "fused")
 
 
+def compress_rule(spec: PruneSpec) -> str:
+    """The key of `GPU.compress_costs`: the prune function, with its scope where that needs a sweep of its own."""
+    wide = spec.function == "rescale_magnitude" and spec.scope != "group"
+    return f"{spec.function} {spec.scope}" if wide else spec.function
+
+
 @dataclass(frozen=True)
 class GPU:
-    """The five numbers of the roofline.
+    """The numbers of the roofline.
 
     tflops: dense 16-bit tensor-core peak with fp32 accumulation, TFLOP/s.
     bandwidth: peak memory bandwidth, TB/s.
     compute_efficiency, memory_efficiency: the shares of those peaks that good kernels reach, in (0, 1].
     sparse_speedup: a 2:4 GEMM's rate over a dense one's where both are compute-bound, in [1, 2].
+    compress_costs: a prune+compress pass's time over that of moving its bytes at `byte_rate`, by `compress_rule`; 1 for
+        rules that are not in it.
 
     ValueError names the figure that is out of range.
     """
@@ -40,19 +49,27 @@ class GPU:
     compute_efficiency: float = 0.80
     memory_efficiency: float = 0.85
     sparse_speedup: float = 1.6
+    compress_costs: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for field, low, high in (
+        for name, low, high in (
             ("tflops", 0.0, float("inf")),
             ("bandwidth", 0.0, float("inf")),
             ("compute_efficiency", 0.0, 1.0),
             ("memory_efficiency", 0.0, 1.0),
         ):
-            value = getattr(self, field)
+            value = getattr(self, name)
             if not low < value <= high:
-                raise ValueError(f"{field} must be greater than {low:g} and at most {high:g}; got {value!r}")
+                raise ValueError(f"{name} must be greater than {low:g} and at most {high:g}; got {value!r}")
         if not 1.0 <= self.sparse_speedup <= 2.0:
             raise ValueError(f"sparse_speedup must be between 1 and 2; got {self.sparse_speedup!r}")
+        for rule, cost in self.compress_costs.items():
+            if not cost > 0.0:
+                raise ValueError(f"compress_costs[{rule!r}] must be greater than 0; got {cost!r}")
+
+    def compress_cost(self, spec: PruneSpec) -> float:
+        """Of pruning by `spec`, from `compress_costs`."""
+        return self.compress_costs.get(compress_rule(spec), 1.0)
 
     @property
     def title(self) -> str:
@@ -86,6 +103,12 @@ GPUS: dict[str, GPU] = {
         GPU("a100-80", tflops=312, bandwidth=2.039),
         # H100 SXM data sheet: 1,979 TFLOP/s with sparsity, 3.35 TB/s. H200 SXM: the same chip, 4.8 TB/s.
         GPU("h100", 989, 3.35, compute_efficiency=0.68, memory_efficiency=0.88, sparse_speedup=1.25),
+        # An H100 80GB HBM3 with this package's own kernels: `python -m bench.fit_roofline` makes this entry from
+        # bench/results/layers_h100.json and kernels-NVIDIA_H100_80GB_HBM3.json, and a test holds it to them.
+        GPU(
+            "h100-measured", tflops=989, bandwidth=3.35, compute_efficiency=0.9, memory_efficiency=0.9,
+            sparse_speedup=1.1,
+        ),
         GPU("h200", 989, 4.8, compute_efficiency=0.68, memory_efficiency=0.88, sparse_speedup=1.25),
         # L40S data sheet: 362.05 TFLOP/s, 864 GB/s.
         GPU("l40s", tflops=362.05, bandwidth=0.864),
@@ -103,7 +126,7 @@ def gpu_figures(gpu: str | GPU, **overrides: float | None) -> GPU:
     if isinstance(gpu, str):
         check_choice("gpu", gpu, tuple(GPUS))
         gpu = GPUS[gpu]
-    figures = {field.name for field in fields(GPU)} - {"name"}
+    figures = {figure.name for figure in fields(GPU)} - {"name", "compress_costs"}
     unknown = set(overrides) - figures
     if unknown:
         raise TypeError(f"unknown GPU figure {', '.join(sorted(unknown))}; accepted: {', '.join(sorted(figures))}")
@@ -126,6 +149,17 @@ class Work:
     inputs: int
     passes: tuple[str, ...] = PASSES
     sparse_passes: tuple[str, ...] = PASSES
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> Work:
+        """The work of a layer, all of its backward passes."""
+        if isinstance(geometry, Conv2dGeometry):
+            taps = geometry.kernel[0] * geometry.kernel[1]
+            inputs = geometry.batch * geometry.in_channels * geometry.height * geometry.width
+            reduction = geometry.in_channels // geometry.groups * taps
+        else:
+            inputs, reduction = geometry.tokens * geometry.in_channels, geometry.in_channels
+        return cls(geometry.positions, reduction, geometry.out_channels, inputs)
 
     @property
     def flops(self) -> float:
@@ -168,25 +202,32 @@ def sparse_seconds(work: Work, gpu: GPU) -> float:
     return max(work.flops / rate, (COMPRESSED * work.gradient_bytes + work.other_bytes) / gpu.byte_rate)
 
 
-def compress_seconds(work: Work, gpu: GPU, sparse_passes: Sequence[str], schedule: Schedule) -> float:
+def compress_seconds(
+    work: Work, gpu: GPU, sparse_passes: Sequence[str], schedule: Schedule, cost: float = 1.0
+) -> float:
     """Making one compressed operand per sparse pass out of dY; both are written by the same sweep.
 
-    two_pass: read dY, write the operands. fused: dY's producer writes the operands, and dY itself only where a dense
-    pass still wants it; below zero where one operand replaces dY.
+    two_pass: read dY, write the operands; takes `cost` (of `GPU.compress_costs`) times what moving the bytes takes.
+    fused: dY's producer writes the operands, and dY itself only where a dense pass still wants it; below zero where one
+    operand replaces dY. What it computes is supposed to hide behind the producer's own traffic.
     """
     replaces_gradient = set(sparse_passes) == set(work.passes)
     gradients_moved = {"two_pass": 1.0, "fused": -1.0 if replaces_gradient else 0.0}[schedule]
-    return (gradients_moved + COMPRESSED * len(sparse_passes)) * work.gradient_bytes / gpu.byte_rate
+    seconds = (gradients_moved + COMPRESSED * len(sparse_passes)) * work.gradient_bytes / gpu.byte_rate
+    return seconds * cost if schedule == "two_pass" else seconds
 
 
-def best_backward(work: Work, gpu: GPU, schedule: Schedule) -> Choice:
-    """The cheapest choice of sparse passes for one layer, dense included (and preferred on a tie)."""
+def best_backward(work: Work, gpu: GPU, schedule: Schedule, cost: float = 1.0) -> Choice:
+    """The cheapest choice of sparse passes for one layer, dense included (and preferred on a tie).
+
+    cost: as for `compress_seconds`.
+    """
     dense = dense_seconds(work, gpu)
     sparse = sparse_seconds(work, gpu)
     best = Choice((), 0.0, dense * len(work.passes))
     for count in range(1, len(work.sparse_passes) + 1):
         for chosen in combinations(work.sparse_passes, count):
-            compress = compress_seconds(work, gpu, chosen, schedule)
+            compress = compress_seconds(work, gpu, chosen, schedule, cost)
             choice = Choice(chosen, compress, sparse * count + dense * (len(work.passes) - count))
             if choice.seconds < best.seconds:
                 best = choice
