@@ -5,8 +5,8 @@
 Peaks are those of the data sheet. Each other number is a median, so that no single layer decides it:
 
 - memory_efficiency: what `clone()` of a gradient moves per second over the peak bandwidth (bench/kernels.py);
-- compute_efficiency: a dense dgrad's or wgrad's FLOP/s over the peak rate, over the layers that are bound by compute even
-  at twice the peak rate (bench/layers.py);
+- compute_efficiency: a dense dgrad's or wgrad's FLOP/s over the peak rate, over the layers that are bound by compute
+  even at twice the peak rate (bench/layers.py);
 - sparse_speedup: a dense pass's time over a sparse one's, over the same layers;
 - compress_costs: prune + compress of both operands over the time that 2.125 times the gradient's bytes take at that
   bandwidth, by prune function (bench/kernels.py).
@@ -26,9 +26,8 @@ import click
 
 from bench.kernels import RULES
 from bench.prediction import geometry_of, predict
-from sdgp_accel.benchmark import known_gpu
 from sdgp_accel.config import PASSES
-from sdgp_accel.roofline import GPU, GPUS, Work, compress_rule, compress_seconds, sparse_seconds
+from sdgp_accel.roofline import GPU, GPUS, Work, compress_rule, compress_seconds, known_gpu, sparse_seconds
 
 RESULTS = Path(__file__).parent / "results"
 # What the entries of `GPUS` come from.
@@ -38,7 +37,10 @@ DIGITS = 2
 
 def fit(name: str, layers: dict[str, Any], kernels: dict[str, Any]) -> GPU:
     """The entry `name`; the peaks are those of `GPUS`' entry for the GPU that `layers` was measured on."""
-    sheet = GPUS[known_gpu(layers["provenance"]["gpu"]["name"])]
+    device = layers["provenance"]["gpu"]["name"]
+    sheet = GPUS.get(known_gpu(device) or "")
+    if sheet is None:
+        raise click.ClickException(f"the peaks of {device} are not in sdgp_accel.roofline.GPUS")
     both = [row for row in kernels["rows"] if row["needs"] == {"dgrad": True, "wgrad": True, "bias": False}]
     median = {id(row): {key: 1e-6 * value["median"] for key, value in row["microseconds"].items()} for row in both}
     copied = statistics.median(4 * row["t"] * row["c"] / median[id(row)]["clone"] for row in both)

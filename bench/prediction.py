@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sdgp_accel.benchmark import known_gpu
 from sdgp_accel.config import PruneSpec
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
-from sdgp_accel.roofline import GPU, GPUS, Work, compress_seconds, dense_seconds, sparse_seconds
+from sdgp_accel.roofline import GPU, GPUS, Work, compress_seconds, dense_seconds, known_gpu, sparse_seconds
 from sdgp_accel.tuning import BackwardTimes
 
 
@@ -20,9 +19,8 @@ def geometry_of(values: dict[str, Any]) -> Geometry:
 
 def gpu_of(origin: dict[str, Any]) -> GPU | None:
     """The roofline of the GPU in a file's provenance; None where it is not a known one."""
-    name = (origin.get("gpu") or {}).get("name", "")
-    figures = GPUS[known_gpu(name)]
-    return figures if figures.name[:4].upper() in name.upper().replace(" ", "") else None
+    name = known_gpu((origin.get("gpu") or {}).get("name", ""))
+    return GPUS[name] if name is not None else None
 
 
 def predict(row: dict[str, Any], gpu: GPU) -> BackwardTimes:

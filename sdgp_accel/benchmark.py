@@ -20,7 +20,7 @@ from sdgp_accel.memory import step_peak_bytes
 from sdgp_accel.plan import plan
 from sdgp_accel.provenance import gpu_state, provenance
 from sdgp_accel.report import SwapReport
-from sdgp_accel.roofline import GPU
+from sdgp_accel.roofline import GPU, known_gpu
 from sdgp_accel.stages import StageRecorder
 from sdgp_accel.swap import Filter, accelerate_, tune
 from sdgp_accel.timing import Clock, HostClock, Stats, clock_for
@@ -100,7 +100,7 @@ def benchmark(
         ]
     swap = contenders[1].swap
     assert swap is not None
-    where = gpu or known_gpu(origin["gpu"]["name"] if origin["gpu"] else "")
+    where = gpu or known_gpu(origin["gpu"]["name"] if origin["gpu"] else "") or "a100"
     return BenchmarkReport(
         name=name or type(model).__name__,
         batch=batches.size(batch),
@@ -118,22 +118,6 @@ def benchmark(
         },
         provenance=origin,
     )
-
-
-def known_gpu(device_name: str) -> str:
-    """The name in `roofline.GPUS` of the GPU that torch calls `device_name`; "a100" for others."""
-    for part, name in (
-        ("H100", "h100"),
-        ("H200", "h200"),
-        ("A100-SXM4-40", "a100-40"),
-        ("A100-PCIE-40", "a100-40"),
-        ("A100", "a100-80"),
-        ("L40S", "l40s"),
-        ("RTX 4090", "rtx4090"),
-    ):
-        if part in device_name:
-            return name
-    return "a100"
 
 
 class _Contender:

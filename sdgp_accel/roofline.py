@@ -106,8 +106,11 @@ GPUS: dict[str, GPU] = {
         # An H100 80GB HBM3 with this package's own kernels: `python -m bench.fit_roofline` makes this entry from
         # bench/results/layers_h100.json and kernels-NVIDIA_H100_80GB_HBM3.json, and a test holds it to them.
         GPU(
-            "h100-measured", tflops=989, bandwidth=3.35, compute_efficiency=0.9, memory_efficiency=0.9,
-            sparse_speedup=1.1,
+            "h100-measured", tflops=989, bandwidth=3.35, compute_efficiency=0.75, memory_efficiency=0.85,
+            sparse_speedup=1.31, compress_costs={
+                "magnitude": 1.08, "random": 2.45, "mvue": 3.11, "rescale_magnitude": 1.28,
+                "rescale_magnitude sample_channel": 3.83, "rescale_magnitude tensor": 3.35,
+            },
         ),
         GPU("h200", 989, 4.8, compute_efficiency=0.68, memory_efficiency=0.88, sparse_speedup=1.25),
         # L40S data sheet: 362.05 TFLOP/s, 864 GB/s.
@@ -115,7 +118,25 @@ GPUS: dict[str, GPU] = {
         # Ada GPU architecture white paper, appendix A: 165.2 TFLOP/s with fp32 accumulation, 1,008 GB/s.
         GPU("rtx4090", tflops=165.2, bandwidth=1.008),
     )
+}  # fmt: skip
+
+
+# What torch calls a GPU holds -> its entry. Measured entries hold for the very product that was measured.
+_DEVICE_NAMES = {
+    "H100 80GB HBM3": "h100-measured",
+    "H100": "h100",
+    "H200": "h200",
+    "A100-SXM4-40": "a100-40",
+    "A100-PCIE-40": "a100-40",
+    "A100": "a100-80",
+    "L40S": "l40s",
+    "RTX 4090": "rtx4090",
 }
+
+
+def known_gpu(device_name: str) -> str | None:
+    """The name in `GPUS` of the GPU that torch calls `device_name`; None for others."""
+    return next((name for part, name in _DEVICE_NAMES.items() if part in device_name), None)
 
 
 def gpu_figures(gpu: str | GPU, **overrides: float | None) -> GPU:

@@ -17,7 +17,7 @@ from torch import nn
 
 from sdgp_accel import benchmark as public_benchmark
 from sdgp_accel import models
-from sdgp_accel.benchmark import _TURN, _Contender, _settle, _watch_layers, benchmark, known_gpu
+from sdgp_accel.benchmark import _TURN, _Contender, _settle, _watch_layers, benchmark
 from sdgp_accel.benchmark_report import PARTS, BenchmarkReport, ContenderResult
 from sdgp_accel.cli import main
 from sdgp_accel.config import SDGPConfig
@@ -323,14 +323,6 @@ def test_warm_up_ends_when_rounds_take_the_same_time() -> None:
     contender: Any = Contender()
     _settle([contender], FakeClock())
     assert 50 <= contender.steps <= 57
-
-
-def test_known_gpus() -> None:
-    assert known_gpu("NVIDIA H100 80GB HBM3") == "h100"
-    assert known_gpu("NVIDIA A100-SXM4-40GB") == "a100-40"
-    assert known_gpu("NVIDIA A100 80GB PCIe") == "a100-80"
-    assert known_gpu("NVIDIA GeForce RTX 4090") == "rtx4090"
-    assert known_gpu("") == "a100"
 
 
 def test_public_name() -> None:

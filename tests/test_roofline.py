@@ -7,7 +7,21 @@ from itertools import product
 
 import pytest
 
-from sdgp_accel.roofline import GPU, GPUS, SCHEDULES, Work, best_backward, dense_seconds, gpu_figures, sparse_seconds
+from sdgp_accel.config import PASSES, PruneSpec
+from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
+from sdgp_accel.roofline import (
+    GPU,
+    GPUS,
+    SCHEDULES,
+    Work,
+    best_backward,
+    compress_rule,
+    compress_seconds,
+    dense_seconds,
+    gpu_figures,
+    known_gpu,
+    sparse_seconds,
+)
 
 ROUND = GPU("round", tflops=100, bandwidth=1, compute_efficiency=1, memory_efficiency=1, sparse_speedup=2)
 
@@ -84,3 +98,36 @@ def test_unknown_names_are_refused() -> None:
         gpu_figures("v100")
     with pytest.raises(TypeError, match="unknown GPU figure flops"):
         gpu_figures("a100", flops=3.0)
+
+
+def test_known_gpus() -> None:
+    assert known_gpu("NVIDIA H100 80GB HBM3") == "h100-measured"
+    assert known_gpu("NVIDIA H100 PCIe") == "h100"
+    assert known_gpu("NVIDIA A100-SXM4-40GB") == "a100-40"
+    assert known_gpu("NVIDIA A100 80GB PCIe") == "a100-80"
+    assert known_gpu("NVIDIA GeForce RTX 4090") == "rtx4090"
+    assert known_gpu("") is None
+
+
+def test_a_costly_prune_function_costs_its_own_pass_only() -> None:
+    gpu = gpu_figures(ROUND)
+    costly = GPU("c", 100, 1, 1, 1, 2, compress_costs={"mvue": 3.0, "rescale_magnitude tensor": 4.0})
+    work = Work(positions=10_000, reduction=10_000, out_channels=10_000, inputs=10_000**2)
+    cost = costly.compress_cost(PruneSpec("mvue", 2, 4))
+    assert (cost, costly.compress_cost(PruneSpec("magnitude", 2, 4))) == (3.0, 1.0)
+    assert costly.compress_cost(PruneSpec("rescale_magnitude", 2, 4)) == 1.0
+    assert costly.compress_cost(PruneSpec("rescale_magnitude", 2, 4, "tensor")) == 4.0
+    cheap, dear = (best_backward(work, g, "two_pass", c) for g, c in ((gpu, 1.0), (costly, cost)))
+    assert dear.compress == pytest.approx(3 * cheap.compress)
+    assert dear.passes == cheap.passes
+    assert best_backward(work, costly, "fused", cost) == best_backward(work, gpu, "fused")
+    assert compress_seconds(work, gpu, PASSES, "two_pass") == pytest.approx(cheap.compress)
+    assert compress_rule(PruneSpec("mvue", 2, 8)) == "mvue"
+    with pytest.raises(ValueError, match=r"compress_costs\['mvue'\] must be greater than 0; got -1"):
+        GPU("x", 1, 1, compress_costs={"mvue": -1})
+
+
+def test_work_of_a_geometry_by_hand() -> None:
+    assert Work.of(LinearGeometry(10, 4, 6)) == Work(10, 4, 6, 40)
+    conv = Conv2dGeometry.of((2, 8, 9, 9), (12, 4, 3, 3), (2, 2, 1, 1, 1, 1, 2), channels_last=True)
+    assert Work.of(conv) == Work(2 * 5 * 5, 4 * 9, 12, 2 * 8 * 9 * 9)

@@ -1,0 +1,67 @@
+"""The roofline's measured entries are what the committed result files say, by the documented command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from bench import fit_roofline, layers
+from bench.prediction import geometry_of, gpu_of, predict
+from sdgp_accel.roofline import GPU, GPUS, Work, best_backward
+
+
+@pytest.mark.parametrize("name", fit_roofline.MEASURED)
+def test_entries_are_in_step_with_their_files(name: str) -> None:
+    measured = [json.loads(path.read_text()) for path in fit_roofline.MEASURED[name]]
+    assert fit_roofline.fit(name, *measured) == GPUS[name], "paste what python -m bench.fit_roofline prints"
+    for ratios in fit_roofline.errors(measured[0]["rows"], GPUS[name]).values():
+        assert 0.7 < sorted(ratios)[len(ratios) // 2] < 1.4
+
+
+def test_made_up_measurements_are_found_again() -> None:
+    """Times made by a roofline give back its numbers."""
+    truth = GPU("h100", 989, 3.35, 0.6, 0.7, 1.4, {"mvue": 2.5})
+    origin = {"gpu": {"name": "NVIDIA H100 80GB HBM3"}}
+    rows: list[dict[str, Any]] = []
+    for name, geometry in layers.LAYERS.items():
+        row: dict[str, Any] = {"layer": name, "prune": "mvue", "geometry": json.loads(json.dumps(geometry._asdict()))}
+        rows.append({**row, "milliseconds": predict(row, truth)._asdict()})
+    rows.append({"unsupported": "odd", "layer": "odd", "prune": "mvue", "geometry": rows[0]["geometry"]})
+    t, c = 4096, 1024
+    clone = 4 * t * c / truth.byte_rate
+    kernel = {"case": "a", "t": t, "c": c, "rule": "mvue", "needs": {"dgrad": True, "wgrad": True, "bias": False}}
+    kernel["microseconds"] = {"clone": {"median": 1e6 * clone}, "kernel": {"median": 1e6 * 2.5 * clone * 2.125 / 2}}
+    found = fit_roofline.fit("found", {"provenance": origin, "rows": rows}, {"rows": [kernel]})
+    assert found == GPU("found", 989, 3.35, 0.6, 0.7, 1.4, {"mvue": 2.5})
+    assert all(ratio == pytest.approx(1) for ratios in fit_roofline.errors(rows, truth).values() for ratio in ratios)
+
+
+def test_prediction_is_the_plans() -> None:
+    row = {"prune": "mvue", "geometry": layers.LAYERS["llm_4096.up"]._asdict()}
+    gpu = GPUS["h100-measured"]
+    times = predict(row, gpu)
+    best = best_backward(Work.of(geometry_of(row["geometry"])), gpu, "two_pass", gpu.compress_costs["mvue"])
+    assert min(times.totals().values()) == pytest.approx(1e3 * best.seconds)
+    assert gpu_of({"gpu": {"name": "NVIDIA H100 80GB HBM3"}}) is gpu
+    assert gpu_of({"gpu": {"name": "Some other GPU"}}) is None
+    assert gpu_of({}) is None
+
+
+def test_the_command_prints_the_entry() -> None:
+    result = CliRunner().invoke(fit_roofline.main, list(map(str, fit_roofline.MEASURED["h100-measured"])))
+    assert result.exit_code == 0, result.output
+    assert str(GPUS["h100-measured"]) in result.output
+    assert "compress_both" in result.output
+
+
+def test_a_gpu_without_a_data_sheet_is_refused(tmp_path: Path) -> None:
+    files = [tmp_path / "layers.json", tmp_path / "kernels.json"]
+    for file in files:
+        file.write_text(json.dumps({"provenance": {"gpu": {"name": "X1"}}, "rows": []}))
+    result = CliRunner().invoke(fit_roofline.main, list(map(str, files)))
+    assert result.exit_code == 1
+    assert "the peaks of X1 are not in" in result.output
