@@ -4,7 +4,8 @@
     python bench/layers.py --only vit_large --prune rescale_magnitude
 
 For each layer, dense and sparse parts are timed in turns in one process on random bf16 operands (channels_last, cuDNN
-in benchmark mode); medians. "Backward" is the sum of what one backward runs: compression included. Needs a GPU with
+in benchmark mode); medians. "Backward" is the sum of what one backward runs: compression included. Beside it stands
+what the GPU's roofline predicts, so that its parameters can be corrected (`bench.fit_roofline`). Needs a GPU with
 sparse tensor cores and the kernels.
 """
 
@@ -18,30 +19,33 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from bench import tables
 from sdgp_accel import SDGPConfig, tuning
 from sdgp_accel.backends import KERNELS, Backend, load
 from sdgp_accel.config import FUNCTIONS
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.provenance import provenance
+from sdgp_accel.roofline import Work
 
 
 def linear(tokens: int, in_channels: int, out_channels: int) -> LinearGeometry:
     return LinearGeometry(tokens, in_channels, out_channels)
 
 
-def conv(batch: int, size: int, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> Geometry:
-    pad = kernel // 2
+def conv(
+    batch: int, size: int, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, pad: int | None = None
+) -> Geometry:
+    pad = kernel // 2 if pad is None else pad
     window = (stride, stride, pad, pad, 1, 1, 1)
     weight_shape = (out_channels, in_channels, kernel, kernel)
     return Conv2dGeometry.of((batch, in_channels, size, size), weight_shape, window, channels_last=True)
 
 
 # ViT-L/16 at 224 pixels has 197 tokens per image. GPT-2 XL: 1600 wide, 16 x 1024 tokens. ResNet-9 at batch 512 is the
-# paper's net; ResNet-50 at batch 256 on 224 pixels; one block of a diffusion UNet.
+# paper's net; torchvision's ResNet-18 and ResNet-50 at batch 256 on 224 pixels, each shape once; convolutions of a
+# diffusion UNet's block of 64 x 64 pixels and 320 channels. Most telling first; layers with 3 inputs stay dense.
 LAYERS: dict[str, Geometry] = {
     "vit_large.fc1": linear(128 * 197, 1024, 4096),
     "vit_large.fc2": linear(128 * 197, 4096, 1024),
@@ -49,6 +53,7 @@ LAYERS: dict[str, Geometry] = {
     "resnet9.res2": conv(512, 8, 512, 512),
     "resnet9.conv3": conv(512, 16, 256, 512),
     "resnet9.conv2": conv(512, 32, 128, 256, kernel=5, stride=2),
+    "resnet9.conv4": conv(512, 8, 512, 256, pad=0),
     "vit_large.qkv": linear(128 * 197, 1024, 3072),
     "vit_large.proj": linear(128 * 197, 1024, 1024),
     "gpt2_xl.fc1": linear(16 * 1024, 1600, 6400),
@@ -64,15 +69,30 @@ LAYERS: dict[str, Geometry] = {
     "resnet50.1x1_256_1024": conv(256, 14, 256, 1024, kernel=1),
     "resnet50.1x1_512_2048": conv(256, 7, 512, 2048, kernel=1),
     "unet.320": conv(16, 64, 320, 320),
+    "unet.640_320": conv(16, 64, 640, 320),
+    "unet.640_320_1x1": conv(16, 64, 640, 320, kernel=1),
+    "unet.320_s2": conv(16, 64, 320, 320, stride=2),
+    "resnet18.3x3_64_128_s2": conv(256, 56, 64, 128, stride=2),
+    "resnet18.3x3_128_256_s2": conv(256, 28, 128, 256, stride=2),
+    "resnet18.3x3_256_512_s2": conv(256, 14, 256, 512, stride=2),
+    "resnet18.1x1_64_128_s2": conv(256, 56, 64, 128, kernel=1, stride=2),
+    "resnet18.1x1_128_256_s2": conv(256, 28, 128, 256, kernel=1, stride=2),
+    "resnet18.1x1_256_512_s2": conv(256, 14, 256, 512, kernel=1, stride=2),
+    "resnet50.3x3_256_s2": conv(256, 28, 256, 256, stride=2),
+    "resnet50.3x3_512_s2": conv(256, 14, 512, 512, stride=2),
+    "resnet50.1x1_64_64": conv(256, 56, 64, 64, kernel=1),
+    "resnet50.1x1_64_256": conv(256, 56, 64, 256, kernel=1),
+    "resnet50.1x1_256_64": conv(256, 56, 256, 64, kernel=1),
+    "resnet50.1x1_256_128": conv(256, 56, 256, 128, kernel=1),
+    "resnet50.1x1_128_512": conv(256, 28, 128, 512, kernel=1),
+    "resnet50.1x1_512_128": conv(256, 28, 512, 128, kernel=1),
+    "resnet50.1x1_512_256": conv(256, 28, 512, 256, kernel=1),
+    "resnet50.1x1_1024_512": conv(256, 14, 1024, 512, kernel=1),
+    "resnet50.1x1_2048_512": conv(256, 7, 2048, 512, kernel=1),
+    "resnet50.1x1_256_512_s2": conv(256, 56, 256, 512, kernel=1, stride=2),
+    "resnet50.1x1_512_1024_s2": conv(256, 28, 512, 1024, kernel=1, stride=2),
+    "resnet50.1x1_1024_2048_s2": conv(256, 14, 1024, 2048, kernel=1, stride=2),
 }
-
-
-def dense_flop(geometry: Geometry) -> float:
-    """Multiplications and additions of one dense backward pass, dgrad or wgrad."""
-    per_output = geometry.in_channels
-    if isinstance(geometry, Conv2dGeometry):
-        per_output *= geometry.kernel[0] * geometry.kernel[1]
-    return 2.0 * geometry.positions * geometry.out_channels * per_output
 
 
 def time_layer(backend: Backend, name: str, function: str) -> dict[str, Any]:
@@ -89,35 +109,13 @@ def time_layer(backend: Backend, name: str, function: str) -> dict[str, Any]:
     totals = times.totals()
     return {
         **row,
-        "dense_gflop_per_pass": dense_flop(geometry) * 1e-9,
+        "dense_gflop_per_pass": Work.of(geometry).flops * 1e-9,
         "milliseconds": times._asdict(),
         "backward_milliseconds": totals[True, True],
         "backward_speedup": times.dense / totals[True, True],
         "auto_prunes": tuning.choose(times),
         "auto_speedup": times.dense / totals[tuning.choose(times)],
     }
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    result = Table(title="one layer's backward, bf16: dense ÷ sparse, and microseconds")
-    for column in ("layer", "prune", "dense", "compress", "dgrad ×", "wgrad ×", "backward ×", "auto ×"):
-        result.add_column(column, justify="left" if column in ("layer", "prune") else "right")
-    for row in rows:
-        if "unsupported" in row:
-            result.add_row(row["layer"], row["prune"], row["unsupported"])
-            continue
-        ms = row["milliseconds"]
-        result.add_row(
-            row["layer"],
-            row["prune"],
-            f"{1e3 * (ms['dense_dgrad'] + ms['dense_wgrad']):.0f}",
-            f"{1e3 * ms['compress_both']:.0f}",
-            f"{ms['dense_dgrad'] / ms['sparse_dgrad']:.2f}",
-            f"{ms['dense_wgrad'] / ms['sparse_wgrad']:.2f}",
-            f"{row['backward_speedup']:.2f}",
-            f"{row['auto_speedup']:.2f}",
-        )
-    return result
 
 
 def cases(only: str, functions: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -147,13 +145,14 @@ def main(only: str, functions: tuple[str, ...], minutes: float, path: Path | Non
     if path is None:
         path = Path("bench/results") / f"layers-{torch.cuda.get_device_name().replace(' ', '_')}.json"
     started, rows = time.monotonic(), []
+    result: dict[str, Any] = {"benchmark": "layers", "rows": rows}
     for name, function in cases(only, functions):
         if time.monotonic() - started > 60.0 * minutes:
             break
         rows.append(time_layer(backend, name, function))
-        result = {"benchmark": "layers", "provenance": provenance(device), "rows": rows}
+        result |= {"provenance": provenance(device), "rows": rows}
         path.write_text(json.dumps(result, indent=1) + "\n")
-    Console(width=110).print(table(rows))
+    tables.print_table(tables.LAYERS, result)
 
 
 if __name__ == "__main__":

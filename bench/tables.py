@@ -12,7 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from bench.prediction import geometry_of, gpu_of, predict
 from bench.step_time import MODELS
+from sdgp_accel.roofline import GPU, Work
+from sdgp_accel.tuning import BackwardTimes
 
 NOT_MEASURED = "not measured yet"
 LONG = 14  # table lines from which on a table is folded
@@ -24,7 +31,8 @@ Row = dict[str, Any]
 class Section(NamedTuple):
     """One kind of result file: which files are of that kind, their table, and what they come down to.
 
-    claims: sentences without verbs, each true of the whole file, for the README's summary.
+    claims: sentences without verbs, each true of the whole file, for the README's summary. notes: what stands below the
+    table.
     """
 
     question: str
@@ -32,6 +40,7 @@ class Section(NamedTuple):
     columns: Sequence[str]
     rows: Callable[[Result], Iterable[Sequence[str]]]
     claims: Callable[[Result], list[str]]
+    notes: Callable[[Result], list[str]] = lambda result: []
 
 
 def files(section: Section, results: Path) -> list[tuple[Path, Result]]:
@@ -45,7 +54,7 @@ def render(section: Section, results: Path) -> str:
     texts = []
     for path, result in files(section, results):
         lines = table(section.columns, section.rows(result))
-        texts.append("\n".join([*lines, "", f"From {source(path)}: {machine(result)}."]))
+        texts.append("\n".join([*lines, "", *section.notes(result), f"From {source(path)}: {machine(result)}."]))
     return "\n\n".join(texts) or f"{NOT_MEASURED.capitalize()}."
 
 
@@ -65,6 +74,24 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     return folded("All measurements", lines) if len(lines) > LONG else lines
+
+
+def print_table(section: Section, result: Result) -> None:
+    """The same on the terminal."""
+    shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, column in enumerate(section.columns):
+        shown.add_column(plain(column), justify="right" if index > 1 else "left", no_wrap=index == 0)
+    for row in section.rows(result):
+        shown.add_row(*map(plain, row))
+    console = Console(width=220)
+    console.print(shown)
+    for line in section.notes(result):
+        console.print(plain(line))
+
+
+def plain(text: str) -> str:
+    """Without Markdown's marks."""
+    return text.replace("**", "").replace("`", "")
 
 
 def folded(title: str, lines: Iterable[str]) -> list[str]:
@@ -162,22 +189,53 @@ def layers(results: Path) -> str:
     return render(LAYERS, results)
 
 
-def layer_row(row: Row) -> list[str]:
-    name = [row["layer"], shape(row["geometry"]), f"`{row['prune']}`"]
+def layer_rows(result: Result) -> Iterable[list[str]]:
+    gpu = gpu_of(result.get("provenance") or {})
+    return [layer_row(row, gpu) for row in result["rows"]]
+
+
+def layer_row(row: Row, gpu: GPU | None) -> list[str]:
+    work = Work.of(geometry_of(row["geometry"]))
+    size = f"{work.flops * 1e-9:.1f}, {1e-6 * (work.gradient_bytes + work.other_bytes):.0f}"
+    name = [row["layer"], shape(row["geometry"]), size, f"`{row['prune']}`"]
     if "unsupported" in row:
-        return [*name, "", "", "", "", "", f"dense: {row['unsupported']}"]
-    ms = row["milliseconds"]
+        return [*name, *[""] * 10, f"dense: {row['unsupported']}"]
+    ms = BackwardTimes(**row["milliseconds"])
+    predicted = None if gpu is None else predict(row, gpu)
     passes = [name for name, pruned in zip(("dgrad", "wgrad"), row["auto_prunes"], strict=True) if pruned]
     auto = f"{' + '.join(passes)} sparse, {times(row['auto_speedup'])}" if passes else "dense"
     return [
         *name,
-        microseconds(1e3 * (ms["dense_dgrad"] + ms["dense_wgrad"])),
-        microseconds(1e3 * ms["compress_both"]),
-        times(ms["dense_dgrad"] / ms["sparse_dgrad"]),
-        times(ms["dense_wgrad"] / ms["sparse_wgrad"]),
+        microseconds(1e3 * ms.dense),
+        f"{2e-9 * work.flops / ms.dense:.0f}",
+        f"{microseconds(1e3 * predicted.dense)}" if predicted else "—",
+        microseconds(1e3 * ms.compress_both),
+        microseconds(1e3 * predicted.compress_both) if predicted else "—",
+        times(ms.dense_dgrad / ms.sparse_dgrad),
+        times(ms.dense_wgrad / ms.sparse_wgrad),
+        times(predicted.dense_dgrad / predicted.sparse_dgrad) if predicted else "—",
         f"**{times(row['backward_speedup'])}**",
+        times(predicted.dense / predicted.totals()[True, True]) if predicted else "—",
         auto,
     ]
+
+
+def layer_notes(result: Result) -> list[str]:
+    """How far the predictions are off."""
+    gpu = gpu_of(result.get("provenance") or {})
+    rows = [row for row in result["rows"] if "unsupported" not in row]
+    if gpu is None or not rows:
+        return []
+    ratios: dict[str, list[float]] = {"dense": [], "prune + compress": [], "products": [], "whole backward": []}
+    for row in rows:
+        ms, predicted = BackwardTimes(**row["milliseconds"]), predict(row, gpu)
+        ratios["dense"].append(predicted.dense / ms.dense)
+        ratios["prune + compress"].append(predicted.compress_both / ms.compress_both)
+        products = [part.sparse_dgrad + part.sparse_wgrad for part in (predicted, ms)]
+        ratios["products"].append(products[0] / products[1])
+        ratios["whole backward"].append(predicted.totals()[True, True] / ms.totals()[True, True])
+    off = "; ".join(f"{part} {spread(values)}" for part, values in ratios.items())
+    return [f"Predicted columns: the roofline {gpu.title} (`sdgp plan`). Predicted over measured time: {off}."]
 
 
 def layer_claims(result: Result) -> list[str]:
@@ -195,11 +253,13 @@ LAYERS = Section(
     "one layer's backward, compression included: speed over dense",
     lambda result: isinstance(result, dict) and result.get("benchmark") == "layers",
     (
-        "layer", "in → out, positions", "prune", "dense, µs", "prune + compress, µs", "dgrad", "wgrad",
-        "whole backward", 'what `backend="auto"` runs',
+        "layer", "in → out, positions", "GFLOP, MB per dense pass", "prune", "dense, µs", "TFLOP/s", "predicted, µs",
+        "prune + compress, µs", "predicted, µs", "dgrad", "wgrad", "each, predicted", "whole backward", "predicted",
+        'what `backend="auto"` runs',
     ),
-    lambda result: map(layer_row, result["rows"]),
+    layer_rows,
     layer_claims,
+    layer_notes,
 )  # fmt: skip
 
 

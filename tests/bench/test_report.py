@@ -6,7 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from bench import report, tables
+from bench.prediction import predict
 from bench.step_time import MODELS
+from sdgp_accel.roofline import GPUS
 
 LINEAR = {"tokens": 512, "in_channels": 64, "out_channels": 128, "positions_per_sample": 1}
 CONV = {
@@ -129,10 +131,23 @@ def test_summary_of_convergence(tmp_path):
 
 def test_layers(tmp_path):
     text = build("layers", tmp_path, LAYERS)
-    row = "| a.fc | 64 → 128, 512 | `mvue` | 600 | 50.0 | 1.50 × | 2.00 × | **1.50 ×** | dgrad + wgrad sparse, 1.50 × |"
-    assert row in text
-    assert "| a.conv | 16 → 32 3×3 /2, 8×4×4 | `mvue` |  |  |  |  |  | dense: odd channels |" in text
+    head = "| a.fc | 64 → 128, 512 | 0.0, 0 | `mvue` | 600 | 0 | "
+    assert head + "— | 50.0 | — | 1.50 × | 2.00 × | — | **1.50 ×** | — | dgrad + wgrad sparse, 1.50 × |" in text
+    assert f"| a.conv | 16 → 32 3×3 /2, 8×4×4 | 0.0, 0 | `mvue` |{'  |' * 10} dense: odd channels |" in text
+    assert "Predicted" not in text
     assert "[result.json](bench/results/result.json): A GPU, driver 580, 1 MHz, 2 W, CUDA 13.0, torch 2.11.0" in text
+
+
+def test_layers_of_a_known_gpu_have_predictions_beside_them(tmp_path):
+    known = {**ORIGIN, "gpu": {**ORIGIN["gpu"], "name": "NVIDIA H100 80GB HBM3"}}
+    row = LAYERS["rows"][0]
+    predicted = predict(row, GPUS["h100-measured"])
+    row = {**row, "milliseconds": {**predicted._asdict(), "compress_both": 2 * predicted.compress_both}}
+    text = build("layers", tmp_path, {**LAYERS, "provenance": known, "rows": [row]})
+    assert "the roofline H100-MEASURED (`sdgp plan`)" in text
+    assert "dense 1.00 ×; prune + compress 0.50 ×; products 1.00 ×; whole backward " in text
+    speedup = tables.times(predicted.dense / predicted.totals()[True, True])
+    assert f"| {speedup} | dgrad + wgrad sparse" in text
 
 
 def test_gemm(tmp_path):
