@@ -105,16 +105,19 @@ def time_layer(backend: Backend, name: str, function: str) -> dict[str, Any]:
     unsupported = backend.unsupported(geometry, plan, torch.bfloat16, device)
     if unsupported is not None:
         return {**row, "unsupported": unsupported}
-    times = tuning.measure(backend, plan, geometry, torch.bfloat16, device)
+    measured = tuning.measure(backend, plan, geometry, torch.bfloat16, device)
+    times, chosen = measured.device, tuning.choose(measured)
     totals = times.totals()
     return {
         **row,
         "dense_gflop_per_pass": Work.of(geometry).flops * 1e-9,
         "milliseconds": times._asdict(),
+        "host_milliseconds": measured.host._asdict(),
+        "tilings": [str(tiling) for tiling in measured.tilings],
         "backward_milliseconds": totals[True, True],
         "backward_speedup": times.dense / totals[True, True],
-        "auto_prunes": tuning.choose(times),
-        "auto_speedup": times.dense / totals[tuning.choose(times)],
+        "auto_prunes": chosen,
+        "auto_speedup": times.dense / totals[chosen],
     }
 
 

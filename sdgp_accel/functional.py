@@ -35,7 +35,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
     input, weight, bias = _autocast(input, weight, bias)
     plan, decision = _encoded(plan, "linear"), None
     if not torch.compiler.is_compiling():
-        decision = decide_linear(plan, input.shape, weight.shape[0], input.dtype, input.device)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        decision = decide_linear(plan, input.shape, weight.shape[0], input.dtype, input.device, deterministic)
         if decision.backend is None:
             return F.linear(input, weight, bias)
     result: Tensor = _Linear.apply(input, weight, bias, plan, decision)
@@ -71,7 +72,10 @@ def conv2d(
     window = (*stride, *padding, *dilation, groups)
     channels_last = is_channels_last(input) or is_channels_last(weight)
     if not torch.compiler.is_compiling():
-        decision = decide_conv2d(plan, input.shape, weight.shape, window, channels_last, input.dtype, input.device)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        decision = decide_conv2d(
+            plan, input.shape, weight.shape, window, channels_last, input.dtype, input.device, deterministic
+        )
         if decision.backend is None:
             return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     result: Tensor = _Conv2d.apply(input, weight, bias, window, channels_last, plan, decision)

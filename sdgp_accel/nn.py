@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -82,9 +83,10 @@ def decide_layer(module: nn.Linear | nn.Conv2d, input: Tensor, config: SDGPConfi
     """What runs the backward of `module` under `config` on this input, and the input as that backward sees it:
     batched, and padded where the convolution itself does not pad. The input has the dtype that the layer computes in.
     """
+    deterministic = torch.are_deterministic_algorithms_enabled()
     if isinstance(module, nn.Linear):
         plan = plan_string("linear", config)
-        return input, decide_linear(plan, input.shape, module.out_features, input.dtype, input.device)
+        return input, decide_linear(plan, input.shape, module.out_features, input.dtype, input.device, deterministic)
     x = input.unsqueeze(0) if input.dim() == 3 else input
     stride, dilation = _pair(module.stride), _pair(module.dilation)
     if module.padding_mode != "zeros":
@@ -97,7 +99,7 @@ def decide_layer(module: nn.Linear | nn.Conv2d, input: Tensor, config: SDGPConfi
     window = (*stride, *padding, *dilation, module.groups)
     channels_last = functional.is_channels_last(x) or functional.is_channels_last(module.weight)
     plan, shape = plan_string("conv2d", config), module.weight.shape
-    return x, decide_conv2d(plan, x.shape, shape, window, channels_last, x.dtype, x.device)
+    return x, decide_conv2d(plan, x.shape, shape, window, channels_last, x.dtype, x.device, deterministic)
 
 
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:

@@ -36,7 +36,9 @@ CONV2D_SIGNATURE = (
 def _linear_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, plan: str) -> list[Tensor]:
     """dy [..., C_out], x [..., C_in], weight [C_out, C_in]; at least one of x and weight is given."""
     input_shape = (*dy.shape[:-1], _in_features(x, weight))
-    return run_linear(dy, x, weight, bias, decide_linear(plan, input_shape, dy.shape[-1], dy.dtype, dy.device))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    decision = decide_linear(plan, input_shape, dy.shape[-1], dy.dtype, dy.device, deterministic)
+    return run_linear(dy, x, weight, bias, decision)
 
 
 def _conv2d_backward(
@@ -56,7 +58,10 @@ def _conv2d_backward(
     """
     input_shape = tuple(absent_shape if x is None else x.shape)
     weight_shape = tuple(absent_shape if weight is None else weight.shape)
-    decision = decide_conv2d(plan, input_shape, weight_shape, tuple(window), channels_last, dy.dtype, dy.device)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    decision = decide_conv2d(
+        plan, input_shape, weight_shape, tuple(window), channels_last, dy.dtype, dy.device, deterministic
+    )
     return run(dy, x, weight, bias, decision)
 
 
@@ -78,7 +83,7 @@ def run(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decisio
     Linear: dy [T, C_out], x [T, C_in]; Conv2d: dy [N, C_out, P, Q], x [N, C_in, H, W]. What the ops do, and what the
     eager backward calls directly.
     """
-    geometry, backend, plan, draws, _, tilings = decision
+    geometry, backend, plan, draws, _, tilings, _ = decision
     prune_dgrad = backend is not None and weight is not None and plan.grad_input is not None
     prune_wgrad = backend is not None and x is not None and plan.grad_weight is not None
     gradients: list[Tensor] = []

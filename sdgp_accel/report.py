@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
@@ -18,6 +18,9 @@ from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import plan_string
 from sdgp_accel.nn import SDGPConv2d, SDGPLinear, layer_kind
 
+if TYPE_CHECKING:
+    from sdgp_accel.tuning.record import BackwardTimes
+
 MOST_FOOTNOTES = 6
 
 
@@ -31,6 +34,8 @@ class LayerReport:
     dgrad, wgrad: what that pass consumes, e.g. ``mvue 2:4`` or ``dense``.
     backend: ``"reference"``, ``"cutlass"`` or ``"dense"``.
     reason: why it was swapped or not, or why it has this backend.
+    times: milliseconds of the parts of its backward where they have been measured (`sdgp_accel.tune`).
+    tilings: how the sparse products are launched, where that has been measured.
     """
 
     name: str
@@ -42,6 +47,8 @@ class LayerReport:
     backend: str
     reason: str
     aliases: tuple[str, ...] = ()
+    times: BackwardTimes | None = None
+    tilings: tuple[str, ...] = ()
 
     def decided(self, decision: Decision | None) -> LayerReport:
         """The report with what was decided for a shape in place of the preview; itself for None."""
@@ -54,11 +61,14 @@ class LayerReport:
             wgrad=_describe(decision.plan.grad_weight if pruned else None),
             backend=decision.name,
             reason=decision.reason,
+            times=decision.times,
+            tilings=tuple(str(tiling) for tiling in decision.tilings if tiling is not None),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON."""
-        return {**vars(self), "aliases": list(self.aliases)}
+        times = None if self.times is None else self.times._asdict()
+        return {**vars(self), "aliases": list(self.aliases), "times": times, "tilings": list(self.tilings)}
 
 
 @dataclass(frozen=True)
@@ -99,13 +109,18 @@ class SwapReport:
         }
 
     def table(self) -> Table:
-        """The report as a rich table. A few reasons that repeat are numbered and listed below it; many (measured
-        times) stand in their rows."""
+        """The report as a rich table. A few reasons that repeat are numbered and listed below it; many stand in their
+        rows. With the times of the layers that have been measured."""
         title = f"{len(self.swapped)} of {len(self.layers)} layers swapped"
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption_justify="left")
         table.add_column("layer", overflow="fold")
-        for column in ("what", "dgrad, wgrad", "backend", "why"):
+        for column in ("what", "dgrad, wgrad", "backend"):
             table.add_column(column)
+        timed = any(layer.times is not None for layer in self.layers)
+        if timed:
+            for column in ("dgrad\nms", "wgrad\nms", "prune +\ncompress", "backward\nms"):
+                table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("why")
         reasons = list(dict.fromkeys(layer.reason for layer in self.layers))
         numbered = len(reasons) <= MOST_FOOTNOTES
         for layer in self.layers:
@@ -115,6 +130,7 @@ class SwapReport:
                 f"{layer.kind} {layer.shape}",
                 passes if layer.swapped else "",
                 layer.backend if layer.swapped else "",
+                *(_times(layer) if timed else ()),
                 str(reasons.index(layer.reason) + 1) if numbered else layer.reason,
                 style=None if layer.swapped else "dim",
             )
@@ -127,6 +143,25 @@ class SwapReport:
 
     def __str__(self) -> str:
         return as_text(self.table())
+
+
+def _times(layer: LayerReport) -> tuple[str, str, str, str]:
+    """Dense → sparse of dgrad, of wgrad, prune + compress for both, and the whole backward dense → as it runs."""
+    times = layer.times
+    if times is None:
+        return "", "", "", ""
+    compress = next((ms for ms in times[-3:] if ms is not None), None)
+    runs = times.totals()[layer.dgrad != "dense", layer.wgrad != "dense"]
+    return (
+        _arrow(times.dense_dgrad, times.sparse_dgrad),
+        _arrow(times.dense_wgrad, times.sparse_wgrad),
+        "" if compress is None else f"{compress:.3f}",
+        _arrow(times.dense, runs),
+    )
+
+
+def _arrow(dense: float, sparse: float | None) -> str:
+    return f"{dense:.3f}" if sparse is None else f"{dense:.3f}→{sparse:.3f}"
 
 
 def as_text(table: Table) -> str:

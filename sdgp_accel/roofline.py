@@ -139,6 +139,15 @@ def known_gpu(device_name: str) -> str | None:
     return next((name for part, name in _DEVICE_NAMES.items() if part in device_name), None)
 
 
+# Compute capability -> the entry nearest to a GPU that `known_gpu` does not know.
+_ARCHITECTURES = {(8, 0): "a100-80", (8, 6): "l40s", (8, 9): "l40s"}
+
+
+def device_figures(name: str, capability: tuple[int, int]) -> GPU:
+    """The figures of the GPU that torch calls `name`, or of one of its kind where it is not known."""
+    return GPUS[known_gpu(name) or _ARCHITECTURES.get(capability, "h100-measured")]
+
+
 def gpu_figures(gpu: str | GPU, **overrides: float | None) -> GPU:
     """A named GPU or the user's own, with the given figures replaced (None keeps one).
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from sdgp_accel import batch as batches
-from sdgp_accel.backends import Decision
+from sdgp_accel.backends import Decision, forget_decisions
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.nn import SDGPConv2d, SDGPLayer, SDGPLinear, decide_layer, layer_kind
@@ -145,26 +145,35 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def tune(model: nn.Module, batch: Any, *, autocast: torch.dtype | None = None) -> SwapReport:
-    """Decide now, on the shapes of `batch`, what each SDGP layer of `model` runs, and report it.
+def tune(
+    model: nn.Module, batch: Any, config: SDGPConfig | None = None, *, autocast: torch.dtype | None = None
+) -> SwapReport:
+    """Decide now, on the shapes of `batch`, what each SDGP layer of `model` runs, and report it with the times.
 
     Without this call each shape is decided where it is first used. With ``backend="auto"`` on a GPU that has the
-    kernels, deciding means measuring; the reasons then hold the times.
+    kernels, deciding means measuring dense and sparse dgrad and wgrad and prune + compress; what this machine has
+    measured before is remembered (`sdgp_accel.tuning.cache`). Among data-parallel processes call it after
+    ``init_process_group``, in any of them or in all.
 
-    batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets). autocast: the
-    dtype of the autocast that training runs under. One forward pass; the model is left as it was. Layers that the
-    pass does not reach are reported as `accelerate_` reports them.
+    batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets). config: decide
+    for what ``accelerate_(model, config)`` would make of the model; None for the layers that are swapped already.
+    autocast: the dtype of the autocast that training runs under. One forward pass; the model is left as it was. Layers
+    that the pass does not reach are reported as `accelerate_` reports them.
+
+    Raises what `accelerate_` raises for `model` and `config`, and ValueError or TypeError for a bad `batch`.
     """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        forget_decisions()  # each process may have taken its own before the group was there
     decisions: dict[nn.Module, Decision] = {}
 
     def after_forward(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
-        assert isinstance(module, (SDGPLinear, SDGPConv2d))
+        assert isinstance(module, (nn.Linear, nn.Conv2d))
         x = inputs[0] if inputs else named["input"]
-        decisions[module] = decide_layer(module, x.to(output.dtype), module.sdgp_config)[1]
+        decisions[module] = decide_layer(module, x.to(output.dtype), configs[module])[1]
 
-    steps = plan_swap(model, None, lambda module, name: False)
-    layers = [step.module for step in steps if step.config is not None]
-    handles = [layer.register_forward_hook(after_forward, with_kwargs=True) for layer in layers]
+    steps = plan_swap(model, config, (lambda module, name: False) if config is None else None)
+    configs = {step.module: step.config for step in steps if step.config is not None}
+    handles = [layer.register_forward_hook(after_forward, with_kwargs=True) for layer in configs]
     device = next(model.parameters(), torch.empty(0)).device
     try:
         with (

@@ -135,6 +135,8 @@ def test_report_as_data_and_as_table() -> None:
         "backend": "reference",
         "reason": "device 'cpu' has no sparse tensor cores",
         "aliases": [],
+        "times": None,
+        "tilings": [],
     }
     assert third.shape == "8→4"
     text = str(report)
@@ -439,7 +441,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, nothing_decided: None) -> Calla
 
 def test_kernels_are_used_where_they_fit_and_dense_where_not(pretend_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(FakeKernels())
-    monkeypatch.setattr(tuning, "tune", lambda backend, plan, *shape: (plan, "measured"))
+    monkeypatch.setattr(tuning, "tune", lambda *arguments: tuning.Tuned((True, True), "measured"))
     model = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 3, groups=2)).to(torch.bfloat16)
     report = sdgp.accelerate_(model, sdgp.SDGPConfig(backend="cutlass"))
     assert [layer.backend for layer in report.layers] == ["cutlass", "dense"]
@@ -455,9 +457,10 @@ def test_tune_reports_what_each_layer_will_run(pretend_gpu: Any, monkeypatch: py
     pretend_gpu(FakeKernels())
     times = iter([("sparse", "dense"), ("dense", "dense")])
 
-    def tuned(backend: Any, plan: Any, geometry: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    def tuned(*arguments: Any) -> tuning.Tuned:
         dgrad, _ = next(times)
-        return plan._replace(grad_weight=None, grad_input=plan.grad_input if dgrad == "sparse" else None), "measured"
+        parts = tuning.BackwardTimes(2.0, 3.0, sparse_dgrad=1.0, compress_dgrad=0.25)
+        return tuning.Tuned((dgrad == "sparse", False), "measured", times=parts)
 
     monkeypatch.setattr(tuning, "tune", tuned)
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 16), nn.Linear(16, 4)).to(torch.bfloat16)
@@ -471,10 +474,28 @@ def test_tune_reports_what_each_layer_will_run(pretend_gpu: Any, monkeypatch: py
         ("dense", "dense", "dense"),
     ]
     assert report["0"].reason == "measured"
+    assert report["0"].times.sparse_dgrad == 1.0
+    row = next(line for line in str(report).splitlines() if line.startswith(" 0 "))
+    assert row.split()[-5:] == ["2.000→1.000", "3.000", "0.250", "5.000→4.250", "1"]
+    assert report.to_dict()["layers"][0]["times"]["dense_wgrad"] == 3.0
     assert not report["3"].swapped
     assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
     model(torch.randn(4, 8, dtype=torch.bfloat16)).sum().backward()  # decided already: `times` is used up
     assert not model[0]._forward_hooks
+
+
+def test_tune_decides_for_a_model_before_it_is_swapped(pretend_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(FakeKernels())
+    monkeypatch.setattr(tuning, "tune", lambda *arguments: tuning.Tuned((True, False), "measured"))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).to(torch.bfloat16)
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    report = sdgp.tune(model, x, sdgp.SDGPConfig(prune="magnitude"))
+    assert [(layer.dgrad, layer.wgrad) for layer in report.layers] == [("magnitude 2:4", "dense")] * 2
+    assert {type(module) for module in model} == {nn.Linear}
+    decided = backends.decide_linear.cache_info().currsize
+    sdgp.accelerate_(model, sdgp.SDGPConfig(prune="magnitude"))
+    model(x).sum().backward()
+    assert backends.decide_linear.cache_info().currsize == decided == 2
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

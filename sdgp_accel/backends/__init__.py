@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from sdgp_accel.config import Pass, PruneSpec
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import LayerPlan, decode
 from sdgp_accel.philox import Rng
+
+if TYPE_CHECKING:
+    from sdgp_accel.tuning.record import BackwardTimes
 
 KERNELS = "cutlass"
 CACHED_DECISIONS = 1 << 14  # shapes: generous for sequences of every length
@@ -43,13 +46,16 @@ class Operands(NamedTuple):
     bias: Tensor | None
 
 
-class Backend(Protocol):
+class Backend(Hashable, Protocol):
     """One implementation of the pruned backward of Linear and Conv2d layers."""
 
     name: str
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on `device` at all, with the command that helps; None where it can."""
+
+    def fingerprint(self) -> str:
+        """Which build of its kernels this is: another text where they may be faster or slower."""
 
     def unsupported(self, geometry: Geometry, plan: LayerPlan, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this backend cannot take this layer; None where it can. Must not depend on anything else."""
@@ -120,7 +126,7 @@ class Tilings(NamedTuple):
 class Decision(NamedTuple):
     """What runs the backward of one layer shape: the backend (None: the ordinary dense backward) and why.
 
-    plan: resolved for this geometry; draws: the plan's, looked up once.
+    plan: resolved for this geometry; draws: the plan's, looked up once. times: what was measured, if anything.
     """
 
     geometry: Geometry
@@ -129,6 +135,7 @@ class Decision(NamedTuple):
     draws: bool
     reason: str
     tilings: Tilings = Tilings()
+    times: BackwardTimes | None = None
 
     @property
     def name(self) -> str:
@@ -147,10 +154,20 @@ def load(name: str) -> Backend | None:
 
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
 def decide_linear(
-    plan_text: str, input_shape: tuple[int, ...], out_features: int, dtype: torch.dtype, device: torch.device
+    plan_text: str,
+    input_shape: tuple[int, ...],
+    out_features: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    deterministic: bool,
 ) -> Decision:
-    """`decide` for ``functional.linear`` on an input of this shape, measured where it is to be, remembered."""
-    return _measured(decide(plan_text, LinearGeometry.of(input_shape, out_features), dtype, device), dtype, device)
+    """`decide` for ``functional.linear`` on an input of this shape, measured where it is to be, remembered.
+
+    deterministic: what ``torch.are_deterministic_algorithms_enabled()`` says; then nothing is measured.
+    """
+    return _tuned(
+        decide(plan_text, LinearGeometry.of(input_shape, out_features), dtype, device), dtype, device, deterministic
+    )
 
 
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
@@ -162,21 +179,30 @@ def decide_conv2d(
     channels_last: bool,
     dtype: torch.dtype,
     device: torch.device,
+    deterministic: bool,
 ) -> Decision:
-    """`decide` for ``functional.conv2d`` on an input of this shape, measured where it is to be, remembered."""
+    """`decide` for ``functional.conv2d`` on an input of this shape; see `decide_linear`."""
     geometry = Conv2dGeometry.of(input_shape, weight_shape, window, channels_last)
-    return _measured(decide(plan_text, geometry, dtype, device), dtype, device)
+    return _tuned(decide(plan_text, geometry, dtype, device), dtype, device, deterministic)
 
 
-def _measured(decision: Decision, dtype: torch.dtype, device: torch.device) -> Decision:
+def _tuned(decision: Decision, dtype: torch.dtype, device: torch.device, deterministic: bool) -> Decision:
     """With ``backend="auto"``, only the passes that the kernels make faster stay pruned."""
-    backend, plan = decision.backend, decision.plan
+    geometry, backend, plan = decision.geometry, decision.backend, decision.plan
     if backend is None or backend.name != KERNELS or plan.backend != "auto":
         return decision
     from sdgp_accel import tuning  # not needed where nothing is measured
 
-    plan, reason = tuning.tune(backend, plan, decision.geometry, dtype, device)
-    return Decision(decision.geometry, backend if plan.prunes else None, plan, plan.draws, reason)
+    tuned = tuning.tune(backend, plan, geometry, dtype, device, deterministic)
+    prunes_dgrad, prunes_wgrad = tuned.prunes
+    plan = plan._replace(
+        grad_input=plan.grad_input if prunes_dgrad else None, grad_weight=plan.grad_weight if prunes_wgrad else None
+    )
+    if not plan.prunes:
+        return Decision(geometry, None, plan, False, tuned.reason, times=tuned.times)
+    # Another rank's GPU may have tilings that this one has not.
+    tilings = tuning.find_tilings(tuned, backend, geometry, dtype, device) or Tilings()
+    return Decision(geometry, backend, plan, plan.draws, tuned.reason, tilings, tuned.times)
 
 
 def forget_decisions() -> None:

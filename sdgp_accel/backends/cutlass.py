@@ -73,6 +73,10 @@ class CutlassBackend:
         built = ", ".join(cutlass_ops.ARCHS)
         return f"the cutlass kernels are built for {built} only; rebuild with: SDGP_CUDA_ARCHS={arch} {BUILD_COMMAND}"
 
+    def fingerprint(self) -> str:
+        """The architectures of the build and a digest of it."""
+        return f"{';'.join(cutlass_ops.ARCHS)} {cutlass_ops.digest()}"
+
     def unsupported(self, geometry: Geometry, plan: LayerPlan, dtype: torch.dtype, device: torch.device) -> str | None:
         """The first thing about the layer that the kernels do not have."""
         if dtype not in DTYPE_NAMES:

@@ -22,6 +22,10 @@ class ReferenceBackend:
         """Never: it is made of ordinary tensor ops."""
         return None
 
+    def fingerprint(self) -> str:
+        """Empty: it comes with torch."""
+        return ""
+
     def unsupported(self, geometry: Geometry, plan: LayerPlan, dtype: torch.dtype, device: torch.device) -> str | None:
         """Never: see `unavailable`."""
         return None

@@ -9,6 +9,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+<<<<<<< HEAD
 from bench import layers, tables
 from sdgp_accel import models, tuning
 from sdgp_accel.backends.reference import ReferenceBackend
@@ -16,6 +17,13 @@ from sdgp_accel.config import PASSES
 from sdgp_accel.roofline import Work
 from sdgp_accel.trace import trace
 from sdgp_accel.tuning import BackwardTimes
+=======
+from bench import layers
+from sdgp_accel import tuning
+from sdgp_accel.backends import Tilings
+from sdgp_accel.backends.reference import ReferenceBackend
+from sdgp_accel.tuning import BackwardTimes, Measurement
+>>>>>>> cc2241d (backend="auto": tilings are timed, choices are remembered on disk, agreed among ranks, predicted under deterministic algorithms)
 
 
 def ungrouped(model: nn.Module, batch: models.Batch) -> set[Work]:
@@ -38,7 +46,7 @@ def test_no_shape_twice() -> None:
 @pytest.mark.parametrize("name", layers.LAYERS)
 def test_a_row_of_every_layer(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     times = BackwardTimes(4.0, 4.0, 2.0, 2.5, compress_both=1.5, compress_dgrad=1.0, compress_wgrad=1.0)
-    monkeypatch.setattr(tuning, "measure", lambda *arguments: times)
+    monkeypatch.setattr(tuning, "measure", lambda *arguments: Measurement(times, times, Tilings()))
     row = layers.time_layer(ReferenceBackend(), name, "mvue")
     assert row["backward_milliseconds"] == 6.0
     assert row["backward_speedup"] == pytest.approx(8 / 6)

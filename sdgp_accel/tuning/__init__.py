@@ -1,0 +1,165 @@
+"""``backend="auto"`` on a GPU: which passes of a layer gain from the sparse kernels is measured, not guessed.
+
+The first time a layer shape is used, the parts of its backward are timed, dense and sparse in turns, and the fastest
+combination runs from then on. Pruning and compressing is charged where it falls: once for both passes, less where
+only one is pruned. What does not gain runs the ordinary dense backward. The outcome is remembered on disk (`cache`)
+and is the same for all data-parallel ranks (`agreement`). Under ``torch.use_deterministic_algorithms(True)`` nothing
+is timed or remembered: the choice is predicted (`prediction`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import torch
+
+import sdgp_accel
+from sdgp_accel.backends import Backend, Tilings, warn_once
+from sdgp_accel.config import Pass
+from sdgp_accel.geometry import Conv2dGeometry, Geometry
+from sdgp_accel.layer_plan import LayerPlan, encode
+from sdgp_accel.tuning import cache
+from sdgp_accel.tuning.agreement import agreed
+from sdgp_accel.tuning.measurement import Measurement, measure
+from sdgp_accel.tuning.prediction import predict
+from sdgp_accel.tuning.record import BackwardTimes, Tuned
+
+__all__ = ["BackwardTimes", "Measurement", "Tuned", "choose", "measure", "tune"]
+
+# Sparse must win by more than the difference between two measurements of one kernel, a few tenths of a per cent here.
+REQUIRED_GAIN = 0.01
+# What a pruned layer costs the host beyond the calls that are timed: its limit in bench/overhead.py.
+HOST_OVERHEAD_MS = 0.015
+
+
+def choose(measured: Measurement) -> tuple[bool, bool]:
+    """The fastest choice of passes to prune; (False, False) unless it gains at least `REQUIRED_GAIN` over dense.
+
+    A backward takes as long as the GPU or as long as the host needs to launch it, whichever is longer.
+    """
+    host = measured.host.totals()
+    totals = {
+        passes: max(on_gpu, host[passes] + HOST_OVERHEAD_MS * any(passes))
+        for passes, on_gpu in measured.device.totals().items()
+    }
+    best = min(totals, key=lambda passes: totals[passes])
+    return best if totals[best] <= (1.0 - REQUIRED_GAIN) * totals[False, False] else (False, False)
+
+
+def tune(
+    backend: Backend,
+    plan: LayerPlan,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    deterministic: bool,
+) -> Tuned:
+    """The passes of `plan` that gain on this device and how to launch them, measured unless it is known already.
+
+    deterministic: predict it instead. A layer that cannot be timed (a CUDA graph is being captured, memory is short)
+    runs dense, and the reason says so.
+    """
+    if deterministic:
+        return predict(plan, geometry, device)
+    key = f"{encode(plan)} {geometry!r} {dtype}"
+    if isinstance(geometry, Conv2dGeometry):
+        key += f" cudnn.benchmark={torch.backends.cudnn.benchmark}"
+
+    def propose() -> str:
+        return json.dumps(_tune_here(key, backend, plan, geometry, dtype, device).to_dict())
+
+    return Tuned.from_dict(json.loads(agreed(key, propose)))
+
+
+def find_tilings(
+    tuned: Tuned, backend: Backend, geometry: Geometry, dtype: torch.dtype, device: torch.device
+) -> Tilings | None:
+    """The backend's tilings that `tuned` names; None where it does not have them."""
+    names: tuple[Pass, Pass] = ("grad_input", "grad_weight")
+    found = []
+    for pass_name, text in zip(names, tuned.tilings, strict=True):
+        listed = {str(tiling): tiling for tiling in backend.tilings(geometry, pass_name, dtype, device)}
+        if text is not None and text not in listed:
+            return None
+        found.append(None if text is None else listed[text])
+    return Tilings(*found)
+
+
+def _tune_here(
+    key: str, backend: Backend, plan: LayerPlan, geometry: Geometry, dtype: torch.dtype, device: torch.device
+) -> Tuned:
+    """What this machine remembers of the layer, or else measures now."""
+    known = _remembered(backend, device)
+    tuned = known.get(key) if known is not None else None
+    if tuned is not None and find_tilings(tuned, backend, geometry, dtype, device) is not None:
+        return tuned._replace(reason=f"{tuned.reason} (remembered)")
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        reason = "first used while a CUDA graph was captured, where nothing can be timed: run one step before"
+        return Tuned((False, False), reason)
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            measured = measure(backend, plan, geometry, dtype, device)
+    except torch.OutOfMemoryError:
+        return Tuned((False, False), "too little free memory to time the sparse kernels on this shape")
+    tuned = _conclude(measured)
+    if known is not None:
+        known.add(key, tuned)
+    return tuned
+
+
+def _conclude(measured: Measurement) -> Tuned:
+    prunes, times = choose(measured), measured.device
+    totals = times.totals()
+    if any(prunes):
+        reason = f"measured: backward {totals[prunes]:.3f} ms, dense {times.dense:.3f} ms"
+    else:
+        best = min(total for passes, total in totals.items() if any(passes))
+        reason = f"dense is faster here: {times.dense:.3f} ms, sparse {best:.3f} ms"
+        if best < times.dense:
+            reason += " on the GPU, but the host takes longer to launch it"
+    tilings = tuple(
+        str(tiling) if pruned and tiling is not None else None
+        for pruned, tiling in zip(prunes, measured.tilings, strict=True)
+    )
+    return Tuned(prunes, reason, (tilings[0], tilings[1]), times)
+
+
+def _remembered(backend: Backend, device: torch.device) -> cache.TuningCache | None:
+    """The file for `device`, read once; None where nothing is remembered."""
+    try:
+        folder = cache.folder()
+    except RuntimeError as error:
+        warn_once(f"measured choices are not remembered: {error}; name a folder with {cache.VARIABLE}")
+        return None
+    return None if folder is None else _open(folder, backend, device)
+
+
+@functools.cache
+def _open(folder: Path, backend: Backend, device: torch.device) -> cache.TuningCache:
+    return cache.TuningCache(folder, environment(backend, device))
+
+
+def environment(backend: Backend, device: torch.device) -> dict[str, str]:
+    """What the times of every layer depend on."""
+    values = {
+        "sdgp_accel": sdgp_accel.__version__,
+        "kernels": backend.fingerprint(),
+        "torch": str(torch.__version__),
+        "device": device.type,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        values["device"] = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
+        values["driver"] = _driver()
+        values["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+    return values
+
+
+def _driver() -> str:
+    """The release of the NVIDIA driver where the kernel module tells it, as on Linux."""
+    version = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\d+\.\d+[.\d]*", version.read_text()) if version.exists() else None
+    return "unknown" if found is None else found.group()

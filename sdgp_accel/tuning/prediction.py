@@ -1,0 +1,52 @@
+"""The choice without a clock, for runs that must repeat themselves: a roofline of the layer on this GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from sdgp_accel.config import PASSES
+from sdgp_accel.geometry import Geometry
+from sdgp_accel.layer_plan import LayerPlan
+from sdgp_accel.roofline import GPU, GPUS, Work, compress_seconds, dense_seconds, device_figures, sparse_seconds
+from sdgp_accel.tuning.record import Tuned
+
+COSTS_OF_COMPRESSION = GPUS["h100-measured"].compress_costs  # for GPUs whose own are not known
+REQUIRED_GAIN = 0.05  # the roofline errs: tests/tuning/test_prediction.py holds its choices to measured ones
+
+CHOICES = ((False, False), (True, False), (False, True), (True, True))  # dgrad, wgrad pruned
+
+
+def predict(plan: LayerPlan, geometry: Geometry, device: torch.device) -> Tuned:
+    """The passes that the roofline lets gain on this CUDA device. Depends on nothing but the arguments."""
+    gpu = device_figures(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    if not gpu.compress_costs:
+        gpu = replace(gpu, compress_costs=COSTS_OF_COMPRESSION)
+    seconds = {passes: _seconds(plan, Work.of(geometry), gpu, passes) for passes in CHOICES}
+    possible = {passes: s for passes, s in seconds.items() if s is not None}
+    dense = possible[False, False]
+    best = min(possible, key=lambda passes: possible[passes])
+    if possible[best] > (1.0 - REQUIRED_GAIN) * dense:
+        best = (False, False)
+    gain = f"{dense / possible[best]:.2f} × dense" if any(best) else "dense"
+    return Tuned(best, f"deterministic algorithms, nothing is timed; predicted for {gpu.title}: {gain}")
+
+
+def _seconds(plan: LayerPlan, work: Work, gpu: GPU, passes: tuple[bool, bool]) -> float | None:
+    """Of the whole backward; None where the plan leaves one of `passes` dense."""
+    specs = {
+        name: spec
+        for name, spec, wanted in zip(PASSES, (plan.grad_input, plan.grad_weight), passes, strict=True)
+        if wanted
+    }
+    if None in specs.values():
+        return None
+    total = (2 - len(specs)) * dense_seconds(work, gpu) + len(specs) * sparse_seconds(work, gpu)
+    # One sweep over dY makes both operands if their rules are the same.
+    sweeps = [tuple(specs)] if len(set(specs.values())) == 1 else [(name,) for name in specs]
+    for names in sweeps:
+        spec = specs[names[0]]
+        assert spec is not None
+        total += compress_seconds(work, gpu, names, "two_pass", gpu.compress_cost(spec))
+    return total

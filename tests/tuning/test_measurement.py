@@ -1,0 +1,117 @@
+"""Timing the parts of a layer's backward: which parts, with which tilings, in how many rounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sdgp_accel import SDGPConfig
+from sdgp_accel.backends import Tilings
+from sdgp_accel.backends.reference import ReferenceBackend
+from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
+from sdgp_accel.layer_plan import decode, plan_string
+from sdgp_accel.tuning import measurement
+from sdgp_accel.tuning.measurement import Milliseconds, measure, median_milliseconds
+
+CPU = torch.device("cpu")
+LINEAR = LinearGeometry(tokens=24, in_channels=16, out_channels=32)
+CONV = Conv2dGeometry.of((2, 8, 6, 5), (16, 8, 3, 3), (2, 2, 1, 1, 1, 1, 1), True)
+
+
+class Timeline:
+    """A clock that only passes when a call says so; in seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+        monkeypatch.setattr(measurement, "clock_for", lambda device: self)
+
+    def call(self, name: str, *milliseconds: float) -> Any:
+        """A callable that takes these times, one after the other, the last one again and again."""
+        times = list(milliseconds)
+
+        def called() -> None:
+            self.calls.append(name)
+            self.now += 1e-3 * (times.pop(0) if len(times) > 1 else times[0])
+
+        return called
+
+    def mark(self) -> float:
+        return self.now
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Tiled(ReferenceBackend):
+    """A backend whose products take as long as their tilings say."""
+
+    def __init__(self, timeline: Timeline, dgrad: dict[str, float], wgrad: dict[str, float]) -> None:
+        self.timeline, self.milliseconds = timeline, {"grad_input": dgrad, "grad_weight": wgrad}
+
+    def tilings(self, geometry: Any, pass_name: str, dtype: Any, device: Any) -> tuple[str, ...]:
+        return tuple(self.milliseconds[pass_name])
+
+    def dgrad(self, operand: Any, weight: Any, geometry: Any, tiling: Any = None) -> None:
+        self.timeline.call(f"dgrad {tiling}", self.milliseconds["grad_input"].get(tiling, 1.0))()
+
+    def wgrad(self, operand: Any, x: Any, geometry: Any, tiling: Any = None) -> None:
+        self.timeline.call(f"wgrad {tiling}", self.milliseconds["grad_weight"].get(tiling, 1.0))()
+
+
+@pytest.mark.parametrize("geometry", [LINEAR, CONV], ids=["linear", "conv2d"])
+@pytest.mark.parametrize("config", [SDGPConfig(), SDGPConfig(grad_weight="dense"), SDGPConfig(grad_input="dense")])
+def test_every_part_is_timed_and_no_generator_moves(
+    geometry: LinearGeometry | Conv2dGeometry, config: SDGPConfig
+) -> None:
+    plan = decode(plan_string("linear" if geometry is LINEAR else "conv2d", config))
+    state = torch.random.get_rng_state()
+    measured = measure(ReferenceBackend(), plan, geometry, torch.float32, CPU)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    expected = {"dense_dgrad", "dense_wgrad"}
+    if config.grad_input == "sparse":
+        expected |= {"sparse_dgrad", "compress_dgrad"}
+    if config.grad_weight == "sparse":
+        expected |= {"sparse_wgrad", "compress_wgrad"}
+    if config.grad_input == config.grad_weight:
+        expected.add("compress_both")
+    for times in (measured.device, measured.host):
+        assert {name for name, value in times._asdict().items() if value is not None} == expected
+        assert all(value > 0.0 for value in times if value is not None)
+    assert measured.tilings == Tilings(None, None)
+
+
+def test_the_fastest_of_the_promising_tilings_is_what_gets_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline = Timeline(monkeypatch)
+    dgrad = {"predicted": 2.0, "better": 1.5, "worse": 3.0, "worst": 4.0, "unpromising": 0.1}
+    backend = Tiled(timeline, dgrad, {"only": 0.5})
+    measured = measure(backend, decode(plan_string("linear", SDGPConfig())), LINEAR, torch.float32, CPU)
+    assert measured.tilings == Tilings("better", "only")
+    assert measured.device.sparse_dgrad == pytest.approx(1.5)
+    assert measured.device.sparse_wgrad == pytest.approx(0.5)
+    assert "dgrad unpromising" not in timeline.calls
+    tail = timeline.calls[len(timeline.calls) - 2 * (measurement.WARM_UP_ROUNDS + measurement.ROUNDS) :]
+    assert set(tail) == {"dgrad better", "wgrad only"}  # timed afresh: the luckiest of several would be too fast
+
+
+def test_candidates_take_turns_and_the_first_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline = Timeline(monkeypatch)
+    candidates = {"a": timeline.call("a", 90.0, 50.0, 0.4, 0.1), "b": timeline.call("b", 0.2)}
+    times = median_milliseconds(candidates, CPU)
+    assert {name: ms.device for name, ms in times.items()} == {"a": pytest.approx(0.1), "b": pytest.approx(0.2)}
+    assert timeline.calls == ["a", "b"] * (measurement.WARM_UP_ROUNDS + measurement.ROUNDS)
+    assert all(ms.host > 0.0 for ms in times.values())
+
+
+@pytest.mark.parametrize(("milliseconds", "rounds"), [(0.1, 9), (0.6, 8), (1.2, 4), (40.0, 3)])
+def test_slow_candidates_get_fewer_rounds(monkeypatch: pytest.MonkeyPatch, milliseconds: float, rounds: int) -> None:
+    timeline = Timeline(monkeypatch)
+    candidates = {name: timeline.call(name, milliseconds) for name in "ab"}
+    assert median_milliseconds(candidates, CPU)["a"].device == pytest.approx(milliseconds)
+    assert len(timeline.calls) == 2 * (measurement.WARM_UP_ROUNDS + rounds)
+    assert isinstance(median_milliseconds(candidates, CPU)["b"], Milliseconds)

@@ -1,0 +1,80 @@
+"""The choice without a clock: a function of its arguments alone, and close to what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.layers import LAYERS
+from sdgp_accel import SDGPConfig, roofline
+from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
+from sdgp_accel.layer_plan import decode, plan_string
+from sdgp_accel.roofline import device_figures
+from sdgp_accel.tuning import BackwardTimes
+from sdgp_accel.tuning.prediction import predict
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results" / "layers_h100.json"
+CUDA = torch.device("cuda", 0)
+WIDE = LinearGeometry(8192, 14336, 4096)  # compute-bound, a gradient much narrower than the input
+NARROW = LinearGeometry(50176, 256, 1024)  # memory-bound
+
+
+@pytest.fixture(autouse=True)
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+def plan(kind: str = "linear", **options: object):
+    return decode(plan_string(kind, SDGPConfig(**options)))
+
+
+@pytest.mark.parametrize("function", ["magnitude", "rescale_magnitude", "random", "mvue"])
+def test_large_layers_gain_and_memory_bound_ones_do_not(function: str) -> None:
+    tuned = predict(plan(prune=function), WIDE, CUDA)
+    assert tuned.prunes == (True, True)
+    assert tuned.times is None
+    assert tuned.reason.startswith("deterministic algorithms, nothing is timed; predicted for H100: 1.")
+    assert predict(plan(prune=function), NARROW, CUDA).prunes == (False, False)
+
+
+def test_only_passes_of_the_plan_and_nothing_else_matters() -> None:
+    for passes in ((True, False), (False, True)):
+        modes = ["sparse" if sparse else "dense" for sparse in passes]
+        one = plan(prune="magnitude", grad_input=modes[0], grad_weight=modes[1])
+        assert {predict(one, WIDE, CUDA).prunes for _ in range(3)} == {passes}
+
+
+def test_what_compression_costs_decides() -> None:
+    conv = Conv2dGeometry.of((512, 256, 16, 16), (256, 256, 3, 3), (1, 1, 1, 1, 1, 1, 1), True)
+    assert any(predict(plan("conv2d", prune="rescale_magnitude", scope="group"), conv, CUDA).prunes)
+    assert not any(predict(plan("conv2d", prune="rescale_magnitude", scope="sample_channel"), conv, CUDA).prunes)
+    assert not any(predict(plan("conv2d", prune="mvue", m=16), conv, CUDA).prunes)
+    assert not any(predict(plan("conv2d", prune={"grad_input": "mvue", "grad_weight": "random"}), conv, CUDA).prunes)
+
+
+def test_it_is_near_what_an_h100_measured() -> None:
+    rows = json.loads(RESULTS.read_text())["rows"]
+    dense = best = predicted = 0.0
+    for row in rows:
+        geometry = LAYERS[row["layer"]]
+        kind = "linear" if isinstance(geometry, LinearGeometry) else "conv2d"
+        chosen = predict(plan(kind, prune=row["prune"], scope="group"), geometry, CUDA).prunes
+        times = BackwardTimes(**row["milliseconds"])
+        totals = times.totals()
+        dense, predicted, best = dense + times.dense, predicted + totals[chosen], best + min(totals.values())
+    assert predicted - best < 0.25 * (dense - best)  # most of what there is to gain
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "figures"),
+    [("NVIDIA H100 80GB HBM3", (9, 0), "h100"), ("NVIDIA H200", (9, 0), "h200"),
+     ("NVIDIA A100-SXM4-40GB", (8, 0), "a100-40"), ("NVIDIA A100-SXM4-80GB", (8, 0), "a100-80"),
+     ("NVIDIA GeForce RTX 4090", (8, 9), "rtx4090"), ("NVIDIA A30", (8, 0), "a100-80"),
+     ("NVIDIA A10", (8, 6), "l40s"), ("NVIDIA B200", (10, 0), "h100")],
+)  # fmt: skip
+def test_a_gpu_has_the_figures_of_its_kind(name: str, capability: tuple[int, int], figures: str) -> None:
+    assert device_figures(name, capability) is roofline.GPUS[figures]

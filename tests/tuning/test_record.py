@@ -1,0 +1,48 @@
+"""The record of one tuned layer: what it adds up, and that only its own JSON is read back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sdgp_accel.tuning import BackwardTimes, Tuned
+
+TIMES = BackwardTimes(4.0, 3.0, sparse_dgrad=2.0, compress_dgrad=0.5)
+TUNED = Tuned((True, False), "measured", ("128x256", None), TIMES)
+
+
+def test_a_pass_that_is_dense_by_configuration_is_no_candidate() -> None:
+    times = BackwardTimes(dense_dgrad=4.0, dense_wgrad=4.0, sparse_wgrad=0.1, compress_wgrad=0.1)
+    assert times.totals() == {(False, False): 8.0, (False, True): pytest.approx(4.2)}
+    both = BackwardTimes(1.0, 2.0, 0.5, 0.75, compress_both=0.25, compress_dgrad=0.125, compress_wgrad=0.0625)
+    assert both.totals() == {
+        (False, False): 3.0, (True, False): 0.125 + 0.5 + 2.0, (False, True): 0.0625 + 1.0 + 0.75,
+        (True, True): 0.25 + 0.5 + 0.75,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("tuned", [TUNED, Tuned((False, False), "no memory")])
+def test_round_trip(tuned: Tuned) -> None:
+    assert Tuned.from_dict(json.loads(json.dumps(tuned.to_dict()))) == tuned
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prunes": [True]}, {"prunes": [1, 0]}, {"prunes": "tf"}, {"prunes": [False, True]}, {"reason": None},
+        {"tilings": ["128x256"]}, {"tilings": [None, 3]}, {"times": {"dense_dgrad": 1.0}}, {"times": [1.0]},
+        {"times": {"dense_dgrad": "1", "dense_wgrad": 1.0}}, {"times": {"dense": 1.0, "dense_wgrad": 1.0}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_anything_else_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="not a tuned layer"):
+        Tuned.from_dict(TUNED.to_dict() | change)
+    values = TUNED.to_dict()
+    del values[next(iter(change))]
+    with pytest.raises(ValueError, match="not a tuned layer"):
+        Tuned.from_dict(values)
+    for other in (None, [], "text", 3):
+        with pytest.raises(ValueError, match="not a tuned layer"):
+            Tuned.from_dict(other)

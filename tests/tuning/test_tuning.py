@@ -1,0 +1,254 @@
+"""The measured choice of ``backend="auto"``: which passes stay pruned, what is remembered, and what never changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdgp_accel import SDGPConfig, backends, functional, prune, tuning
+from sdgp_accel.backends import Decision, Tilings
+from sdgp_accel.backends.reference import ReferenceBackend
+from sdgp_accel.layer_plan import plan_string
+from sdgp_accel.tuning import BackwardTimes, Measurement, Tuned, cache, choose, measurement
+
+CPU = torch.device("cpu")
+
+
+class FakeKernels(ReferenceBackend):
+    """The reference backend under the name of the kernels, with tilings to choose from."""
+
+    name = backends.KERNELS
+
+    def __init__(self) -> None:
+        self.listed: tuple[str, ...] = ("predicted", "better")
+
+    def tilings(self, geometry: Any, pass_name: str, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+        return self.listed
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKernels]:
+    """A machine on which `KERNELS` exists and takes every layer."""
+    fake = FakeKernels()
+    monkeypatch.setattr(backends, "_no_sparse_tensor_cores", lambda device: None)
+    monkeypatch.setattr(backends, "load", lambda name: fake if name == backends.KERNELS else ReferenceBackend())
+    backends.forget_decisions()
+    yield fake
+    backends.forget_decisions()
+
+
+FAST = {"dense_dgrad": 4.0, "dense_wgrad": 4.0, "sparse_dgrad": 2.0, "sparse_wgrad": 2.0}
+SPARSE_DGRAD = {**FAST, "compress_both": 3.0, "compress_dgrad": 0.7, "compress_wgrad": 1.0}
+NO_GAIN = {**FAST, "compress_both": 9.0, "compress_dgrad": 9.0, "compress_wgrad": 9.0}
+
+
+def set_times(monkeypatch: pytest.MonkeyPatch, times: dict[str, float], host: float = 0.0) -> list[int]:
+    """A clock that says this; the list grows by one for each layer that is measured."""
+    measured: list[int] = []
+
+    def median(candidates: dict[Any, Any], device: torch.device) -> dict[Any, measurement.Milliseconds]:
+        if "dense_dgrad" not in candidates:
+            return {key: measurement.Milliseconds(1.0 if key[1] == "better" else 2.0, 0.0) for key in candidates}
+        measured.append(1)
+        return {name: measurement.Milliseconds(times[name], host) for name in candidates}
+
+    monkeypatch.setattr(measurement, "median_milliseconds", median)
+    return measured
+
+
+def decide(config: SDGPConfig | None = None, tokens: int = 24, deterministic: bool = False) -> Decision:
+    plan = plan_string("linear", config or SDGPConfig())
+    return backends.decide_linear(plan, (tokens, 16), 32, torch.bfloat16, CPU, deterministic)
+
+
+def measured_times(device: dict[str, float], host: float = 0.0) -> Measurement:
+    return Measurement(BackwardTimes(**device), BackwardTimes(**dict.fromkeys(device, host)), Tilings())
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"compress_both": 1.0, "compress_dgrad": 0.7, "compress_wgrad": 0.7}, (True, True)),
+        ({"compress_both": 3.0, "compress_dgrad": 0.7, "compress_wgrad": 1.0}, (True, False)),
+        ({"compress_both": 3.0, "compress_dgrad": 1.0, "compress_wgrad": 0.7}, (False, True)),
+        ({"compress_both": 5.0, "compress_dgrad": 2.5, "compress_wgrad": 2.5}, (False, False)),
+        ({"compress_both": 3.96, "compress_dgrad": 9.0, "compress_wgrad": 9.0}, (False, False)),  # gains 0.5 %
+    ],
+)
+def test_the_fastest_combination_is_chosen(changes: dict[str, float], expected: tuple[bool, bool]) -> None:
+    assert choose(measured_times({**FAST, **changes})) == expected
+
+
+@pytest.mark.parametrize(("host", "expected"), [(0.5, (True, True)), (2.6, (True, False)), (4.1, (False, False))])
+def test_a_host_that_is_slower_than_the_gpu_counts(host: float, expected: tuple[bool, bool]) -> None:
+    times = {**FAST, "compress_both": 1.0, "compress_dgrad": 1.2, "compress_wgrad": 1.5}
+    # On the host, dense is two calls, one pruned pass three calls and two pruned passes three, of `host` ms each.
+    measured = measured_times(times, host)
+    slow_both = measured._replace(host=measured.host._replace(compress_both=2 * host))
+    assert choose(slow_both) == expected
+
+
+def test_auto_prunes_what_gains_and_launches_it_the_fastest_way(
+    kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_times(monkeypatch, SPARSE_DGRAD)
+    decision = decide()
+    assert decision.backend is kernels
+    assert decision.plan.grad_input is not None
+    assert decision.plan.grad_weight is None
+    assert decision.reason == "measured: backward 6.700 ms, dense 8.000 ms"
+    assert decision.tilings == Tilings("better", None)
+    assert decision.times is not None
+    assert decision.times._asdict() == SPARSE_DGRAD
+
+
+def test_auto_runs_dense_where_nothing_gains(kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_times(monkeypatch, NO_GAIN)
+    decision = backends.decide_conv2d(
+        plan_string("conv2d", SDGPConfig()), (2, 8, 6, 5), (16, 8, 3, 3), (2, 2, 1, 1, 1, 1, 1), True,
+        torch.bfloat16, CPU, False,
+    )  # fmt: skip
+    assert decision.backend is None
+    assert not decision.draws
+    assert decision.reason == "dense is faster here: 8.000 ms, sparse 13.000 ms"
+    x, weight = torch.randn(24, 16).bfloat16(), torch.randn(32, 16).bfloat16().requires_grad_()
+    y = functional.linear(x, weight)
+    assert type(y.grad_fn).__name__ == type(torch.nn.functional.linear(x, weight).grad_fn).__name__
+
+
+def test_the_reason_tells_of_a_slow_host(kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_times(monkeypatch, {name: 0.01 * ms for name, ms in SPARSE_DGRAD.items()}, host=0.05)
+    decision = decide()
+    assert decision.backend is None
+    assert decision.reason.endswith("on the GPU, but the host takes longer to launch it")
+
+
+def test_naming_the_kernels_measures_nothing(kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "measure", lambda *arguments: pytest.fail("measured"))
+    decision = decide(SDGPConfig(backend="cutlass"))
+    assert decision.backend is kernels
+    assert decision.plan.grad_weight is not None
+    assert decision.tilings == Tilings(None, None)
+
+
+def test_short_memory_means_dense_and_is_not_remembered(
+    kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def out_of_memory(*arguments: object) -> Measurement:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tuning, "measure", out_of_memory)
+    decision = decide()
+    assert decision.backend is None
+    assert "too little free memory" in decision.reason
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_gradients_of_a_chosen_pass_are_pruned_and_of_the_other_dense(
+    kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_times(monkeypatch, {**FAST, "compress_both": 3.0, "compress_dgrad": 1.0, "compress_wgrad": 0.7})
+    config = SDGPConfig(prune="magnitude")
+    x, weight = torch.randn(24, 16, requires_grad=True), torch.randn(32, 16, requires_grad=True)
+    dy = torch.randn(24, 32)
+    functional.linear(x, weight, plan=config).backward(dy)
+    torch.testing.assert_close(x.grad, dy @ weight.detach())
+    torch.testing.assert_close(weight.grad, prune(dy, config, dim=0).t() @ x.detach())
+
+
+# --- remembered --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remembering(kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeKernels:
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
+    return kernels
+
+
+def next_process() -> None:
+    """Forget what only this process knows."""
+    backends.forget_decisions()
+    tuning._open.cache_clear()
+
+
+def test_a_shape_is_measured_once_per_machine(remembering: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = set_times(monkeypatch, SPARSE_DGRAD)
+    first = decide()
+    next_process()
+    again = decide()
+    assert len(measured) == 1
+    assert again._replace(reason=first.reason) == first
+    assert again.reason == f"{first.reason} (remembered)"
+    decide(tokens=28)
+    decide(SDGPConfig(prune="magnitude"))
+    assert len(measured) == 3
+
+
+def test_dense_is_remembered_too(remembering: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = set_times(monkeypatch, NO_GAIN)
+    assert decide().backend is None
+    next_process()
+    assert decide().backend is None
+    assert len(measured) == 1
+
+
+def test_a_tiling_that_is_no_more_is_measured_again(remembering: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = set_times(monkeypatch, SPARSE_DGRAD)
+    decide()
+    next_process()
+    remembering.listed = ("new",)
+    assert decide().tilings == Tilings("new", None)
+    assert len(measured) == 2
+    next_process()
+    assert decide().tilings == Tilings("new", None)
+    assert len(measured) == 2
+
+
+@pytest.mark.parametrize("what", ["kernels", "torch", "sdgp_accel"])
+def test_another_build_measures_for_itself(
+    remembering: FakeKernels, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    measured = set_times(monkeypatch, SPARSE_DGRAD)
+    decide()
+    next_process()
+    if what == "kernels":
+        monkeypatch.setattr(remembering, "fingerprint", lambda: "90a 0123", raising=False)
+    elif what == "torch":
+        monkeypatch.setattr(torch, "__version__", "99.0")
+    else:
+        monkeypatch.setattr("sdgp_accel.__version__", "99.0")
+    decide()
+    assert len(measured) == 2
+
+
+def test_the_driver_is_found_where_the_kernel_module_tells_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    version = tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Thu Sep 4\nGCC version: 13.3\n")
+    monkeypatch.setattr(tuning, "Path", lambda name: version)
+    assert tuning._driver() == "580.159.04"
+    version.unlink()
+    assert tuning._driver() == "unknown"
+
+
+# --- deterministic -----------------------------------------------------------------------------------------------
+
+
+def test_deterministic_algorithms_time_nothing(remembering: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_times(monkeypatch, NO_GAIN)
+    timed = decide()
+    monkeypatch.setattr(tuning, "measure", lambda *arguments: pytest.fail("measured"))
+    monkeypatch.setattr(tuning, "predict", lambda *arguments: Tuned((True, False), "predicted"))
+    x = torch.randn(24, 16, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        functional.linear(x, torch.randn(32, 16)).sum().backward()
+        predicted = decide(deterministic=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (predicted.reason, predicted.tilings) == ("predicted", Tilings(None, None))
+    assert decide() is timed  # what was measured is not touched
