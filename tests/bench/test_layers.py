@@ -9,21 +9,14 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-<<<<<<< HEAD
 from bench import layers, tables
 from sdgp_accel import models, tuning
+from sdgp_accel.backends import Tilings
 from sdgp_accel.backends.reference import ReferenceBackend
 from sdgp_accel.config import PASSES
 from sdgp_accel.roofline import Work
 from sdgp_accel.trace import trace
-from sdgp_accel.tuning import BackwardTimes
-=======
-from bench import layers
-from sdgp_accel import tuning
-from sdgp_accel.backends import Tilings
-from sdgp_accel.backends.reference import ReferenceBackend
 from sdgp_accel.tuning import BackwardTimes, Measurement
->>>>>>> cc2241d (backend="auto": tilings are timed, choices are remembered on disk, agreed among ranks, predicted under deterministic algorithms)
 
 
 def ungrouped(model: nn.Module, batch: models.Batch) -> set[Work]:

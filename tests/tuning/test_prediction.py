@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.layers import LAYERS
+from bench.prediction import geometry_of
 from sdgp_accel import SDGPConfig, roofline
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
@@ -37,7 +37,7 @@ def test_large_layers_gain_and_memory_bound_ones_do_not(function: str) -> None:
     tuned = predict(plan(prune=function), WIDE, CUDA)
     assert tuned.prunes == (True, True)
     assert tuned.times is None
-    assert tuned.reason.startswith("deterministic algorithms, nothing is timed; predicted for H100: 1.")
+    assert tuned.reason.startswith("deterministic algorithms, nothing is timed; predicted for H100")
     assert predict(plan(prune=function), NARROW, CUDA).prunes == (False, False)
 
 
@@ -60,7 +60,7 @@ def test_it_is_near_what_an_h100_measured() -> None:
     rows = json.loads(RESULTS.read_text())["rows"]
     dense = best = predicted = 0.0
     for row in rows:
-        geometry = LAYERS[row["layer"]]
+        geometry = geometry_of(row["geometry"])
         kind = "linear" if isinstance(geometry, LinearGeometry) else "conv2d"
         chosen = predict(plan(kind, prune=row["prune"], scope="group"), geometry, CUDA).prunes
         times = BackwardTimes(**row["milliseconds"])
@@ -71,10 +71,10 @@ def test_it_is_near_what_an_h100_measured() -> None:
 
 @pytest.mark.parametrize(
     ("name", "capability", "figures"),
-    [("NVIDIA H100 80GB HBM3", (9, 0), "h100"), ("NVIDIA H200", (9, 0), "h200"),
+    [("NVIDIA H100 80GB HBM3", (9, 0), "h100-measured"), ("NVIDIA H200", (9, 0), "h200"),
      ("NVIDIA A100-SXM4-40GB", (8, 0), "a100-40"), ("NVIDIA A100-SXM4-80GB", (8, 0), "a100-80"),
      ("NVIDIA GeForce RTX 4090", (8, 9), "rtx4090"), ("NVIDIA A30", (8, 0), "a100-80"),
-     ("NVIDIA A10", (8, 6), "l40s"), ("NVIDIA B200", (10, 0), "h100")],
+     ("NVIDIA A10", (8, 6), "l40s"), ("NVIDIA B200", (10, 0), "h100-measured")],
 )  # fmt: skip
 def test_a_gpu_has_the_figures_of_its_kind(name: str, capability: tuple[int, int], figures: str) -> None:
     assert device_figures(name, capability) is roofline.GPUS[figures]
