@@ -23,7 +23,7 @@ from sdgp_accel.tuning import BackwardTimes
 
 NOT_MEASURED = "not measured yet"
 LONG = 14  # table lines from which on a table is folded
-PEERS = {"cublas": "cuBLAS (dense)", "cslt": "cuSPARSELt"}
+PEERS = {"cublas": "cuBLAS (dense)", "cslt": "cuSPARSELt", "semi_structured": "`torch._sparse_semi_structured_mm`"}
 Result = Any  # a result file's JSON
 Row = dict[str, Any]
 
@@ -274,13 +274,14 @@ def gemm_row(row: Row) -> list[str]:
     us = medians(row["us"])
     ours = us["ours"]
     cutlass = [value for name, value in us.items() if name.startswith("peer_")]
+    missing = (NOT_MEASURED, "does not run")
     return [
         f"{row['layer']}, {row['T']} positions",
         row["pas"],
         f"{row['m']} × {row['n']} × {row['k']}",
         microseconds(ours),
         f"{2e-6 * row['m'] * row['n'] * row['k'] / ours:.0f}",
-        *(times(us[peer] / ours) if peer in us else NOT_MEASURED for peer in PEERS),
+        *(times(us[peer] / ours) if peer in us else missing[peer in row.get("unavailable", ())] for peer in PEERS),
         times(min(cutlass) / ours) if cutlass else NOT_MEASURED,
     ]
 

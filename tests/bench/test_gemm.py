@@ -1,38 +1,96 @@
-"""bench/gemm.py where there is no GPU: its table, the README's reading of its rows, and what it says."""
+"""bench/gemm.py where there is no GPU: its rows with a made-up backend and clock, the README's reading of them."""
+
+from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
-from rich.console import Console
 
 from bench import gemm, tables
+from sdgp_accel.backends import Operands
+from sdgp_accel.backends.reference import ReferenceBackend
+from sdgp_accel.semi_structured import compress_matrix
 
+CPU = torch.device("cpu")
 ROW = {
-    "layer": "net.fc", "T": 64, "pas": "wgrad", "m": 512, "n": 256, "k": 64_000,
-    "tiling": {"tile": "128x256", "cluster_size": 2, "splits": 3, "group_n": 1},
-    "us": {"ours": [9.0, 10.0, 50.0], "cublas": [15.0, 14.0, 16.0]},
+    "layer": "net.fc", "T": 64, "pas": "wgrad", "m": 512, "n": 256, "k": 64_000, "tiling": "a tiling",
+    "us": {"ours": [9.0, 10.0, 50.0], "cublas": [15.0, 14.0, 16.0]}, "unavailable": {"semi_structured": "8.x only"},
 }  # fmt: skip
 
 
-def test_table_shows_medians_and_ratios_to_the_peers_there_are():
-    console = Console(width=120, record=True)
-    console.print(gemm.table([ROW]))
-    line = next(line for line in console.export_text().splitlines() if "net.fc" in line)
-    cells = [cell.strip() for cell in line.strip("│").split("│")]
-    assert cells == ["net.fc", "wgrad", "512x256x64000", "128x256/3", "10.0", "1678", "1.50", "-"]
+class MadeUp(ReferenceBackend):
+    """Compressed operands and two tilings; products as the reference has them, the second tiling's wrong."""
+
+    def prune_compress(self, dy2d: Any, plan: Any, rng: Any, positions_per_sample: int, needs: Any) -> Operands:
+        pruned = super().prune_compress(dy2d, plan, rng, positions_per_sample, needs)
+        both = [None if x is None else compress_matrix(x, axis) for x, axis in ((pruned.dgrad, 1), (pruned.wgrad, 0))]
+        return Operands(both[0], both[1], None)
+
+    def tilings(self, *arguments: Any) -> tuple[str, ...]:  # type: ignore[override]
+        return ("right", "wrong")
+
+    def dgrad(self, operand: Any, weight: Any, geometry: Any, tiling: Any = None) -> Any:
+        return super().dgrad(operand.decompress(), weight, geometry) * (1 if tiling == "right" else 2)
+
+    def wgrad(self, operand: Any, x: Any, geometry: Any, tiling: Any = None) -> Any:
+        return super().wgrad(operand.decompress(), x, geometry) * (1 if tiling == "right" else 2)
 
 
-def test_readme_table_reads_the_result_file(tmp_path):
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every closure is called once and took as many microseconds as its name has letters."""
+
+    def time_in_turns(contenders: dict[str, list[Any]], repeats: int) -> dict[str, list[float]]:
+        for closures in contenders.values():
+            for closure in closures:
+                closure()
+        return {name: [float(len(name))] * repeats for name in contenders}
+
+    monkeypatch.setattr(gemm, "time_in_turns", time_in_turns)
+    monkeypatch.setattr(gemm, "CACHE_BYTES", 3 * 2 * (48 * 32 + 32 * 24 + 48 * 24))
+
+
+@pytest.mark.parametrize("name", ["dgrad", "wgrad"])
+def test_a_row(clock: None, name: str) -> None:
+    row = gemm.measure(MadeUp(), gemm.Layer("net.fc", 48, 24, 32), name, True, CPU)
+    assert (row["m"], row["n"], row["k"]) == ((48, 24, 32) if name == "dgrad" else (32, 24, 48))
+    assert row["relative_error"] < 1e-2
+    assert row["buffer_sets"] >= 2
+    assert {peer: sample[0] for peer, sample in row["us"].items()} == {"ours": 4.0, "cublas": 6.0}
+    assert set(row["unavailable"]) == {"cslt", "semi_structured"}
+    assert all(row["unavailable"].values())
+    assert row["search"] == {"right": 5.0, "wrong": 5.0}
+    json.dumps(row)
+
+
+def test_a_wrong_product_is_no_result(clock: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MadeUp, "tilings", lambda *arguments: ("wrong",))
+    with pytest.raises(click.ClickException, match=r"net\.fc: wrong dgrad, relative error"):
+        gemm.measure(MadeUp(), gemm.Layer("net.fc", 48, 24, 32), "dgrad", False, CPU)
+    monkeypatch.setattr(MadeUp, "tilings", lambda *arguments: ())
+    with pytest.raises(click.ClickException, match="no sparse wgrad on this GPU"):
+        gemm.measure(MadeUp(), gemm.Layer("net.fc", 48, 24, 32), "wgrad", False, CPU)
+
+
+def test_layers_are_distinct() -> None:
+    assert len({layer.name for layer in gemm.LAYERS}) == len(gemm.LAYERS)
+
+
+def test_readme_table_reads_the_result_file(tmp_path: Path) -> None:
     (tmp_path / "gemm.json").write_text(json.dumps({"benchmark": "gemm", "provenance": {}, "results": [ROW]}))
-    missing = " | ".join([tables.NOT_MEASURED] * 2)
-    row = f"| net.fc, 64 positions | wgrad | 512 × 256 × 64000 | 10.0 | 1678 | 1.50 × | {missing} |"
+    row = (
+        "| net.fc, 64 positions | wgrad | 512 × 256 × 64000 | 10.0 | 1678 | 1.50 × | not measured yet | does not run |"
+    )
     assert row in tables.gemm(tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so():
+def test_without_a_gpu_it_says_so() -> None:
     result = CliRunner().invoke(gemm.main, [])
     assert result.exit_code == 1
-    assert "compute capability 9.0" in result.output
+    assert "no CUDA device" in result.output
