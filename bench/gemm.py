@@ -71,7 +71,7 @@ def pointwise(images: int, size: int, in_channels: int, out_channels: int) -> La
     return Layer(f"resnet50.1x1_{in_channels}_{out_channels}", images * size * size, in_channels, out_channels)
 
 
-# 25088 and 50432 tokens: ViTs with 16 x 16 patches at 224 pixels, batch 128 (196 tokens) and 256 (197 tokens). GPT-2: 16
+# 25088 and 50432 tokens: ViTs with 16 x 16 patches at 224 pixels, batch 128 (196 tokens) and 256 (197). GPT-2: 16
 # sequences of 1024. An LLM block 4096 wide with a gated MLP: 8192 tokens. ResNet-50 at batch 256. Most telling first.
 LAYERS = [
     *transformer("vit_large", 25088, 1024, 4096),
