@@ -63,7 +63,8 @@ def benchmark(
     loss_fn: ``(output, targets) -> scalar``; None takes the output's own loss or cross-entropy (`batch.loss`).
     optimizer: makes one from parameters.
     autocast: dtype of `torch.autocast` around forward and loss; float16 brings a GradScaler along.
-    compile: compile both contenders. peers: also time dense the other way, eager or compiled.
+    compile: compile both contenders. peers: also time both the other way, eager or compiled; one of these that cannot
+        run is left out, and the report says why.
     steps, warmup: counted and uncounted steps of each contender.
     gpu: whose roofline the prediction uses; None for this GPU where it is a known one, else an A100.
     name: what the report calls the model.
@@ -79,15 +80,20 @@ def benchmark(
     config = config or SDGPConfig()
     batch = batches.to(batch, device)
     make = functools.partial(_Contender, model, batch, loss_fn=loss_fn, optimizer=optimizer, autocast=autocast)
-    contenders = [make(compiled=compile), make(compiled=compile, sdgp=(config, filter_fn))]
-    if peers:
-        contenders.append(make(compiled=not compile))
+    sdgp = (config, filter_fn)
+    ways = (compile, not compile) if peers else (compile,)
+    contenders = [make(compiled=compiled, sdgp=pruning) for compiled in ways for pruning in (None, sdgp)]
     clock = clock_for(device)
     with _cudnn_benchmark():
-        contenders[1].swap = tune(contenders[1].model, batch, autocast=autocast)
-        for contender in contenders:
-            for _ in range(warmup):
-                contender.step(clock)
+        left_out = {}
+        for contender in tuple(contenders):
+            try:
+                contender.warm_up(clock, warmup)
+            except RuntimeError as error:  # also torch.compile's own errors, and too little memory
+                if contender.compiled == compile:
+                    raise
+                left_out[contender.name] = next(iter(str(error).splitlines()), type(error).__name__)
+                contenders.remove(contender)
         if device.type == "cuda":
             _settle(contenders, clock)
         samples = _take_turns(contenders, clock, steps, *_TURN[device.type])
@@ -115,6 +121,7 @@ def benchmark(
             "optimizer": type(contenders[0].optimizer).__name__,
             "steps": steps,
             "warmup": warmup,
+            "left_out": left_out,
         },
         provenance=origin,
     )
@@ -159,6 +166,14 @@ class _Contender:
         end = clock.mark()
         self._last_loss = loss.detach()
         return start, forward, backward, end
+
+    def warm_up(self, clock: Clock, steps: int) -> None:
+        """Decide what each layer runs, and take steps that nobody counts."""
+        if self.swap is not None:
+            self.swap = tune(self.model, self._batch, autocast=self._autocast)
+        for _ in range(steps):
+            self.step(clock)
+        clock.synchronize()
 
     def last_loss(self) -> float:
         """Of the latest step; waits for it."""

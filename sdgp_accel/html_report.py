@@ -132,7 +132,8 @@ def _bars(report: Mapping[str, Any], scale: float, unit: str) -> list[Bar]:
         if contender["sdgp"]:
             note = "" if report["kind"] == "measurement" else report["outcome"]
         else:
-            note = f"SDGP: {ratio['median']:.3f} × this" if ratio else ""
+            fastest = report.get("fastest_sdgp", "SDGP")  # reports of before had one
+            note = f"{fastest}: {ratio['median']:.3f} × this" if ratio else ""
         bars.append(Bar(contender["name"], note, _cell(contender["step"]["median"], scale), tuple(segments)))
     return bars
 

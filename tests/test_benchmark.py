@@ -157,12 +157,40 @@ def test_peers_are_compiled_when_the_contenders_are_not(fake_clock: FakeClock, m
     compiled: list[nn.Module] = []
     monkeypatch.setattr(torch, "compile", lambda model: (compiled.append(model), model)[1])
     report = benchmark(_small_model(), _small_batch(), DETERMINISTIC, peers=True, steps=1, warmup=0)
-    assert [contender.name for contender in report.contenders] == ["dense", "SDGP", "dense, compiled"]
-    assert len(compiled) == 1
+    names = ["dense", "SDGP", "dense, compiled", "SDGP, compiled"]
+    assert [contender.name for contender in report.contenders] == names
+    assert len(compiled) == 2
     assert report.contenders[2].stages == {}
     assert report.contenders[2].parts["backward"] == 1.0
+    assert report.settings["left_out"] == {}
     report = benchmark(_small_model(), _small_batch(), DETERMINISTIC, peers=True, compile=True, steps=1, warmup=0)
-    assert [contender.name for contender in report.contenders] == ["dense, compiled", "SDGP, compiled", "dense"]
+    assert [contender.name for contender in report.contenders] == [*names[2:], *names[:2]]
+
+
+def test_a_peer_that_cannot_run_is_left_out(fake_clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: nn.Module) -> Any:
+        def forward(*inputs: Any) -> Any:
+            raise RuntimeError("no compiler here\nand much more")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", broken)
+    report = benchmark(_small_model(), _small_batch(), DETERMINISTIC, peers=True, steps=1, warmup=1)
+    assert [contender.name for contender in report.contenders] == ["dense", "SDGP"]
+    assert report.settings["left_out"] == dict.fromkeys(("dense, compiled", "SDGP, compiled"), "no compiler here")
+    assert "SDGP, compiled left out: no compiler here" in str(report)
+    with pytest.raises(RuntimeError, match="no compiler here"):
+        benchmark(_small_model(), _small_batch(), DETERMINISTIC, compile=True, peers=True, steps=1, warmup=1)
+
+
+def test_the_fastest_of_each_side_are_compared() -> None:
+    report = measured_report((0.8, 0.81, 0.79))
+    compiled = _contender("SDGP, compiled", True, (0.7, 0.7, 0.7), {})
+    report = replace(report, contenders=(*report.contenders, replace(compiled, compiled=True)))
+    assert (report.sdgp.name, report.fastest_sdgp.name) == ("SDGP", "SDGP, compiled")
+    assert "The SDGP, compiled step is faster than dense: +30.0% saved" in report.verdict
+    assert report.to_dict()["fastest_sdgp"] == "SDGP, compiled"
+    assert "SDGP, compiled / this" in str(report)
 
 
 def test_a_cpu_is_never_said_to_save(tmp_path: Path) -> None:
@@ -254,8 +282,8 @@ def test_json_schema(tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     assert data == json.loads(json.dumps(report.to_dict()))
     assert set(data) == {
-        "schema", "kind", "model", "batch", "machine", "outcome", "verdict", "contenders", "sdgp_over_dense", "swap",
-        "prediction", "layers", "settings", "provenance",
+        "schema", "kind", "model", "batch", "machine", "outcome", "verdict", "contenders", "fastest_sdgp",
+        "sdgp_over_dense", "swap", "prediction", "layers", "settings", "provenance",
     }  # fmt: skip
     assert (data["schema"], data["model"], data["batch"]) == (1, "small", 64)
     for contender in data["contenders"]:

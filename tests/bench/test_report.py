@@ -78,6 +78,7 @@ STEP = {
     "contenders": [contender("dense", 10), contender("SDGP", 8, sdgp=True), contender("dense, compiled", 9)],
     "sdgp_over_dense": {"dense": {"median": 0.8}, "dense, compiled": {"median": 0.9}},
     "settings": {"config": {"prune": "mvue"}},
+    "prediction": {"gpu": {"title": "X1"}, "dense_seconds": 8e-3, "two_pass": {"seconds": 7.1e-3}},
     "provenance": ORIGIN,
 }
 
@@ -163,7 +164,10 @@ def test_prune(tmp_path):
 
 def test_step_time_compares_with_the_fastest_dense_step(tmp_path):
     text = build("step_time", tmp_path, STEP)
-    assert "| resnet9, batch 512, `mvue` | 10.00 | 9.00 | 8.00 | not measured yet | **+10.0 %** |" in text
+    head = "| resnet9, batch 512, `mvue` | 10.00 | 9.00 | 8.00 |"
+    assert f"{head} not measured yet | **+10.0 %** | +10.0 %, X1 | [result.json]" in text
+    left_out = STEP["settings"] | {"left_out": {"SDGP, compiled": "no compiler"}}
+    assert f"{head} does not run |" in build("step_time", tmp_path, STEP | {"settings": left_out})
     assert "result.json: A GPU, driver 580" in text
 
 
