@@ -162,9 +162,15 @@ def step_row(result: Result) -> list[str]:
     return [
         f"{result['model']}, batch {result['batch']}, {f'`{prune}`' if isinstance(prune, str) else prune}",
         *times,
-        NOT_MEASURED if saving is None else f"**{100 * saving:+.1f} %**",
+        NOT_MEASURED if saving is None else f"**{100 * saving:+.1f} %**{over_peers(result)}",
         predicted_saving(result),
     ]
+
+
+def over_peers(result: Result) -> str:
+    """What the fastest SDGP step saves over each dense one, where there are several."""
+    savings = [f"{name} {100 * (1 - r['median']):+.1f} %" for name, r in result["sdgp_over_dense"].items()]
+    return f" ({'; '.join(savings)})" if len(savings) > 1 else ""
 
 
 def predicted_saving(result: Result) -> str:
