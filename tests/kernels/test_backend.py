@@ -15,7 +15,7 @@ from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.nn import SDGPConv2d, SDGPLinear
 from sdgp_accel.semi_structured import compress_matrix
 from tests.kernels import test_sm90_sparse
-from tests.kernels.hopper import SimulatedKernels, SimulatorEngine
+from tests.kernels.products import SimulatedKernels, SimulatorEngine
 from tests.ptxsim import toolchain
 
 CUDA = torch.device("cuda", 0)
@@ -128,7 +128,7 @@ def product_device(monkeypatch):
         return CUDA
     if reason := toolchain.missing():
         pytest.skip(reason)
-    simulated = SimulatedKernels(SimulatorEngine())
+    simulated = SimulatedKernels(SimulatorEngine("90a"))
     facts = cutlass.Device((9, 0), SimulatorEngine.SM_COUNT)
     monkeypatch.setattr(cutlass, "device_facts", lambda device: facts)
     monkeypatch.setattr(cutlass, "_on_device", lambda device: contextlib.nullcontext())

@@ -1,0 +1,444 @@
+// Where the tiles of A and B come from and where the tiles of D go: the one thing in which a convolution differs from a
+// matrix product.
+//
+//   MatrixGather   D = A * B, all three plain matrices
+//   DgradGather    rows of A are pixels of the compressed gradient, k runs over filter taps and, inside a tap, channels
+//   WgradGather    k runs over output pixels; columns of B are activations under one filter tap
+//
+// A gather has parts (the residue classes of a strided dgrad, else one), each a product of its own, and a Loader, which
+// copies the tiles of one thread block to shared memory, one k tile after the other. A 16-bit matrix moves in chunks of
+// 8 values, 16 bytes: with cp.async where every row begins at a multiple of 16 bytes (Tile::kAligned), else value by
+// value. Chunks are swizzled, so that the 8 rows of a matrix of ldmatrix lie in different banks.
+#pragma once
+
+#include <climits>
+
+#include "sdgp/fast_division.cuh"
+#include "sdgp/sm80_ptx.cuh"
+
+namespace sdgp::sm80 {
+
+constexpr int kTileK = 64;               // k per tile: one stage of the pipeline
+constexpr int kTileValues = kTileK / 2;  // stored values of one row of A
+constexpr int kTileWords = kTileK / 16;  // metadata words of one row of A
+constexpr int kChunk = 8;                // 16-bit values in 16 bytes
+
+// Which way A is contiguous: [m, k] for K, [k, m] for MN.
+enum class Major : int { K = 0, MN = 1 };
+
+// One product of a gather: its rows, and the tiles that its k range has.
+struct Part {
+  int rows, k_tiles;
+};
+
+// Where a chunk of columns of D goes in a row of the output; `count` <= 0 where nowhere.
+struct ColumnRun {
+  int64_t first;
+  int count;
+};
+
+// Copies `count` values, at most 8, to a chunk of shared memory, and zeros to its rest.
+template <bool kAligned>
+__device__ __forceinline__ void copy_chunk(uint32_t target, const uint16_t* source, int count) {
+  if constexpr (kAligned) {
+    cp_async<16>(target, source, count > 0);
+  } else {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t low = 2 * i < count ? source[2 * i] : 0, high = 2 * i + 1 < count ? source[2 * i + 1] : 0;
+      words[i] = low | high << 16;
+    }
+    store_shared_v4(target, words);
+  }
+}
+
+// ---- A
+// ---------------------------------------------------------------------------------------------------------------
+
+// A with k contiguous: values [pixels, padded_k / 2], metadata [pixels, padded_k / 16]. Four threads copy the values of
+// a row, one of them its metadata. In shared memory: 64 bytes of values per row, chunk c of row r at c ^ (r / 2 % 4);
+// 8 bytes of metadata per row.
+template <typename Tile>
+struct KMajorOperand {
+  static constexpr int kRowStep = Tile::kThreads / 4;
+  static constexpr int kRows = Tile::kBlockM / kRowStep;  // per thread
+  static_assert(kRows >= 1 && kRows <= 4 && kRowStep % 8 == 0);
+
+  const uint16_t *values, *metadata;
+  int padded_k;
+
+  __device__ __forceinline__ KMajorOperand(const void* values, const void* metadata, int padded_k)
+      : values(static_cast<const uint16_t*>(values) + threadIdx.x % 4 * kChunk),
+        metadata(static_cast<const uint16_t*>(metadata)),
+        padded_k(padded_k) {}
+
+  __device__ __forceinline__ static int row(int i) { return static_cast<int>(threadIdx.x) / 4 + i * kRowStep; }
+
+  // pixels[i]: the row of the operand that row(i) of the tile shows, -1 for zeros. k_tile: inside the operand's rows.
+  __device__ __forceinline__ void load(uint32_t value_tile, uint32_t metadata_tile, const int (&pixels)[kRows],
+                                       int k_tile) const {
+    const uint32_t chunk = threadIdx.x % 4, swizzled = chunk ^ (row(0) / 2 % 4);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const bool valid = pixels[i] >= 0;
+      const int64_t pixel = valid ? pixels[i] : 0;
+      cp_async<16>(value_tile + row(i) * kTileValues * 2 + swizzled * 16,
+                   values + pixel * (padded_k / 2) + k_tile * kTileValues, valid);
+      if (chunk == i) {
+        cp_async<8>(metadata_tile + row(i) * kTileWords * 2, metadata + pixel * (padded_k / 16) + k_tile * kTileWords,
+                    valid);
+      }
+    }
+  }
+};
+
+// A with m contiguous: values [padded_k / 2, m], metadata [padded_k / 16, m]. In shared memory: rows of kBlockM values,
+// chunk c of row r at c ^ (r % 8), and rows of kBlockM words, chunk c of row r at c ^ 2 r.
+template <typename Tile>
+struct MMajorOperand {
+  static constexpr int kChunks = Tile::kBlockM / kChunk, kRowStep = Tile::kThreads / kChunks;
+  static constexpr int kRowBytes = Tile::kBlockM * 2;
+  static_assert(kRowStep % 8 == 0 && kTileValues % kRowStep == 0);
+
+  const uint16_t *values, *metadata;  // of this thread's chunk, in its first row of the k tile
+  int m, count;
+
+  __device__ __forceinline__ MMajorOperand(const void* all_values, const void* all_metadata, int m, int first_m,
+                                           int k_tile)
+      : m(m) {
+    const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks, column = first_m + chunk * kChunk;
+    count = min(m - column, kChunk);
+    values = static_cast<const uint16_t*>(all_values) + (static_cast<int64_t>(k_tile) * kTileValues + row) * m + column;
+    metadata =
+        static_cast<const uint16_t*>(all_metadata) + (static_cast<int64_t>(k_tile) * kTileWords + row) * m + column;
+  }
+
+  __device__ __forceinline__ void load(uint32_t value_tile, uint32_t metadata_tile) const {
+    const uint32_t chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
+    const uint32_t target = value_tile + row * kRowBytes + (chunk ^ row % 8) * 16;
+#pragma unroll
+    for (int i = 0; i < kTileValues / kRowStep; ++i) {
+      const int step = i * kRowStep;
+      copy_chunk<Tile::kAligned>(target + step * kRowBytes, values + static_cast<int64_t>(step) * m, count);
+    }
+    if (row < kTileWords)
+      copy_chunk<Tile::kAligned>(metadata_tile + row * kRowBytes + (chunk ^ 2 * row) * 16, metadata, count);
+  }
+
+  __device__ __forceinline__ void advance() {
+    values += static_cast<int64_t>(kTileValues) * m;
+    metadata += static_cast<int64_t>(kTileWords) * m;
+  }
+};
+
+// ---- B
+// ---------------------------------------------------------------------------------------------------------------
+
+// How the threads share a tile of B: each copies one chunk of every kRowStep-th row. In shared memory: rows of kBlockN
+// values, chunk c of row r at c ^ (r % 8).
+template <typename Tile>
+struct TileOfB {
+  static constexpr int kChunks = Tile::kBlockN / kChunk, kRowStep = Tile::kThreads / kChunks;
+  static constexpr int kRows = kTileK / kRowStep, kRowBytes = Tile::kBlockN * 2;
+  static_assert(kRowStep % 8 == 0 && kTileK % kRowStep == 0);
+
+  __device__ __forceinline__ static int chunk() { return threadIdx.x % kChunks; }
+  __device__ __forceinline__ static int row(int i) { return static_cast<int>(threadIdx.x) / kChunks + i * kRowStep; }
+  __device__ __forceinline__ static uint32_t target(uint32_t tile, int i) {
+    return tile + row(i) * kRowBytes + (chunk() ^ row(0) % 8) * 16;
+  }
+};
+
+// B as a matrix [k, n] whose rows are `pitch` values apart.
+template <typename Tile>
+struct MatrixB {
+  using Layout = TileOfB<Tile>;
+
+  const uint16_t* source;  // of this thread's chunk, in its first row of the k tile
+  int64_t pitch;
+  int rows_left;  // from that row to the end of the matrix
+  int count;
+
+  __device__ __forceinline__ MatrixB(const void* b, int64_t pitch, int k, int n, int first_column, int first_row)
+      : pitch(pitch) {
+    const int column = first_column + Layout::chunk() * kChunk, row = first_row + Layout::row(0);
+    count = min(n - column, kChunk);
+    source = static_cast<const uint16_t*>(b) + row * pitch + column;
+    rows_left = k - row;
+  }
+
+  __device__ __forceinline__ void load(uint32_t tile) const {
+#pragma unroll
+    for (int i = 0; i < Layout::kRows; ++i) {
+      const int step = i * Layout::kRowStep;
+      copy_chunk<Tile::kAligned>(Layout::target(tile, i), source + step * pitch, step < rows_left ? count : 0);
+    }
+  }
+
+  __device__ __forceinline__ void advance() { source += kTileK * pitch, rows_left -= kTileK; }
+};
+
+// ---- matrices
+// ----------------------------------------------------------------------------------------------------------
+
+struct MatrixGather {
+  const void *values, *metadata, *b;
+  int m, n, k, padded_k;
+
+  __host__ __device__ int parts() const { return 1; }
+  __device__ __forceinline__ Part part(int) const { return {m, (k + kTileK - 1) / kTileK}; }
+  __device__ __forceinline__ int64_t out_row(int, int row) const { return row < m ? row : -1; }
+  __device__ __forceinline__ ColumnRun out_columns(int column) const { return {column, min(n - column, kChunk)}; }
+
+  template <typename Tile>
+  struct KMajorLoader {
+    KMajorOperand<Tile> a;
+    MatrixB<Tile> b;
+    int pixels[KMajorOperand<Tile>::kRows], k_tile;
+
+    __device__ __forceinline__ KMajorLoader(const MatrixGather& gather, int, int row, int column, int k_tile)
+        : a(gather.values, gather.metadata, gather.padded_k),
+          b(gather.b, gather.n, gather.k, gather.n, column, k_tile * kTileK),
+          k_tile(k_tile) {
+#pragma unroll
+      for (int i = 0; i < KMajorOperand<Tile>::kRows; ++i) {
+        const int pixel = row + a.row(i);
+        pixels[i] = pixel < gather.m ? pixel : -1;
+      }
+    }
+    __device__ __forceinline__ void load(uint32_t value_tile, uint32_t metadata_tile, uint32_t b_tile) const {
+      a.load(value_tile, metadata_tile, pixels, k_tile);
+      b.load(b_tile);
+    }
+    __device__ __forceinline__ void advance() { ++k_tile, b.advance(); }
+  };
+
+  template <typename Tile>
+  struct MMajorLoader {
+    MMajorOperand<Tile> a;
+    MatrixB<Tile> b;
+
+    __device__ __forceinline__ MMajorLoader(const MatrixGather& gather, int, int row, int column, int k_tile)
+        : a(gather.values, gather.metadata, gather.m, row, k_tile),
+          b(gather.b, gather.n, gather.k, gather.n, column, k_tile * kTileK) {}
+    __device__ __forceinline__ void load(uint32_t value_tile, uint32_t metadata_tile, uint32_t b_tile) const {
+      a.load(value_tile, metadata_tile);
+      b.load(b_tile);
+    }
+    __device__ __forceinline__ void advance() { a.advance(), b.advance(); }
+  };
+
+  template <typename Tile>
+  using Loader = std::conditional_t<Tile::kMajorA == Major::K, KMajorLoader<Tile>, MMajorLoader<Tile>>;
+};
+
+// ---- dgrad of a convolution
+// --------------------------------------------------------------------------------------------
+
+// One spatial axis of dgrad, seen from the input pixels first, first + stride, ...: which taps meet a gradient pixel
+// there. Tap first_tap + t * tap_step meets, at input pixel first + i * stride, gradient pixel
+// i + highest - t * offset_step.
+struct ResidueClass {
+  int positions, taps, first_tap, highest;
+};
+
+struct DgradAxis {
+  int in, out, filter, stride, padding, dilation;
+  int tap_step, offset_step;  // stride / g and dilation / g, with g the greatest common divisor of the two
+
+  __host__ __device__ ResidueClass residue_class(int first) const {
+    ResidueClass c{(in - first + stride - 1) / stride, 0, 0, 0};
+    while (c.first_tap < tap_step && (first + padding - c.first_tap * dilation) % stride != 0) ++c.first_tap;
+    if (c.first_tap == tap_step || c.first_tap >= filter) return c;  // no tap gets here
+    c.taps = (filter - c.first_tap - 1) / tap_step + 1;
+    c.highest = (first + padding - c.first_tap * dilation) / stride;
+    return c;
+  }
+};
+
+// dX[pixels, C_in]. A part is a residue class of input pixels modulo the stride: only the taps that meet a gradient
+// pixel there take part, so nothing is multiplied by the zeros that a stride puts between gradients.
+struct DgradGather {
+  const void *values, *metadata, *b;
+  int images, c_in, c_out, padded_k;
+  DgradAxis vertical, horizontal;
+
+  __host__ __device__ int parts() const {
+    return (vertical.stride < vertical.in ? vertical.stride : vertical.in) *
+           (horizontal.stride < horizontal.in ? horizontal.stride : horizontal.in);
+  }
+  __host__ __device__ int first_w(int part) const {
+    return part % (horizontal.stride < horizontal.in ? horizontal.stride : horizontal.in);
+  }
+  __host__ __device__ int first_h(int part) const {
+    return part / (horizontal.stride < horizontal.in ? horizontal.stride : horizontal.in);
+  }
+  __host__ __device__ Part part(int index) const {
+    const ResidueClass v = vertical.residue_class(first_h(index)), h = horizontal.residue_class(first_w(index));
+    return {images * v.positions * h.positions, v.taps * h.taps * ((c_out + kTileK - 1) / kTileK)};
+  }
+
+  // A row of a part: pixel (i, j) of its class in image n.
+  struct ClassPixel {
+    int n, i, j;
+  };
+  __device__ __forceinline__ ClassPixel class_pixel(int part, int row) const {
+    const int height = (vertical.in - first_h(part) + vertical.stride - 1) / vertical.stride;
+    const int width = (horizontal.in - first_w(part) + horizontal.stride - 1) / horizontal.stride;
+    const int line = row / width, n = line / height;
+    return {n, line - n * height, row - line * width};
+  }
+  __device__ __forceinline__ int64_t out_row(int part, int row) const {
+    const ClassPixel pixel = class_pixel(part, row);
+    if (pixel.n >= images) return -1;
+    const int h = first_h(part) + pixel.i * vertical.stride, w = first_w(part) + pixel.j * horizontal.stride;
+    return (static_cast<int64_t>(pixel.n) * vertical.in + h) * horizontal.in + w;
+  }
+  __device__ __forceinline__ ColumnRun out_columns(int column) const { return {column, min(c_in - column, kChunk)}; }
+
+  template <typename Tile>
+  struct Loader {
+    static constexpr int kRows = KMajorOperand<Tile>::kRows;
+
+    const DgradGather& gather;
+    KMajorOperand<Tile> a;
+    MatrixB<Tile> b;
+    ResidueClass vertical, horizontal;
+    int column;
+    int first_pixel[kRows], p[kRows], q[kRows];  // per row: of its image, and where tap (0, 0) looks
+    int pixels[kRows];
+    int tap_h = 0, tap_w = 0, k_tile = 0;
+
+    __device__ __forceinline__ Loader(const DgradGather& gather, int part, int row, int column, int)
+        : gather(gather),
+          a(gather.values, gather.metadata, gather.padded_k),
+          b(filter(0, 0, column)),
+          vertical(gather.vertical.residue_class(gather.first_h(part))),
+          horizontal(gather.horizontal.residue_class(gather.first_w(part))),
+          column(column) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const ClassPixel pixel = gather.class_pixel(part, row + a.row(i));
+        first_pixel[i] = pixel.n * gather.vertical.out * gather.horizontal.out;
+        p[i] = pixel.n < gather.images ? pixel.i + vertical.highest : INT_MIN / 2;  // beyond the last row: no pixel
+        q[i] = pixel.j + horizontal.highest;
+      }
+      start_tap();
+    }
+
+    // The filter [C_out, R, S, C_in] under one tap, as a matrix [C_out, C_in].
+    __device__ __forceinline__ MatrixB<Tile> filter(int r, int s, int first_column) const {
+      const int taps_w = gather.horizontal.filter;
+      const int64_t pitch = static_cast<int64_t>(gather.vertical.filter) * taps_w * gather.c_in;
+      const auto* tap = static_cast<const uint16_t*>(gather.b) + static_cast<int64_t>(r * taps_w + s) * gather.c_in;
+      return MatrixB<Tile>(tap, pitch, gather.c_out, gather.c_in, first_column, 0);
+    }
+
+    __device__ __forceinline__ void start_tap() {
+      const int up = tap_h * gather.vertical.offset_step, left = tap_w * gather.horizontal.offset_step;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int row = p[i] - up, col = q[i] - left;
+        const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(gather.vertical.out) &&
+                            static_cast<unsigned>(col) < static_cast<unsigned>(gather.horizontal.out);
+        pixels[i] = inside ? first_pixel[i] + row * gather.horizontal.out + col : -1;
+      }
+      b = filter(vertical.first_tap + tap_h * gather.vertical.tap_step,
+                 horizontal.first_tap + tap_w * gather.horizontal.tap_step, column);
+    }
+
+    __device__ __forceinline__ void load(uint32_t value_tile, uint32_t metadata_tile, uint32_t b_tile) const {
+      a.load(value_tile, metadata_tile, pixels, k_tile);
+      b.load(b_tile);
+    }
+    __device__ __forceinline__ void advance() {
+      b.advance();
+      if (++k_tile * kTileK < gather.c_out) return;
+      k_tile = 0;
+      if (++tap_w == horizontal.taps) tap_w = 0, ++tap_h;
+      start_tap();
+    }
+  };
+};
+
+// ---- wgrad of a convolution
+// --------------------------------------------------------------------------------------------
+
+struct WgradAxis {
+  int in, filter, stride, padding, dilation;
+};
+
+// dW[C_out, (R, S, C_in)]. Columns of D: the taps one after the other, each with C_in rounded up to whole chunks.
+struct WgradGather {
+  const void *values, *metadata, *b;
+  int c_out, c_in, positions;
+  WgradAxis vertical, horizontal;
+  FastDivision by_width, by_height;  // of the gradient
+
+  __host__ __device__ int parts() const { return 1; }
+  __host__ __device__ int chunked_channels() const { return (c_in + kChunk - 1) / kChunk * kChunk; }
+  __host__ __device__ int columns() const { return vertical.filter * horizontal.filter * chunked_channels(); }
+  __device__ __forceinline__ Part part(int) const { return {c_out, (positions + kTileK - 1) / kTileK}; }
+  __device__ __forceinline__ int64_t out_row(int, int row) const { return row < c_out ? row : -1; }
+  __device__ __forceinline__ ColumnRun out_columns(int column) const {
+    const int tap = column / chunked_channels(), channel = column - tap * chunked_channels();
+    const bool inside = tap < vertical.filter * horizontal.filter;
+    return {static_cast<int64_t>(tap) * c_in + channel, inside ? min(c_in - channel, kChunk) : 0};
+  }
+
+  // B: activations [N, H, W, C_in], one row per output position, gathered under the tap of this thread's chunk.
+  template <typename Tile>
+  struct ImageB {
+    using Layout = TileOfB<Tile>;
+
+    const WgradGather& gather;
+    const uint16_t* source;  // of this thread's channels
+    int offset_h, offset_w;  // from where the filter stands to the tap
+    int count, position;
+
+    __device__ __forceinline__ ImageB(const WgradGather& gather, int first_column, int k_tile)
+        : gather(gather), position(k_tile * kTileK + Layout::row(0)) {
+      const int column = first_column + Layout::chunk() * kChunk;
+      const int tap = column / gather.chunked_channels(), channel = column - tap * gather.chunked_channels();
+      const int r = tap / gather.horizontal.filter, s = tap - r * gather.horizontal.filter;
+      count = r < gather.vertical.filter ? min(gather.c_in - channel, kChunk) : 0;
+      source = static_cast<const uint16_t*>(gather.b) + channel;
+      offset_h = r * gather.vertical.dilation - gather.vertical.padding;
+      offset_w = s * gather.horizontal.dilation - gather.horizontal.padding;
+    }
+
+    __device__ __forceinline__ void load(uint32_t tile) const {
+#pragma unroll
+      for (int i = 0; i < Layout::kRows; ++i) {
+        const int here = position + i * Layout::kRowStep;
+        const int line = gather.by_width.quotient(here), n = gather.by_height.quotient(line);
+        const int h = (line - n * gather.by_height.divisor) * gather.vertical.stride + offset_h;
+        const int w = (here - line * gather.by_width.divisor) * gather.horizontal.stride + offset_w;
+        const bool inside = here < gather.positions &&
+                            static_cast<unsigned>(h) < static_cast<unsigned>(gather.vertical.in) &&
+                            static_cast<unsigned>(w) < static_cast<unsigned>(gather.horizontal.in);
+        const int64_t pixel = inside ? (n * gather.vertical.in + h) * gather.horizontal.in + w : 0;
+        copy_chunk<Tile::kAligned>(Layout::target(tile, i), source + pixel * gather.c_in, inside ? count : 0);
+      }
+    }
+
+    __device__ __forceinline__ void advance() { position += kTileK; }
+  };
+
+  template <typename Tile>
+  struct Loader {
+    MMajorOperand<Tile> a;
+    ImageB<Tile> b;
+
+    __device__ __forceinline__ Loader(const WgradGather& gather, int, int row, int column, int k_tile)
+        : a(gather.values, gather.metadata, gather.c_out, row, k_tile), b(gather, column, k_tile) {}
+    __device__ __forceinline__ void load(uint32_t value_tile, uint32_t metadata_tile, uint32_t b_tile) const {
+      a.load(value_tile, metadata_tile);
+      b.load(b_tile);
+    }
+    __device__ __forceinline__ void advance() { a.advance(), b.advance(); }
+  };
+};
+
+}  // namespace sdgp::sm80

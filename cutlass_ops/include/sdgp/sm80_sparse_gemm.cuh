@@ -1,0 +1,286 @@
+// Sparse product with mma.sp for GPUs from sm_80 on: D[M, N] = A[M, K at 2:4] * B[K, N], float32 accumulation. Where
+// the tiles of A and B come from and where D goes is a policy (sm80_gather.cuh): matrices or, for convolutions, images.
+//
+//   dgrad: dX[T, C_in]     = dY[T, C_out]   * W[C_out, C_in]   A K-major: values [T, Kp/2],     metadata [T, Kp/16]
+//   wgrad: dW[C_out, C_in] = dY^T[C_out, T] * X[T, C_in]       A M-major: values [Kp/2, C_out], metadata [Kp/16, C_out]
+//
+// B is row-major in both ([K, N], N contiguous). One metadata word of 16 bits describes 16 consecutive k. The operands
+// come as the prune+compress kernel writes them: the row-major metadata can be gathered by pixel, which no blocked
+// layout allows, and becomes the registers of mma.sp with two 16-bit loads per 64 k.
+//
+// One thread block computes a tile of kBlockM x kBlockN, each warp kWarpM x kWarpN of it. kStages tiles of 64 k are on
+// their way from global to shared memory or in use; fragments are fetched one step ahead of the mma that needs them.
+//
+// What limits it on an A100: a 64 x 64 warp reads 6 KB of fragments per 32 k, 48 cycles at 128 B per cycle, and a 128 x
+// 128 block also fills 12 KB, 96 cycles: 288 cycles of the shared-memory port beside 256 cycles of the sparse tensor
+// cores (2048 multiply-adds per cycle, NVIDIA A100 whitepaper); 128 x 256 needs 544 beside 512. By calculation, not
+// measured.
+#pragma once
+
+#include "sdgp/product.cuh"
+#include "sdgp/sm80_gather.cuh"
+
+namespace sdgp::sm80 {
+
+constexpr int kInstructionM = 16, kInstructionN = 8, kInstructionK = 32;
+
+struct Problem {
+  int m_tiles, n_tiles;  // m_tiles: of the largest part
+  int rows, row_length;  // of the output
+  int splits;            // the k range is cut in this many parts; > 1 only with Output::kPartial
+  int group_n;           // tiles along N that run together (L2 reuse)
+  void* out;             // [rows, row_length], or float [splits, rows, row_length] for Output::kPartial
+  Output output;
+  bool accumulate;  // out += result
+};
+
+template <typename Element_, typename Gather_, Major kMajorA_, int kBlockM_, int kBlockN_, int kWarpM_, int kWarpN_,
+          int kStages_, int kBlocksPerSm_, bool kAligned_>
+struct TileConfig {
+  using Element = Element_;
+  using Gather = Gather_;
+  static constexpr Major kMajorA = kMajorA_;
+  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kWarpM = kWarpM_, kWarpN = kWarpN_;
+  static constexpr int kStages = kStages_, kBlocksPerSm = kBlocksPerSm_;
+  static constexpr bool kAligned = kAligned_;  // rows of B, of M-major A and of D are whole chunks of 16 bytes
+
+  static constexpr int kWarpsN = kBlockN / kWarpN, kThreads = 32 * (kBlockM / kWarpM) * kWarpsN;
+  static constexpr int kBlocksM = kWarpM / kInstructionM, kBlocksN = kWarpN / kInstructionN;  // of a warp
+  static constexpr int kValueBytes = kBlockM * kTileValues * 2, kMetadataBytes = kBlockM * kTileWords * 2;
+  static constexpr int kStageBytes = kValueBytes + kMetadataBytes + kTileK * kBlockN * 2;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+
+  static_assert(kBlockM % kWarpM == 0 && kBlockN % kWarpN == 0 && kWarpM % kInstructionM == 0 && kWarpN % 32 == 0);
+  static_assert(kStages >= 3 && kStageBytes % 128 == 0);
+};
+
+// The mma fragments of one warp, fetched from a stage in shared memory.
+template <typename Config>
+struct FragmentReader {
+  static constexpr int kRowBytesB = Config::kBlockN * 2;
+  static constexpr int kRowBytesA = Config::kMajorA == Major::K ? kTileValues * 2 : Config::kBlockM * 2;
+
+  uint32_t a_offset, b_offset, metadata_offset;  // of this lane, in a stage
+  uint32_t lane;
+  int warp_m;
+
+  __device__ __forceinline__ FragmentReader(int warp_m, int warp_n, uint32_t lane) : lane(lane), warp_m(warp_m) {
+    if constexpr (Config::kMajorA == Major::K) {
+      // Matrices of an ldmatrix: (upper rows, k 0-7), (lower rows, k 0-7), (upper, k 8-15), (lower, k 8-15) of stored
+      // k.
+      const uint32_t row = warp_m + (lane & 15), chunk = lane >> 4;
+      a_offset = row * kRowBytesA + (chunk ^ (row / 2 % 4)) * 16;
+      metadata_offset = (warp_m + lane / 4) * kTileWords * 2 + lane % 4 * 2;
+    } else {
+      // The same, from rows of k: matrix j holds stored k 8 (j / 2) .. and m 8 (j % 2) ..
+      const uint32_t row = (lane >> 4) * 8 + (lane & 7);
+      a_offset = row * kRowBytesA;  // the chunk depends on the 16 rows of m
+      metadata_offset = lane % 4 * kRowBytesA + lane / 4 * 2;
+    }
+    b_offset = lane * kRowBytesB + warp_n * 2;  // lane = k
+  }
+
+  // Step: which 32 of the stage's 64 k.
+  __device__ __forceinline__ void load_a(uint32_t (&a)[Config::kBlocksM][4], uint32_t stage, int step) const {
+#pragma unroll
+    for (int i = 0; i < Config::kBlocksM; ++i) {
+      if constexpr (Config::kMajorA == Major::K) {
+        ldmatrix_x4(a[i], stage + i * kInstructionM * kRowBytesA + (a_offset ^ step * 32));
+      } else {
+        const uint32_t chunk = (warp_m + i * kInstructionM) / kChunk + (lane >> 3 & 1);
+        ldmatrix_x4_trans(a[i], stage + a_offset + step * kInstructionK / 2 * kRowBytesA + (chunk ^ (lane & 7)) * 16);
+      }
+    }
+  }
+
+  // One register per 16 rows serves both steps: lanes 0 and 1 of a quad hold the words of the first (selector 0), lanes
+  // 2 and 3 those of the second (selector 1).
+  __device__ __forceinline__ void load_metadata(uint32_t (&e)[Config::kBlocksM], uint32_t stage) const {
+    const uint32_t tile = stage + Config::kValueBytes + metadata_offset;
+#pragma unroll
+    for (int i = 0; i < Config::kBlocksM; ++i) {
+      uint32_t upper, lower;
+      if constexpr (Config::kMajorA == Major::K) {
+        upper = load_shared_u16(tile + i * kInstructionM * kTileWords * 2);
+        lower = load_shared_u16(tile + (i * kInstructionM + 8) * kTileWords * 2);
+      } else {
+        const uint32_t chunk = (warp_m + i * kInstructionM) / kChunk, swizzle = lane % 4 * 2;
+        upper = load_shared_u16(tile + (chunk ^ swizzle) * 16);
+        lower = load_shared_u16(tile + ((chunk + 1) ^ swizzle) * 16);
+      }
+      e[i] = make_legal(upper | lower << 16);
+    }
+  }
+
+  // 16 columns, from column 16 `pair` of the warp.
+  __device__ __forceinline__ void load_b(uint32_t (&b)[2][4], uint32_t stage, int step, int pair) const {
+    const uint32_t tile = stage + Config::kValueBytes + Config::kMetadataBytes + step * kInstructionK * kRowBytesB;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      // warp_n is a multiple of 4 chunks: the swizzle of the chunks within reaches into bit 2 of the chunk's number.
+      ldmatrix_x4_trans(b[j], tile + (b_offset ^ ((2 * pair + j) ^ (lane & 7)) * 16));
+    }
+  }
+};
+
+// Two neighbouring values of D, `count` of which exist, to element `index` of the output.
+template <bool kAligned, typename Out>
+__device__ __forceinline__ void store_two(Out* out, int64_t index, int count, bool accumulate, float low, float high) {
+  if (count <= 0) return;
+  Out* target = out + index;
+  if constexpr (kAligned) {  // both exist
+    struct alignas(2 * sizeof(Out)) Two {
+      Out low, high;
+    };
+    if (accumulate) {
+      const Two old = *reinterpret_cast<const Two*>(target);
+      low += static_cast<float>(old.low), high += static_cast<float>(old.high);
+    }
+    *reinterpret_cast<Two*>(target) = {static_cast<Out>(low), static_cast<Out>(high)};
+  } else {
+    target[0] = static_cast<Out>(accumulate ? low + static_cast<float>(target[0]) : low);
+    if (count > 1) target[1] = static_cast<Out>(accumulate ? high + static_cast<float>(target[1]) : high);
+  }
+}
+
+// Writes a warp's accumulators. Lane l holds columns 8j + 2(l%4) + {0, 1} of row 16i + l/4 in d[i][j][0], d[i][j][1]
+// and of the row 8 below in d[i][j][2], d[i][j][3]; `row` and `column` are where the warp's part begins.
+template <typename Config>
+__device__ __forceinline__ void store_block(const float (&d)[Config::kBlocksM][Config::kBlocksN][4],
+                                            const typename Config::Gather& gather, const Problem& problem, int part,
+                                            int split, int row, int column, int lane) {
+  using Element = typename Config::Element;
+  const bool in_chunks = Config::kAligned && problem.output == Output::kElement && !problem.accumulate;
+#pragma unroll
+  for (int i = 0; i < Config::kBlocksM; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int64_t out_row = gather.out_row(part, row + i * kInstructionM + half * 8 + lane / 4);
+      const bool exists = out_row >= 0;
+      if (problem.output == Output::kPartial) out_row += static_cast<int64_t>(split) * problem.rows;
+      const int64_t first = out_row * problem.row_length;
+#pragma unroll
+      for (int j = 0; j < Config::kBlocksN; j += 4) {  // 32 columns
+        if (in_chunks) {                               // lane q of a quad stores 8 columns
+          uint32_t words[4];
+#pragma unroll
+          for (int c = 0; c < 4; ++c) words[c] = pack<Element>(d[i][j + c][2 * half], d[i][j + c][2 * half + 1]);
+          transpose_quad(words, lane);
+          const ColumnRun run = gather.out_columns(column + (j + (lane & 3)) * kInstructionN);
+          if (exists && run.count > 0)
+            *reinterpret_cast<uint4*>(static_cast<Element*>(problem.out) + first + run.first) =
+                make_uint4(words[0], words[1], words[2], words[3]);
+          continue;
+        }
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const ColumnRun run = gather.out_columns(column + (j + c) * kInstructionN);
+          const int own = 2 * (lane & 3), count = exists ? run.count - own : 0;
+          const float low = d[i][j + c][2 * half], high = d[i][j + c][2 * half + 1];
+          if (problem.output == Output::kElement) {
+            store_two<Config::kAligned>(static_cast<Element*>(problem.out), first + run.first + own, count,
+                                        problem.accumulate, low, high);
+          } else {
+            store_two<Config::kAligned>(static_cast<float*>(problem.out), first + run.first + own, count,
+                                        problem.accumulate, low, high);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Grid: tiles of the largest part, parts, splits.
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
+    sparse_gemm_kernel(const __grid_constant__ typename Config::Gather gather,
+                       const __grid_constant__ Problem problem) {
+  using Element = typename Config::Element;
+  constexpr int kStages = Config::kStages, kBlocksM = Config::kBlocksM, kBlocksN = Config::kBlocksN;
+  constexpr int kPairs = kBlocksN / 2, kSlots = 2 * kPairs;  // of 16 columns; of mma instructions per tile of k
+
+  // Order of the tiles: groups of `group_n` tile columns, then rows, then the columns of the group.
+  const int part = static_cast<int>(blockIdx.y), split = static_cast<int>(blockIdx.z);
+  const int tile = static_cast<int>(blockIdx.x);
+  const int first_column = tile / (problem.m_tiles * problem.group_n) * problem.group_n;
+  const int columns = min(problem.group_n, problem.n_tiles - first_column);
+  const int in_group = tile - first_column * problem.m_tiles;
+  const int row = in_group / columns * Config::kBlockM;
+  const int column = (first_column + in_group % columns) * Config::kBlockN;
+  const Part extent = gather.part(part);
+  if (row >= extent.rows) return;
+  const int k_begin = static_cast<int>(static_cast<int64_t>(extent.k_tiles) * split / problem.splits);
+  const int k_end = static_cast<int>(static_cast<int64_t>(extent.k_tiles) * (split + 1) / problem.splits);
+  const int k_tiles = k_end - k_begin;
+
+  extern __shared__ __align__(128) uint8_t shared[];
+  const uint32_t base = smem_address(shared);
+  typename Config::Gather::template Loader<Config> loader(gather, part, row, column, k_begin);
+  int loaded = 0, load_stage = 0;
+  const auto load_next = [&] {
+    if (loaded < k_tiles) {
+      const uint32_t stage = base + load_stage * Config::kStageBytes;
+      loader.load(stage, stage + Config::kValueBytes, stage + Config::kValueBytes + Config::kMetadataBytes);
+      if (++loaded < k_tiles) loader.advance();
+      if (++load_stage == kStages) load_stage = 0;
+    }
+    cp_async_commit_group();  // an empty one keeps the count
+  };
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) load_next();
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_m = warp / Config::kWarpsN * Config::kWarpM, warp_n = warp % Config::kWarpsN * Config::kWarpN;
+  const FragmentReader<Config> reader(warp_m, warp_n, lane);
+  float d[kBlocksM][kBlocksN][4] = {};
+  uint32_t a[2][kBlocksM][4], b[2][2][4], e[kBlocksM];
+
+  cp_async_wait_group<kStages - 2>();
+  __syncthreads();
+  if (k_tiles > 0) {
+    reader.load_metadata(e, base);
+    reader.load_a(a[0], base, 0);
+    reader.load_b(b[0], base, 0, 0);
+  }
+  int stage_index = 0;
+#pragma unroll 1
+  for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
+    const uint32_t stage = base + stage_index * Config::kStageBytes;
+    if (++stage_index == kStages) stage_index = 0;
+    const uint32_t next_stage = base + stage_index * Config::kStageBytes;
+    uint32_t next_e[kBlocksM];
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const int step = slot / kPairs, pair = slot % kPairs;
+      if (slot == 0) load_next();  // into the stage that the previous tile of k has left
+      if (slot + 1 < kSlots) {
+        if (pair + 1 == kPairs) reader.load_a(a[1], stage, 1);
+        reader.load_b(b[(slot + 1) % 2], stage, (slot + 1) / kPairs, (slot + 1) % kPairs);
+      } else {
+        cp_async_wait_group<kStages - 2>();
+        __syncthreads();  // the next stage has arrived for all; this one has been read by all
+        if (k_tile + 1 < k_tiles) {
+          reader.load_metadata(next_e, next_stage);
+          reader.load_a(a[0], next_stage, 0);
+          reader.load_b(b[0], next_stage, 0, 0);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int i = 0; i < kBlocksM; ++i) {
+          if (step == 0) {
+            mma_sp_m16n8k32<Element, 0>(d[i][2 * pair + j], a[0][i], b[slot % 2][j], e[i]);
+          } else {
+            mma_sp_m16n8k32<Element, 1>(d[i][2 * pair + j], a[1][i], b[slot % 2][j], e[i]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBlocksM; ++i) e[i] = next_e[i];
+  }
+  store_block<Config>(d, gather, problem, part, split, row + warp_m, column + warp_n, lane);
+}
+
+}  // namespace sdgp::sm80

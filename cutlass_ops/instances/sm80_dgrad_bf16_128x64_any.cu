@@ -1,0 +1,3 @@
+#include "sdgp/sm80_launch.cuh"
+
+SDGP_SM80_DGRAD(sdgp_sm80_dgrad_bf16_128x64_any, __nv_bfloat16, 128x64_any)

@@ -1,0 +1,340 @@
+"""The sparse products in tests: one interface to the real GPU and to the simulator, and what their tests share.
+
+The simulator runs instances one by one, compiled to PTX; a GPU runs those of the built extension.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+import cutlass_ops
+from cutlass_ops import build_kernels
+from sdgp_accel.semi_structured import SparseOperand, compress_matrix
+
+_POINTERS = ("values", "metadata", "b", "out", "workspace")
+_LAUNCH = ("padded_k", "splits", "group_n", "cluster_size", "sm_count", "out_is_float", "accumulate")
+_SHAPE = ("n", "h", "w", "c_in", "p", "q", "c_out", "r", "s")
+_WINDOW = ("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w")
+
+
+def _structure(sizes: Sequence[str]) -> type[ctypes.Structure]:
+    fields: list[tuple[str, type]] = [(name, ctypes.c_void_p) for name in _POINTERS]
+    fields += [(name, ctypes.c_int32) for name in (*sizes, *_LAUNCH)]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": [*fields, ("stream", ctypes.c_void_p)]})
+
+
+# SdgpSparseGemm and SdgpSparseConv of cutlass_ops/include/sdgp/sparse_*_api.h.
+GemmArguments = _structure(("m", "n", "k"))
+ConvArguments = _structure((*_SHAPE, *_WINDOW))
+
+
+class Engine(Protocol):
+    """Where kernels run."""
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A copy in (simulated) device memory."""
+
+    def poisoned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An output: NaN where nothing gets written, with guard bytes around it."""
+
+    def gemm(self, name: str, **arguments: Any) -> None:
+        """Launch an instance on tensors and sizes named as in the C struct."""
+
+    def conv(self, name: str, *, shape: Sequence[int], window: Sequence[int], **arguments: Any) -> None:
+        """As `gemm`; shape and window in the order of the C struct."""
+
+
+class SimulatorEngine:
+    """The instances' PTX on the CPU: out-of-bounds accesses, races and illegal metadata are faults."""
+
+    SM_COUNT = 4
+
+    def __init__(self, arch: str) -> None:
+        """arch: "80" or "90a"."""
+        from tests.ptxsim.engine import SimEngine
+
+        self._arch = arch
+        self._engine = SimEngine((int(arch[0]), int(arch[1])))
+
+    def put(self, tensor: Tensor) -> Tensor:
+        return self._engine.put(tensor)
+
+    def poisoned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self._engine.empty(*shape, dtype=dtype)  # all bits set: NaN
+
+    def register(self, address: int, size: int) -> None:
+        """Makes `size` bytes of the host's memory accessible to kernels."""
+        self._engine.runtime.memory.register(address, size)
+
+    def unregister(self, address: int) -> None:
+        """Undoes `register`."""
+        self._engine.runtime.memory.unregister(address)
+
+    def gemm(self, name: str, **arguments: Any) -> None:
+        self._launch(name, GemmArguments, arguments)
+
+    def conv(self, name: str, *, shape: Sequence[int], window: Sequence[int], **arguments: Any) -> None:
+        sizes = dict(zip((*_SHAPE, *_WINDOW), (*shape, *window), strict=True))
+        self._launch(name, ConvArguments, sizes | arguments)
+
+    def _launch(self, name: str, structure: type[ctypes.Structure], arguments: dict[str, Any]) -> None:
+        function = getattr(self._engine.load(simulated_library(name, self._arch)), f"sdgp_{name}")
+        addresses = {key: x.data_ptr() if isinstance(x, Tensor) else x for key, x in arguments.items()}
+        with self._engine.checked():
+            status = function(ctypes.byref(structure(sm_count=self.SM_COUNT, **addresses)))
+        if status:
+            raise RuntimeError(f"{name}: status {status}")
+
+
+class SimulatedKernels:
+    """What the backend uses of `cutlass_ops.kernels()`, run on the simulator on ordinary CPU tensors."""
+
+    def __init__(self, engine: SimulatorEngine) -> None:
+        self._engine = engine
+
+    def sparse_gemm(self, name: str, **arguments: Any) -> None:
+        m, n, k = (arguments[size] for size in "mnk")
+        with self._visible(m, m * n, k * n, arguments):
+            self._engine.gemm(name.removeprefix("sdgp_"), **arguments)
+
+    def sparse_conv(self, name: str, **arguments: Any) -> None:
+        batch, h, w, c_in, p, q, c_out, r, s = arguments["shape"]
+        x, weight = batch * h * w * c_in, c_out * r * s * c_in
+        is_dgrad = "dgrad" in name
+        sizes = (batch * p * q, x, weight) if is_dgrad else (c_out, weight, x)
+        with self._visible(*sizes, arguments):
+            self._engine.conv(name.removeprefix("sdgp_"), **arguments)
+
+    @contextlib.contextmanager
+    def _visible(self, rows: int, out: int, b: int, arguments: dict[str, Any]) -> Iterator[None]:
+        """The tensors' exact bytes are the only memory that kernels may touch; counts are elements, rows those of A."""
+        assert arguments.pop("sm_count") == self._engine.SM_COUNT
+        stored = rows * arguments["padded_k"]
+        sizes = {
+            "values": stored, "metadata": stored // 8, "b": 2 * b, "out": out * (4 if arguments["out_is_float"] else 2),
+            "workspace": 4 * arguments["splits"] * out,
+        }  # fmt: skip
+        addresses = {arguments[name]: size for name, size in sizes.items() if arguments[name]}
+        for address, size in addresses.items():
+            self._engine.register(address, size)
+        try:
+            yield
+        finally:
+            for address in addresses:
+                self._engine.unregister(address)
+
+
+class GpuEngine:
+    """The built extension on the current CUDA device."""
+
+    GUARD = 1024  # elements before and after an output
+
+    def __init__(self) -> None:
+        self._outputs: list[tuple[Tensor, int]] = []
+        self._sm_count = torch.cuda.get_device_properties(0).multi_processor_count
+
+    def put(self, tensor: Tensor) -> Tensor:
+        return tensor.cuda()
+
+    def poisoned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        size = torch.Size(shape).numel()
+        buffer = torch.full((size + 2 * self.GUARD,), float("nan"), dtype=dtype, device="cuda")
+        self._outputs.append((buffer, size))
+        return buffer[self.GUARD : self.GUARD + size].view(*shape)
+
+    def gemm(self, name: str, **arguments: Any) -> None:
+        self._launch(cutlass_ops.kernels().sparse_gemm, name, arguments)
+
+    def conv(self, name: str, *, shape: Sequence[int], window: Sequence[int], **arguments: Any) -> None:
+        arguments |= {"shape": list(shape), "window": list(window)}
+        self._launch(cutlass_ops.kernels().sparse_conv, name, arguments)
+
+    def _launch(self, function: Any, name: str, arguments: dict[str, Any]) -> None:
+        addresses = {key: x.data_ptr() if isinstance(x, Tensor) else x for key, x in arguments.items() if x is not None}
+        function(f"sdgp_{name}", sm_count=self._sm_count, **addresses)
+        torch.cuda.synchronize()
+        for buffer, size in self._outputs:
+            assert buffer[: self.GUARD].isnan().all(), "written before an output"
+            assert buffer[self.GUARD + size :].isnan().all(), "written behind an output"
+
+
+@functools.cache
+def simulated_library(name: str, arch: str) -> Path:
+    """A shared library with the PTX of one instance, linked to the shared CUDA runtime."""
+    toolkit = build_kernels.find_toolkit()
+    assert toolkit is not None
+    source = build_kernels.INSTANCES / f"{name}.cu"
+    compiled = build_kernels.compile_instance(toolkit, source, (f"compute_{arch}",))
+    library = compiled.with_suffix(".so")
+    if not library.exists():
+        partial = library.with_suffix(".so.partial")
+        subprocess.run(["g++", "-shared", "-o", partial, compiled, toolkit.runtime], check=True)
+        partial.replace(library)
+    return library
+
+
+def compile_for_simulator(names: Sequence[str], arch: str) -> None:
+    """Fill the cache of `simulated_library`, two compilers at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: simulated_library(name, arch), names))
+
+
+class GemmCase(NamedTuple):
+    """One product; the name in `instance` covers family, pass, dtype and tile."""
+
+    instance: str
+    m: int
+    n: int
+    k: int
+    splits: int = 1
+    cluster_size: int = 1
+    group_n: int = 2
+    float_out: bool = False
+    accumulate: bool = False
+
+
+class ConvCase(NamedTuple):
+    """One convolution gradient: y[n, c_out, p, q] = conv(x[n, c_in, h, w], filter[c_out, c_in, r, s])."""
+
+    instance: str
+    x: tuple[int, int, int, int]
+    filter: tuple[int, int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    splits: int = 1
+    cluster_size: int = 1
+    float_out: bool = False
+    accumulate: bool = False
+
+
+Case = GemmCase | ConvCase
+
+
+def is_dgrad(case: Case) -> bool:
+    """Else wgrad."""
+    return "dgrad" in case.instance
+
+
+def dtype_of(case: Case) -> torch.dtype:
+    """Of the operands."""
+    return torch.bfloat16 if "_bf16_" in case.instance else torch.float16
+
+
+def sparse_matrix(rows: int, columns: int, axis: int, dtype: torch.dtype) -> Tensor:
+    """Random, with zero to two non-zeros in each group of 4 along `axis`."""
+    matrix = torch.randn(rows, columns) if axis == 1 else torch.randn(columns, rows)
+    padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % 4))
+    quads = padded.view(matrix.shape[0], -1, 4)
+    order = torch.rand_like(quads).argsort(-1)
+    kept = (order < 2) & (torch.rand_like(quads) < 0.9)
+    result = quads.where(kept, 0).view_as(padded)[:, : matrix.shape[1]].to(dtype)
+    return result if axis == 1 else result.t().contiguous()
+
+
+def arguments(engine: Engine, operand: SparseOperand, b: Tensor, out: Tensor, splits: int) -> dict[str, object]:
+    workspace = engine.poisoned((splits, out.numel()), torch.float32) if splits > 1 else None
+    return {
+        "values": engine.put(operand.values), "metadata": engine.put(operand.metadata), "b": engine.put(b),
+        "out": out, "workspace": workspace, "padded_k": operand.values.shape[operand.axis] * 2, "splits": splits,
+    }  # fmt: skip
+
+
+def assert_close(out: Tensor, exact: Tensor, magnitude: Tensor, k: int) -> None:
+    """`exact` up to float32 summation of `k` products that sum to `magnitude` in absolute value, rounded once."""
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}[out.dtype]
+    allowed = rounding * exact.abs() + 2.0**-23 * (2 + k**0.5) * (1 + rounding) * magnitude + 1e-7
+    error = (out.cpu().double() - exact).abs()
+    assert (error <= allowed).all(), f"error {error.max():.3e} at {(error > allowed).sum()} places"
+
+
+def compressed(dy: Tensor, case: Case) -> SparseOperand:
+    """dY [T, C], pruned along the reduction axis of the case's pass, as that pass takes it."""
+    return compress_matrix(dy, 1 if is_dgrad(case) else 0, k_align=128)
+
+
+def output(engine: Engine, case: Case, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where the case writes, poisoned or, to add to, random; and what it holds before (zeros for poison)."""
+    dtype = torch.float32 if case.float_out else dtype_of(case)
+    if not case.accumulate:
+        return engine.poisoned(shape, dtype), torch.zeros(*shape, dtype=dtype)
+    before = torch.randn(*shape).to(dtype)
+    return engine.put(before), before
+
+
+def run_gemm(engine: Engine, case: GemmCase, dy: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The product and what the output held before."""
+    out, before = output(engine, case, (case.m, case.n))
+    engine.gemm(
+        case.instance, m=case.m, n=case.n, k=case.k, group_n=case.group_n, cluster_size=case.cluster_size,
+        out_is_float=case.float_out, accumulate=case.accumulate,
+        **arguments(engine, compressed(dy, case), b, out, case.splits),
+    )  # fmt: skip
+    return out, before
+
+
+def gemm_operands(case: GemmCase) -> tuple[Tensor, Tensor, Tensor]:
+    """dY, A (dY or its transpose) and B."""
+    rows, columns = (case.m, case.k) if is_dgrad(case) else (case.k, case.m)
+    dy = sparse_matrix(rows, columns, 1 if is_dgrad(case) else 0, dtype_of(case))
+    return dy, dy if is_dgrad(case) else dy.t(), torch.randn(case.k, case.n).to(dtype_of(case))
+
+
+def check_gemm(engine: Engine, case: GemmCase) -> None:
+    """Run a product on fresh operands and compare it with float64."""
+    dy, a, b = gemm_operands(case)
+    out, before = run_gemm(engine, case, dy, b)
+    a, b = a.double(), b.double()
+    assert_close(out, a @ b + before.double(), a.abs() @ b.abs() + before.double().abs(), case.k)
+
+
+def out_size(case: ConvCase) -> tuple[int, int]:
+    """Height and width of y."""
+    (_, _, h, w), (_, r, s) = case.x, case.filter
+    sizes = zip((h, w), (r, s), case.stride, case.padding, case.dilation, strict=True)
+    p, q = ((size + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for size, k, stride, pad, dilation in sizes)
+    return p, q
+
+
+def conv_gradient(case: ConvCase, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
+    """The slow obvious version, channels last: dX [N, H, W, C_in] or dW [C_out, R, S, C_in]."""
+    window = (case.stride, case.padding, case.dilation)
+    if is_dgrad(case):
+        return torch.nn.grad.conv2d_input(x.shape, weight, dy, *window).permute(0, 2, 3, 1)
+    return torch.nn.grad.conv2d_weight(x, weight.shape, dy, *window).permute(0, 2, 3, 1)
+
+
+def run_conv(engine: Engine, case: ConvCase, dy: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """dX or dW, channels last, from dY [N P Q, C_out] and the filter or x, and what the output held before."""
+    (batch, c_in, h, w), (c_out, r, s) = case.x, case.filter
+    out, before = output(engine, case, (batch, h, w, c_in) if is_dgrad(case) else (c_out, r, s, c_in))
+    engine.conv(
+        case.instance, shape=(batch, h, w, c_in, *out_size(case), c_out, r, s),
+        window=[*case.stride, *case.padding, *case.dilation], group_n=2, cluster_size=case.cluster_size,
+        out_is_float=case.float_out, accumulate=case.accumulate,
+        **arguments(engine, compressed(dy, case), b.permute(0, 2, 3, 1).contiguous(), out, case.splits),
+    )  # fmt: skip
+    return out, before
+
+
+def check_conv(engine: Engine, case: ConvCase) -> None:
+    """Run a convolution gradient on fresh operands and compare it with float64."""
+    (batch, c_in, _, _), (c_out, r, s) = case.x, case.filter
+    p, q = out_size(case)
+    x, weight = torch.randn(case.x).to(dtype_of(case)), torch.randn(c_out, c_in, r, s).to(dtype_of(case))
+    dy = sparse_matrix(batch * p * q, c_out, 1 if is_dgrad(case) else 0, dtype_of(case))
+    out, before = run_conv(engine, case, dy, weight if is_dgrad(case) else x)
+    tensors = [t.double() for t in (x, weight, dy.view(batch, p, q, c_out).permute(0, 3, 1, 2))]
+    exact, magnitude = conv_gradient(case, *tensors), conv_gradient(case, *(t.abs() for t in tensors))
+    terms = c_out * r * s if is_dgrad(case) else batch * p * q
+    assert_close(out, exact + before.double(), magnitude + before.double().abs(), terms)

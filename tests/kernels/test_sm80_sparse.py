@@ -1,0 +1,124 @@
+"""The products with mma.sp against float64, on a GPU that has them and else on the simulator."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import cutlass_ops
+from sdgp_accel.backends.cutlass import device_facts, runs_on
+from tests.kernels.products import (
+    ConvCase,
+    Engine,
+    GemmCase,
+    GpuEngine,
+    SimulatorEngine,
+    check_conv,
+    check_gemm,
+    compile_for_simulator,
+    gemm_operands,
+    run_gemm,
+)
+from tests.ptxsim import toolchain
+
+ON_GPU = torch.cuda.is_available() and any(
+    runs_on(arch, device_facts(torch.device("cuda", 0)).capability) for arch in cutlass_ops.ARCHS
+)
+
+# Every instance; sizes odd in every way, k beyond what the pipeline holds, splits of uneven length.
+GEMM_CASES = [
+    GemmCase("sm80_dgrad_bf16_128x256", 130, 264, 200),
+    GemmCase("sm80_dgrad_bf16_128x256", 1, 8, 8, float_out=True),
+    GemmCase("sm80_dgrad_f16_128x256", 129, 520, 72, group_n=1),
+    GemmCase("sm80_dgrad_bf16_128x128", 300, 72, 1100),
+    GemmCase("sm80_dgrad_f16_128x128", 260, 520, 136, group_n=3, accumulate=True),
+    GemmCase("sm80_dgrad_bf16_128x64", 127, 136, 577, float_out=True, accumulate=True),
+    GemmCase("sm80_dgrad_f16_128x64", 64, 56, 320),
+    GemmCase("sm80_dgrad_bf16_128x64_any", 130, 67, 101),
+    GemmCase("sm80_dgrad_f16_128x64_any", 33, 1, 3, float_out=True),
+    GemmCase("sm80_dgrad_bf16_128x64_any", 33, 13, 257, accumulate=True),
+    GemmCase("sm80_wgrad_bf16_128x256", 264, 136, 517, splits=3, float_out=True, accumulate=True),
+    GemmCase("sm80_wgrad_f16_128x256", 136, 520, 323, splits=2, group_n=1),
+    GemmCase("sm80_wgrad_bf16_128x128", 8, 8, 1),
+    GemmCase("sm80_wgrad_f16_128x128", 200, 8, 150, float_out=True),
+    GemmCase("sm80_wgrad_bf16_64x128", 72, 264, 700, splits=4),
+    GemmCase("sm80_wgrad_f16_64x128", 64, 128, 449, accumulate=True),
+    GemmCase("sm80_wgrad_bf16_128x64_any", 131, 65, 451, splits=3),
+    GemmCase("sm80_wgrad_f16_128x64_any", 10, 77, 66, splits=2, float_out=True, accumulate=True),
+    GemmCase("sm80_wgrad_f16_128x64_any", 1, 1, 1),
+]
+
+CONV_CASES = [
+    ConvCase("sm80_conv_dgrad_bf16_128x128", (2, 72, 7, 7), (64, 3, 3)),  # one k tile per tap
+    ConvCase("sm80_conv_dgrad_bf16_128x128", (2, 64, 9, 8), (192, 3, 3), stride=(2, 2)),  # three
+    ConvCase("sm80_conv_dgrad_bf16_128x256", (1, 264, 6, 5), (24, 3, 2), stride=(3, 1), padding=(0, 1), dilation=(1, 2)),
+    ConvCase("sm80_conv_dgrad_f16_128x256", (2, 8, 12, 11), (64, 7, 7), stride=(2, 2), padding=(3, 3)),
+    ConvCase("sm80_conv_dgrad_f16_128x64", (1, 64, 13, 9), (72, 1, 1), stride=(2, 2), padding=(0, 0)),  # gaps: zeros
+    ConvCase("sm80_conv_dgrad_f16_128x128", (3, 40, 5, 5), (72, 5, 5), padding=(2, 2), accumulate=True),
+    ConvCase("sm80_conv_dgrad_bf16_128x64", (1, 16, 9, 31), (136, 1, 5), stride=(1, 4), padding=(0, 2), dilation=(1, 6)),
+    ConvCase("sm80_conv_dgrad_bf16_128x64_any", (2, 3, 10, 9), (20, 3, 3), stride=(2, 1)),
+    ConvCase("sm80_conv_dgrad_f16_128x64_any", (5, 13, 3, 3), (7, 3, 3), padding=(0, 0)),  # 1-pixel outputs
+    ConvCase("sm80_conv_wgrad_bf16_128x256", (2, 72, 9, 8), (136, 3, 3), splits=2),
+    ConvCase("sm80_conv_wgrad_bf16_128x256", (3, 8, 11, 6), (8, 2, 3), stride=(2, 1), padding=(1, 0), dilation=(2, 1)),
+    ConvCase("sm80_conv_wgrad_f16_128x128", (2, 24, 7, 7), (72, 3, 3), float_out=True),
+    ConvCase("sm80_conv_wgrad_f16_128x256", (1, 16, 14, 15), (136, 5, 5), stride=(2, 2), padding=(2, 2), splits=1),
+    ConvCase("sm80_conv_wgrad_bf16_64x128", (2, 64, 12, 10), (64, 3, 3), splits=3, accumulate=True),
+    ConvCase("sm80_conv_wgrad_f16_64x128", (1, 8, 19, 9), (72, 7, 7), stride=(2, 2), padding=(3, 3)),
+    ConvCase("sm80_conv_wgrad_bf16_128x128", (2, 40, 9, 9), (16, 1, 1), stride=(2, 2), padding=(0, 0)),
+    ConvCase("sm80_conv_wgrad_bf16_128x64_any", (2, 3, 10, 9), (20, 3, 3), stride=(2, 1), splits=2),
+    ConvCase("sm80_conv_wgrad_f16_128x64_any", (9, 13, 3, 3), (7, 3, 3), padding=(0, 0), float_out=True, accumulate=True),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    if ON_GPU:
+        return GpuEngine()
+    if reason := toolchain.missing():
+        pytest.skip(reason)
+    compile_for_simulator(sorted({case.instance for case in [*GEMM_CASES, *CONV_CASES]}), "80")
+    return SimulatorEngine("80")
+
+
+@pytest.mark.parametrize("case", GEMM_CASES, ids=lambda c: f"{c.instance.removeprefix('sm80_')}-{c.m}x{c.n}x{c.k}")
+def test_gemm(engine: Engine, case: GemmCase) -> None:
+    check_gemm(engine, case)
+
+
+def test_gemm_of_random_shapes(engine: Engine) -> None:
+    for case in random.choices(GEMM_CASES, k=3):
+        multiple = 1 if case.instance.endswith("_any") else 8
+        m, n, k = (random.randint(1, 200) for _ in range(3))
+        check_gemm(engine, case._replace(m=m * multiple % 320 + multiple, n=n * multiple % 320 + multiple, k=k + 192))
+
+
+def test_split_gemm_repeats_its_bits(engine: Engine) -> None:
+    case = GemmCase("sm80_wgrad_bf16_64x128", 72, 72, 700, splits=4, float_out=True)
+    dy, _, b = gemm_operands(case)
+    assert torch.equal(run_gemm(engine, case, dy, b)[0], run_gemm(engine, case, dy, b)[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_gradient_reaches_its_row_only(engine: Engine, value: float) -> None:
+    case = GemmCase("sm80_dgrad_bf16_128x128", 40, 24, 72)
+    dy, _, b = gemm_operands(case)
+    dy[7] = 0
+    dy[7, 33] = value
+    out, _ = run_gemm(engine, case, dy, b)
+    finite = out.cpu().isfinite().all(1)
+    assert not out.cpu()[7].isfinite().any()
+    assert finite.sum() == case.m - 1
+
+
+def test_more_parts_than_tiles_of_k_are_refused(engine: Engine) -> None:
+    case = GemmCase("sm80_wgrad_bf16_128x128", 8, 8, 100, splits=3)
+    dy, _, b = gemm_operands(case)
+    with pytest.raises(RuntimeError):
+        run_gemm(engine, case, dy, b)
+
+
+@pytest.mark.parametrize("case", CONV_CASES, ids=lambda c: f"{c.instance.removeprefix('sm80_')}-{c.x}-{c.filter}")
+def test_conv(engine: Engine, case: ConvCase) -> None:
+    check_conv(engine, case)
