@@ -192,13 +192,19 @@ void scope_scales(int n, int m, const std::string& dtype, int64_t dy, int64_t t,
   check_launch(name, instance<SdgpScopeScalesFunction>(name)(&problem));
 }
 
+// Instances that move their dense operand and their output in chunks of 16 bytes; the others take any rows of 2.
+bool in_chunks(const std::string& name) { return !name.ends_with("_any"); }
+
+bool is_wgrad(const std::string& name) { return name.find("wgrad") != std::string::npos; }
+
 // What both kinds of sparse product take beside their shapes.
-void check_product(int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace, int32_t padded_k,
-                   int32_t splits, int32_t group_n, int32_t cluster_size, int32_t sm_count) {
+void check_product(const std::string& name, bool out_is_float, int64_t values, int64_t metadata, int64_t b, int64_t out,
+                   int64_t workspace, int32_t padded_k, int32_t splits, int32_t group_n, int32_t cluster_size,
+                   int32_t sm_count) {
   check_pointer("values", values, 16);
   check_pointer("metadata", metadata, 16);
-  check_pointer("b", b, 16);
-  check_pointer("out", out, 16);
+  check_pointer("b", b, in_chunks(name) ? 16 : 2);
+  check_pointer("out", out, in_chunks(name) ? 16 : out_is_float ? 4 : 2);
   check_size("splits", splits, 1);
   if (splits > 1) check_pointer("workspace", workspace, 16);
   check_size("group_n", group_n, 1);
@@ -206,7 +212,8 @@ void check_product(int64_t values, int64_t metadata, int64_t b, int64_t out, int
   if (cluster_size != 1 && cluster_size != 2) {
     throw py::value_error("cluster_size must be 1 or 2; got " + std::to_string(cluster_size));
   }
-  check_padded("padded_k", padded_k, 16);
+  // Hopper's copies end with the operand; the others read whole tiles of 64 k.
+  check_padded("padded_k", padded_k, 0, name.starts_with("sdgp_sm90_") ? 16 : 64);
 }
 
 void check_multiple(const char* argument, int32_t size, int32_t factor) {
@@ -220,9 +227,11 @@ void check_multiple(const char* argument, int32_t size, int32_t factor) {
 void sparse_gemm(const std::string& name, int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace,
                  int32_t m, int32_t n, int32_t k, int32_t padded_k, int32_t splits, int32_t group_n,
                  int32_t cluster_size, int32_t sm_count, bool out_is_float, bool accumulate, int64_t stream) {
-  check_product(values, metadata, b, out, workspace, padded_k, splits, group_n, cluster_size, sm_count);
+  check_product(name, out_is_float, values, metadata, b, out, workspace, padded_k, splits, group_n, cluster_size,
+                sm_count);
   check_size("m", m, 1);
-  check_multiple("n", n, 8);
+  check_multiple("n", n, in_chunks(name) ? 8 : 1);
+  if (is_wgrad(name)) check_multiple("m", m, in_chunks(name) ? 8 : 1);
   check_padded("padded_k", padded_k, k);
   const SdgpSparseGemm problem{pointer<const void>(values),
                                pointer<const void>(metadata),
@@ -247,11 +256,14 @@ void sparse_conv(const std::string& name, int64_t values, int64_t metadata, int6
                  const std::array<int32_t, 9>& shape, const std::array<int32_t, 6>& window, int32_t padded_k,
                  int32_t splits, int32_t group_n, int32_t cluster_size, int32_t sm_count, bool out_is_float,
                  bool accumulate, int64_t stream) {
-  check_product(values, metadata, b, out, workspace, padded_k, splits, group_n, cluster_size, sm_count);
+  check_product(name, out_is_float, values, metadata, b, out, workspace, padded_k, splits, group_n, cluster_size,
+                sm_count);
   for (const int32_t size : shape) check_size("shape", size, 1);
-  check_multiple("c_in", shape[3], 8);
+  check_multiple("c_in", shape[3], in_chunks(name) ? 8 : 1);
+  if (is_wgrad(name)) check_multiple("c_out", shape[6], in_chunks(name) ? 8 : 1);
   for (const int i : {0, 1, 4, 5}) check_size("stride and dilation", window[i], 1);
   const auto [batch, h, w, c_in, p, q, c_out, r, s] = shape;
+  check_padded("padded_k", padded_k, is_wgrad(name) ? int64_t{batch} * p * q : c_out);
   const SdgpSparseConv problem{pointer<const void>(values),
                                pointer<const void>(metadata),
                                pointer<const void>(b),

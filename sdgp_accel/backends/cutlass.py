@@ -1,22 +1,23 @@
-"""The backward on sparse tensor cores: operands from the prune+compress kernel, products from the Hopper kernels.
+"""The backward on sparse tensor cores: operands from the prune+compress kernel, products from one of two families of
+kernels. Hopper's (wgmma.sp, TMA) run on sm_90 what TMA can address; the others (mma.sp) every shape, from sm_80 on.
 
-Where this GPU has no sparse products of ours (before Hopper), or not for this shape, ``backend="cutlass"`` still
-prunes and compresses with the kernel and runs dense products on the decompressed operands; ``"auto"`` does not
-take such layers.
+Sizes that count beyond 32 bits have no sparse products: ``backend="cutlass"`` still prunes and compresses with the
+kernel and runs dense products on the decompressed operands, ``"auto"`` does not take such layers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import cutlass_ops
-from sdgp_accel.backends import BUILD_COMMAND, Needs, Operands, check_out, dense
-from sdgp_accel.backends.tiles import TILE_K, Tiling, rank_tilings
+from sdgp_accel.backends import BUILD_COMMAND, Needs, Operands, check_out, dense, tiles
+from sdgp_accel.backends.tiles import TILE_K, Product, Tiling, rank_tilings
 from sdgp_accel.config import Pass, PruneSpec
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import LayerPlan
@@ -88,7 +89,7 @@ class CutlassBackend:
                 return f"the kernels take N:M with N <= 2 and M of {GROUP_SIZES}, not {spec.n}:{spec.m}"
         if geometry.positions == 0 or geometry.out_channels == 0 or geometry.in_channels == 0:
             return "the layer's gradient is empty"
-        return self._no_sparse_products(geometry, device) if plan.backend == "auto" else None
+        return _too_large(geometry) if plan.backend == "auto" else None
 
     def prune_compress(
         self, dy2d: Tensor, plan: LayerPlan, rng: Rng | None, positions_per_sample: int, needs: Needs
@@ -109,20 +110,19 @@ class CutlassBackend:
         self, geometry: Geometry, pass_name: Pass, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tiling, ...]:
         """The tilings of the sparse product; none where it runs dense on the decompressed operand."""
-        if self._no_sparse_products(geometry, device) is not None:
+        if _too_large(geometry):
             return ()
         return _tilings(geometry, "dgrad" if pass_name == "grad_input" else "wgrad", device)
 
     def dgrad(self, operand: SparseOperand, weight: Tensor, geometry: Geometry, tiling: Tiling | None = None) -> Tensor:
         """dX on sparse tensor cores, or dense on the decompressed operand."""
-        if self._no_sparse_products(geometry, weight.device) is not None:
+        if _too_large(geometry):
             return dense.dgrad(dense.layer_view(operand.decompress(), geometry), weight, geometry)
-        tiling = tiling or _tilings(geometry, "dgrad", weight.device)[0]
         with _on_device(weight.device):
             if isinstance(geometry, LinearGeometry) or _is_pointwise(geometry):
                 b = weight.reshape(geometry.out_channels, geometry.in_channels).contiguous()
                 out = b.new_empty((operand.shape[0], geometry.in_channels))
-                return _as_input(_gemm("dgrad", operand, b, out, tiling), geometry)
+                return _as_input(_gemm("dgrad", operand, b, out, geometry, tiling), geometry)
             b = _kernel_view(weight).contiguous()
             out = b.new_empty((geometry.batch, geometry.height, geometry.width, geometry.in_channels))
             return _as_input(_conv("dgrad", operand, b, out, geometry, tiling), geometry)
@@ -142,9 +142,8 @@ class CutlassBackend:
         others their result is copied or added.
         """
         check_out(out, accumulate, x, geometry)
-        if self._no_sparse_products(geometry, x.device) is not None:
+        if _too_large(geometry):
             return dense.wgrad_into(dense.layer_view(operand.decompress(), geometry), x, geometry, out, accumulate)
-        tiling = tiling or _tilings(geometry, "wgrad", x.device)[0]
         with _on_device(x.device):
             if out is None:
                 dw = _sparse_wgrad(operand, x, geometry, tiling, _new_weight(x, geometry), False)
@@ -154,29 +153,35 @@ class CutlassBackend:
             dw = _sparse_wgrad(operand, x, geometry, tiling, _new_weight(out, geometry), False)
             return out.add_(dw) if accumulate else out.copy_(dw)
 
-    def _no_sparse_products(self, geometry: Geometry, device: torch.device) -> str | None:
-        """Why the products of this layer cannot run on sparse tensor cores here."""
-        if device_facts(device).capability != HOPPER or "90a" not in cutlass_ops.ARCHS:
-            return "sparse products are for sm_90a, in a build that holds it"
-        if geometry.in_channels % 8 or geometry.out_channels % 8:
-            return (
-                "sparse products need multiples of 8 channels; "
-                f"got {geometry.in_channels} in and {geometry.out_channels} out"
-            )
-        positions = geometry.positions
-        if isinstance(geometry, Conv2dGeometry):
-            reach = max(
-                *geometry.padding, *(d * (k - 1) for d, k in zip(geometry.dilation, geometry.kernel, strict=True))
-            )
-            if reach > MAX_REACH or max(geometry.stride) > MAX_STRIDE:
-                return (
-                    f"sparse convolutions reach {MAX_REACH} pixels with strides up to {MAX_STRIDE}; got {reach} "
-                    f"and {max(geometry.stride)}"
-                )
-            positions = max(positions, geometry.batch * geometry.height * geometry.width)
-        if max(positions, geometry.in_channels, geometry.out_channels) > MAX_SIZE:
-            return f"sparse products count positions in 32 bits; got {positions}"
-        return None
+
+def _too_large(geometry: Geometry) -> str | None:
+    """Why the products of this layer cannot run on sparse tensor cores."""
+    positions = geometry.positions
+    if isinstance(geometry, Conv2dGeometry):
+        positions = max(positions, geometry.batch * geometry.height * geometry.width)
+    largest = max(positions, geometry.out_channels, math.prod(geometry.weight_shape[1:]))
+    return f"sparse products count rows and columns in 32 bits; got {largest}" if largest > MAX_SIZE else None
+
+
+def _family(geometry: Geometry, product: Product, device: torch.device) -> tiles.Family:
+    """The kernels that run this product here."""
+    facts = device_facts(device)
+    c_in, c_out = geometry.in_channels, geometry.out_channels
+    if facts.capability == HOPPER and "90a" in cutlass_ops.ARCHS and _tma_can_address(geometry):
+        return tiles.SM90
+    # Rows of dX and W hold C_in values, those of dW and X too, and those of wgrad's compressed operand C_out.
+    if c_in % 8 or (product == "wgrad" and c_out % 8):
+        return tiles.SM80_ANY
+    return tiles.SM80_SMALL if facts.capability in tiles.SMALL_SHARED_MEMORY else tiles.SM80
+
+
+def _tma_can_address(geometry: Geometry) -> bool:
+    if geometry.in_channels % 8 or geometry.out_channels % 8:  # strides of 16 bytes
+        return False
+    if isinstance(geometry, LinearGeometry) or _is_pointwise(geometry):
+        return True
+    filter_reach = (d * (k - 1) for d, k in zip(geometry.dilation, geometry.kernel, strict=True))
+    return max(*geometry.padding, *filter_reach) <= MAX_REACH and max(geometry.stride) <= MAX_STRIDE
 
 
 def _prune_compress(
@@ -226,62 +231,79 @@ def _scope_scales(dy: Tensor, arguments: dict[str, Any], positions_per_sample: i
     return scales
 
 
-def _tilings(geometry: Geometry, name: str, device: torch.device) -> tuple[Tiling, ...]:
-    m, n, k = _product_size(geometry, name)
-    is_wgrad = name == "wgrad"
-    gathering = is_wgrad and isinstance(geometry, Conv2dGeometry) and not _is_pointwise(geometry)
-    return rank_tilings(m, n, k, device_facts(device).multiprocessors, is_wgrad, gathering)
+def _tilings(
+    geometry: Geometry, product: Product, device: torch.device, family: tiles.Family | None = None
+) -> tuple[Tiling, ...]:
+    m, n, k = _product_size(geometry, product)
+    gathering = isinstance(geometry, Conv2dGeometry) and not _is_pointwise(geometry)
+    family = family or _family(geometry, product, device)
+    return rank_tilings(family, product, m, n, k, device_facts(device).multiprocessors, gathering)
 
 
-def _product_size(geometry: Geometry, name: str) -> tuple[int, int, int]:
+def _tiling_for(b: Tensor, geometry: Geometry, product: Product, tiling: Tiling | None) -> Tiling:
+    """`tiling`, by default the best predicted; where `b` does not begin at a multiple of 16 bytes, one that may."""
+    if b.data_ptr() % 16:
+        return _tilings(geometry, product, b.device, tiles.SM80_ANY)[0]
+    return tiling or _tilings(geometry, product, b.device)[0]
+
+
+def _product_size(geometry: Geometry, product: Product) -> tuple[int, int, int]:
     """(m, n, k) of dgrad or wgrad as one product; of a convolution's, the taps of the filter included."""
     c_in, c_out = geometry.in_channels, geometry.out_channels
     taps, inputs = 1, geometry.positions
     if isinstance(geometry, Conv2dGeometry):
         taps = geometry.kernel[0] * geometry.kernel[1]
         inputs = geometry.batch * geometry.height * geometry.width
-    return (inputs, c_in, c_out * taps) if name == "dgrad" else (c_out, c_in * taps, geometry.positions)
+    return (inputs, c_in, c_out * taps) if product == "dgrad" else (c_out, c_in * taps, geometry.positions)
 
 
 def _sparse_wgrad(
-    operand: SparseOperand, x: Tensor, geometry: Geometry, tiling: Tiling, out: Tensor, accumulate: bool
+    operand: SparseOperand, x: Tensor, geometry: Geometry, tiling: Tiling | None, out: Tensor, accumulate: bool
 ) -> Tensor:
     """dW in `out`, which has the kernels' layout."""
     b = _kernel_view(x).contiguous()
     if isinstance(geometry, LinearGeometry) or _is_pointwise(geometry):
-        return _gemm("wgrad", operand, b.view(-1, geometry.in_channels), out, tiling, accumulate)
+        return _gemm("wgrad", operand, b.view(-1, geometry.in_channels), out, geometry, tiling, accumulate)
     return _conv("wgrad", operand, b, out, geometry, tiling, accumulate)
 
 
 def _gemm(
-    name: str, operand: SparseOperand, b: Tensor, out: Tensor, tiling: Tiling, accumulate: bool = False
+    product: Product,
+    operand: SparseOperand,
+    b: Tensor,
+    out: Tensor,
+    geometry: Geometry,
+    tiling: Tiling | None,
+    accumulate: bool = False,
 ) -> Tensor:
     """operand [m, k] x b [k, n], to (or added to) `out`: m n elements in one block, of b's dtype or float32."""
     t, c = operand.shape
     m, k = (t, c) if operand.axis == 1 else (c, t)
     n = b.shape[1]
+    tiling = _tiling_for(b, geometry, product, tiling)
     workspace = _workspace(out, tiling)
     cutlass_ops.kernels().sparse_gemm(
-        f"sdgp_sm90_{name}_{DTYPE_NAMES[b.dtype]}_{tiling.tile}", m=m, n=n, k=k, accumulate=accumulate,
+        f"sdgp_{tiling.family}_{product}_{DTYPE_NAMES[b.dtype]}_{tiling.tile}", m=m, n=n, k=k, accumulate=accumulate,
         **_product_arguments(operand, b, out, workspace, tiling),
     )  # fmt: skip
     return out
 
 
 def _conv(
-    name: str,
+    product: Product,
     operand: SparseOperand,
     b: Tensor,
     out: Tensor,
     geometry: Conv2dGeometry,
-    tiling: Tiling,
+    tiling: Tiling | None,
     accumulate: bool = False,
 ) -> Tensor:
     """dX [N, H, W, C_in] or dW [C_out, R, S, C_in], as `_gemm` does; b: the filter [C_out, R, S, C_in] or x NHWC."""
     g = geometry
+    tiling = _tiling_for(b, geometry, product, tiling)
     workspace = _workspace(out, tiling)
     cutlass_ops.kernels().sparse_conv(
-        f"sdgp_sm90_conv_{name}_{DTYPE_NAMES[b.dtype]}_{tiling.tile}",
+        f"sdgp_{tiling.family}_conv_{product}_{DTYPE_NAMES[b.dtype]}_{tiling.tile}",
         shape=(g.batch, g.height, g.width, g.in_channels, g.out_height, g.out_width, g.out_channels, *g.kernel),
         window=(*g.stride, *g.padding, *g.dilation), accumulate=accumulate,
         **_product_arguments(operand, b, out, workspace, tiling),

@@ -1,62 +1,114 @@
-"""Which instance of a Hopper sparse product runs a shape, and in how many parts."""
+"""Which instance of a sparse product runs a shape, and in how many parts: a cost model per family of kernels."""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
+Product = Literal["dgrad", "wgrad"]
 # (rows, columns) of the output per thread block, and the thread blocks of a cluster, which sit above each other and
-# share loads of the dense operand -> time per multiply-add relative to the fastest, measured with large GEMMs on an
-# H100 (bench/results/gemm_h100.json).
-TILES = {
+# share loads of the dense operand.
+Tile = tuple[int, int, int]
+Costs = Mapping[Tile, float]
+
+TILE_K = 128  # reduction lengths are padded to it: one step of the Hopper kernels' main loop, two of the others'
+# With few multiprocessors busy, those run faster: they have the power and the L2 cache to themselves (an H100).
+IDLE_GAIN = 0.25
+# Tile columns that run together: all where they are few, else groups of 8; 0 to 6 % faster than 4 or 16 on an H100.
+FEW_COLUMNS, GROUP_N = 16, 8
+MAX_SPLITS = 64
+
+
+@dataclass(frozen=True, eq=False)  # each is itself only: a key of caches
+class Family:
+    """Kernels for one generation of tensor cores: the tiles they come in, each with its time per multiply-add relative
+    to the fastest."""
+
+    name: str  # as in the instances' names
+    dgrad: Costs
+    wgrad: Costs
+    gathering: Costs  # wgrad of convolutions, which gathers the dense operand from images
+    multiply_adds_per_byte: float  # of a sparse main loop (counted dense), per byte of device memory traffic
+    suffix: str = ""  # of the tile in the instances' names
+
+
+# Measured with large GEMMs on an H100 (bench/results/gemm_h100.json).
+_SM90 = {
     (128, 256, 2): 1.0, (256, 128, 2): 1.08, (128, 128, 2): 1.3,
     (128, 256, 1): 1.25, (256, 128, 1): 1.12, (128, 128, 1): 1.5,
 }  # fmt: skip
-# The same for a convolution's wgrad, which gathers the dense operand from images: narrow tiles load less of it. Only
-# (128, 256, 2) and (256, 128, 1) are measured (ResNet-9's 3x3 layers), the others are set between.
-GATHERING_TILES = {
+# Narrow tiles gather less. Only (128, 256, 2) and (256, 128, 1) are measured (ResNet-9's 3x3 layers), the others are
+# set between.
+_SM90_GATHERING = {
     (128, 256, 2): 1.15, (256, 128, 2): 1.05, (128, 128, 2): 1.35,
     (128, 256, 1): 1.3, (256, 128, 1): 1.0, (128, 128, 1): 1.5,
 }  # fmt: skip
-TILE_K = 128  # one step of the main loop; reduction lengths are padded to it
-# Per multiprocessor of an H100: multiply-adds of a sparse main loop (counted dense) per byte of device memory traffic.
-MULTIPLY_ADDS_PER_BYTE = 200.0
-# With few multiprocessors busy, those run faster: they have the power and the L2 cache to themselves.
-IDLE_GAIN = 0.25
-# Tile columns that run together: all where they are few, else groups of 8; 0 to 6 % faster than 4 or 16.
-FEW_COLUMNS, GROUP_N = 16, 8
-MAX_SPLITS = 64
+SM90 = Family(
+    "sm90", _SM90, _SM90, _SM90_GATHERING,
+    multiply_adds_per_byte=200.0,
+)  # fmt: skip
+
+# By calculation for an A100, not measured: the longest of the tensor cores (2048 multiply-adds per cycle and
+# multiprocessor), the shared-memory port (128 bytes per cycle; fragments and fills) and L2 (5120 bytes per cycle for
+# all 108, NVIDIA A100 whitepaper) on 32 k of a tile: 520, 292, 196 and 218 cycles, in the order of these tables.
+_SM80_DGRAD = {(256, 128, 1): 1.0, (128, 128, 1): 1.12, (128, 64, 1): 1.51}
+_SM80_WGRAD = {(256, 128, 1): 1.0, (128, 128, 1): 1.12, (64, 128, 1): 1.68}
+SM80 = Family(
+    "sm80", _SM80_DGRAD, _SM80_WGRAD, _SM80_WGRAD,
+    # 0.8 x 2048 multiply-adds per cycle beside 0.85 x 1555 GB/s at 1.41 GHz for 108 multiprocessors (A100 40 GB).
+    multiply_adds_per_byte=190.0,
+)  # fmt: skip
+# The largest tile of SM80 needs 136 KB of shared memory; GPUs of these compute capabilities have 99 KB (CUDA C++
+# Programming Guide, technical specifications per compute capability) and run the others.
+SMALL_SHARED_MEMORY = {(8, 6), (8, 9), (12, 0), (12, 1)}
+_LARGEST = (256, 128, 1)
+_SM80_SMALL_WGRAD = {tile: cost for tile, cost in _SM80_WGRAD.items() if tile != _LARGEST}
+SM80_SMALL = replace(
+    SM80,
+    dgrad={tile: cost for tile, cost in _SM80_DGRAD.items() if tile != _LARGEST},
+    wgrad=_SM80_SMALL_WGRAD,
+    gathering=_SM80_SMALL_WGRAD,
+)
+# Rows that do not begin at multiples of 16 bytes, copied value by value. One tile: the cost compares with nothing, and
+# only says how much the reduction may be split.
+_ANY = {(128, 64, 1): 6.0}
+SM80_ANY = replace(SM80, dgrad=_ANY, wgrad=_ANY, gathering=_ANY, suffix="_any")
 
 
 class Tiling(NamedTuple):
     """How one product is launched."""
 
+    family: str
     tile: str  # as in the instance's name
     cluster_size: int
     splits: int  # parts of the reduction, each into its own float32 partial result
     group_n: int  # tile columns that run together, for reuse in L2
 
 
-def choose_tiling(m: int, n: int, k: int, multiprocessors: int, splittable: bool, gathering: bool = False) -> Tiling:
+def choose_tiling(
+    family: Family, product: Product, m: int, n: int, k: int, multiprocessors: int, gathering: bool = False
+) -> Tiling:
     """The tiling of [m, k] x [k, n] with the least predicted time: the first of `rank_tilings`.
 
-    Within 4 % of the best tiling found by search at 24 shapes of ViT-L and 4096-wide layers on an H100.
+    For SM90 within 4 % of the best tiling found by search at 24 shapes of ViT-L and 4096-wide layers on an H100.
     """
-    return rank_tilings(m, n, k, multiprocessors, splittable, gathering)[0]
+    return rank_tilings(family, product, m, n, k, multiprocessors, gathering)[0]
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def rank_tilings(
-    m: int, n: int, k: int, multiprocessors: int, splittable: bool, gathering: bool = False
+    family: Family, product: Product, m: int, n: int, k: int, multiprocessors: int, gathering: bool = False
 ) -> tuple[Tiling, ...]:
     """For each tile and cluster its best number of splits at [m, k] x [k, n], least predicted time first.
 
     Each round of thread blocks takes as long as one tile, a last one that leaves multiprocessors idle a little less;
-    splitting the reduction fills it, and costs writing and reading the partial results. gathering: the dense operand
-    comes from images.
+    splitting the reduction of a wgrad fills it, and costs writing and reading the partial results. gathering: the
+    product is a convolution's.
     """
     steps = -(-k // TILE_K)
-    tiles = GATHERING_TILES if gathering else TILES
+    tiles = family.dgrad if product == "dgrad" else family.gathering if gathering else family.wgrad
 
     def cost(rows: int, columns: int, cluster: int, splits: int) -> float:
         blocks = cluster * -(-m // (rows * cluster)) * -(-n // columns) * splits
@@ -65,14 +117,14 @@ def rank_tilings(
         # One more step stands for filling the pipeline and storing the result.
         main_loop = rows * columns * (-(-steps // splits) + 1) * TILE_K * tiles[rows, columns, cluster]
         partials = 8.0 * m * n * splits if splits > 1 else 0.0
-        return (rounds + last_round) * main_loop + partials * MULTIPLY_ADDS_PER_BYTE / multiprocessors
+        return (rounds + last_round) * main_loop + partials * family.multiply_adds_per_byte / multiprocessors
 
-    limit = min(MAX_SPLITS, steps) if splittable else 1
+    limit = min(MAX_SPLITS, steps) if product == "wgrad" else 1
     best = [min((cost(*tile, splits), *tile, splits) for splits in range(1, limit + 1)) for tile in tiles]
 
     def tiling(rows: int, columns: int, cluster: int, splits: int) -> Tiling:
         tile_columns = -(-n // columns)
         group_n = tile_columns if tile_columns < FEW_COLUMNS else GROUP_N
-        return Tiling(f"{rows}x{columns}", cluster, splits, group_n)
+        return Tiling(family.name, f"{rows}x{columns}{family.suffix}", cluster, splits, group_n)
 
     return tuple(tiling(*candidate[1:]) for candidate in sorted(best, key=lambda candidate: candidate[0]))

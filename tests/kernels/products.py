@@ -80,6 +80,10 @@ class SimulatorEngine:
         """Undoes `register`."""
         self._engine.runtime.memory.unregister(address)
 
+    def checked(self) -> contextlib.AbstractContextManager[None]:
+        """Raises what kernels launched within did wrong."""
+        return self._engine.checked()
+
     def gemm(self, name: str, **arguments: Any) -> None:
         self._launch(name, GemmArguments, arguments)
 
@@ -97,38 +101,73 @@ class SimulatorEngine:
 
 
 class SimulatedKernels:
-    """What the backend uses of `cutlass_ops.kernels()`, run on the simulator on ordinary CPU tensors."""
+    """What the backend uses of `cutlass_ops.kernels()`, run on the simulator on ordinary CPU tensors.
 
-    def __init__(self, engine: SimulatorEngine) -> None:
+    The products are `engine`'s, the rest the `extension`'s.
+    """
+
+    def __init__(self, engine: SimulatorEngine, extension: Any = None) -> None:
         self._engine = engine
+        self._extension = extension
+
+    def bias_partial_rows(self, t: int, c: int) -> int:
+        rows: int = self._extension.bias_partial_rows(t, c)
+        return rows
+
+    def prune_compress(self, **arguments: Any) -> None:
+        t, c = arguments["t"], arguments["c"]
+        per_sample = arguments.get("positions_per_sample", 0)
+        scale = 4 * (t // per_sample * c if per_sample else 1)
+        sizes = {
+            "dy": 2 * ((t - 1) * arguments["row_stride"] + c), "seed": 16, "bias": 4 * c,
+            "bias_partials": 4 * c * self.bias_partial_rows(t, c), "dgrad_scale": scale, "wgrad_scale": scale,
+        }  # fmt: skip
+        for name, rows in (("dgrad", t), ("wgrad", c)):
+            stored = rows * arguments.get(f"{name}_k", 0)
+            sizes |= {f"{name}_values": stored, f"{name}_metadata": stored // 8}
+        with self._visible(sizes, arguments):
+            self._extension.prune_compress(**arguments)
+
+    def scope_scales(self, **arguments: Any) -> None:
+        t, c, per_sample = (arguments[name] for name in ("t", "c", "positions_per_sample"))
+        scopes = t // per_sample * c if per_sample else 1
+        sizes = {
+            "dy": 2 * ((t - 1) * arguments["row_stride"] + c), "sums": 24 * scopes, "dgrad_scale": 4 * scopes,
+            "wgrad_scale": 4 * scopes,
+        }  # fmt: skip
+        with self._visible(sizes, arguments):
+            self._extension.scope_scales(**arguments)
 
     def sparse_gemm(self, name: str, **arguments: Any) -> None:
         m, n, k = (arguments[size] for size in "mnk")
-        with self._visible(m, m * n, k * n, arguments):
+        with self._visible(self._product_sizes(m, m * n, k * n, arguments), arguments):
             self._engine.gemm(name.removeprefix("sdgp_"), **arguments)
 
     def sparse_conv(self, name: str, **arguments: Any) -> None:
         batch, h, w, c_in, p, q, c_out, r, s = arguments["shape"]
         x, weight = batch * h * w * c_in, c_out * r * s * c_in
-        is_dgrad = "dgrad" in name
-        sizes = (batch * p * q, x, weight) if is_dgrad else (c_out, weight, x)
-        with self._visible(*sizes, arguments):
+        sizes = (batch * p * q, x, weight) if "dgrad" in name else (c_out, weight, x)
+        with self._visible(self._product_sizes(*sizes, arguments), arguments):
             self._engine.conv(name.removeprefix("sdgp_"), **arguments)
 
-    @contextlib.contextmanager
-    def _visible(self, rows: int, out: int, b: int, arguments: dict[str, Any]) -> Iterator[None]:
-        """The tensors' exact bytes are the only memory that kernels may touch; counts are elements, rows those of A."""
+    def _product_sizes(self, rows: int, out: int, b: int, arguments: dict[str, Any]) -> dict[str, int]:
+        """Bytes; `rows` of A, elements of the others."""
         assert arguments.pop("sm_count") == self._engine.SM_COUNT
         stored = rows * arguments["padded_k"]
-        sizes = {
+        return {
             "values": stored, "metadata": stored // 8, "b": 2 * b, "out": out * (4 if arguments["out_is_float"] else 2),
             "workspace": 4 * arguments["splits"] * out,
         }  # fmt: skip
-        addresses = {arguments[name]: size for name, size in sizes.items() if arguments[name]}
+
+    @contextlib.contextmanager
+    def _visible(self, sizes: dict[str, int], arguments: dict[str, Any]) -> Iterator[None]:
+        """The tensors' exact bytes are the only memory that kernels may touch."""
+        addresses = {arguments[name]: size for name, size in sizes.items() if arguments.get(name)}
         for address, size in addresses.items():
             self._engine.register(address, size)
         try:
-            yield
+            with self._engine.checked():
+                yield
         finally:
             for address in addresses:
                 self._engine.unregister(address)

@@ -14,9 +14,11 @@ from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.nn import SDGPConv2d, SDGPLinear
 from sdgp_accel.semi_structured import compress_matrix
-from tests.kernels import test_sm90_sparse
+from tests.kernels import products, test_sm80_sparse, test_sm90_sparse
 from tests.kernels.products import SimulatedKernels, SimulatorEngine
 from tests.ptxsim import toolchain
+
+pytestmark = pytest.mark.timeout(1800)  # the first test may have to compile the kernels
 
 CUDA = torch.device("cuda", 0)
 HAS_KERNELS = torch.cuda.is_available() and bool(cutlass_ops.ARCHS)
@@ -51,8 +53,8 @@ def test_unavailable_names_the_command(hopper, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "part"),
     [({}, None), ({"dtype": torch.float32}, "float32"), ({"n": 4, "m": 8}, "4:8"), ({"n": 1, "m": 2}, "1:2"),
-     ({"groups": 2}, "groups = 2"), ({"channels": 20}, "20"), ({"channels": 20, "backend": "cutlass"}, None),
-     ({"padding": 121}, "121"), ({"dilation": 61}, "122"), ({"stride": 9}, "9")],
+     ({"groups": 2}, "groups = 2"), ({"channels": 20}, None), ({"padding": 121}, None),
+     ({"channels": 1 << 31}, "2147483648"), ({"channels": 1 << 31, "backend": "cutlass"}, None)],
 )  # fmt: skip
 def test_unsupported_says_why(hopper, change, part):
     options = {"dtype": torch.float16, "n": 2, "m": 4, "groups": 1, "channels": 64, "backend": "auto"} | change
@@ -72,15 +74,6 @@ def test_empty_gradients_are_left_to_others(hopper):
     assert "empty" in cutlass.BACKEND.unsupported(LinearGeometry(0, 8, 8), plan, torch.float16, CUDA)
 
 
-@pytest.mark.parametrize("shape", [(25088, 1024, 4096), (1024, 1024, 25088), (64, 64, 8), (1, 8, 1)])
-def test_tilings_exist_and_are_within_limits(shape):
-    m, n, k = shape
-    tiling = tiles.choose_tiling(m, n, k, 132, splittable=True)
-    assert (*map(int, tiling.tile.split("x")), tiling.cluster_size) in tiles.TILES
-    assert 1 <= tiling.splits <= max(1, -(-k // tiles.TILE_K))
-    assert tiles.choose_tiling(m, n, k, 132, splittable=False).splits == 1
-
-
 @pytest.mark.parametrize("pass_name", ["grad_input", "grad_weight"])
 @pytest.mark.parametrize(
     "geometry",
@@ -92,48 +85,66 @@ def test_tilings_exist_and_are_within_limits(shape):
 )
 def test_candidates_are_different_tiles_best_first(hopper, geometry, pass_name):
     listed = cutlass.BACKEND.tilings(geometry, pass_name, torch.float16, CUDA)
-    assert len({(tiling.tile, tiling.cluster_size) for tiling in listed}) == len(listed) == len(tiles.TILES)
+    assert len({(tiling.tile, tiling.cluster_size) for tiling in listed}) == len(listed) == len(tiles.SM90.dgrad)
     assert len(set(map(str, listed))) == len(listed)
     m, n, k = {
         ("linear", "grad_input"): (25088, 1024, 4096), ("linear", "grad_weight"): (4096, 1024, 25088),
         ("conv2d", "grad_input"): (8 * 14 * 14, 64, 128 * 9), ("conv2d", "grad_weight"): (128, 64 * 9, 8 * 7 * 7),
     }["linear" if isinstance(geometry, LinearGeometry) else "conv2d", pass_name]  # fmt: skip
-    is_wgrad = pass_name == "grad_weight"
-    gathering = is_wgrad and isinstance(geometry, Conv2dGeometry)
-    assert listed[0] == tiles.choose_tiling(m, n, k, 132, splittable=is_wgrad, gathering=gathering)
+    product = "wgrad" if pass_name == "grad_weight" else "dgrad"
+    gathering = isinstance(geometry, Conv2dGeometry)
+    assert listed[0] == tiles.choose_tiling(tiles.SM90, product, m, n, k, 132, gathering)
+
+
+LARGE = LinearGeometry(1 << 31, 64, 64)
 
 
 def test_there_is_nothing_to_list_without_sparse_products(hopper):
-    assert cutlass.BACKEND.tilings(LinearGeometry(50, 36, 20), "grad_input", torch.float16, CUDA) == ()
+    assert cutlass.BACKEND.tilings(LARGE, "grad_input", torch.float16, CUDA) == ()
 
 
-def test_a_single_row_of_tiles_needs_no_cluster():
-    assert tiles.choose_tiling(128, 1152, 200704, 132, splittable=True).cluster_size == 1
-    assert tiles.choose_tiling(25088, 1024, 4096, 132, splittable=False).cluster_size == 2
+@pytest.mark.parametrize(
+    ("geometry", "families"),
+    [
+        (LinearGeometry(50, 64, 40), ("sm90", "sm90")),
+        (LinearGeometry(50, 64, 20), ("sm80", "sm80_any")),  # only wgrad's operand has rows of C_out values
+        (LinearGeometry(50, 36, 40), ("sm80_any", "sm80_any")),
+        (Conv2dGeometry.of((2, 32, 8, 8), (64, 32, 3, 3), (1, 1, 121, 1, 1, 1, 1), True), ("sm80", "sm80")),
+        (Conv2dGeometry.of((2, 32, 8, 8), (64, 32, 3, 3), (1, 1, 64, 64, 61, 1, 1), True), ("sm80", "sm80")),
+        (Conv2dGeometry.of((2, 32, 8, 8), (64, 32, 3, 3), (9, 1, 1, 1, 1, 1, 1), True), ("sm80", "sm80")),
+        (Conv2dGeometry.of((2, 32, 8, 8), (64, 32, 3, 3), (2, 2, 1, 1, 1, 1, 1), True), ("sm90", "sm90")),
+    ],
+)
+def test_what_hopper_cannot_take_runs_on_the_other_kernels(hopper, geometry, families):
+    for pass_name, family in zip(("grad_input", "grad_weight"), families, strict=True):
+        tiling = cutlass.BACKEND.tilings(geometry, pass_name, torch.float16, CUDA)[0]
+        assert tiling.family + ("_any" if tiling.tile.endswith("_any") else "") == family
 
 
-def test_gathered_operands_prefer_narrow_tiles():
-    assert tiles.choose_tiling(256, 2304, 131072, 132, splittable=True, gathering=True).tile == "256x128"
+@pytest.mark.parametrize(("capability", "largest"), [((8, 0), 256), ((8, 9), 128), ((9, 0), 256), ((12, 0), 128)])
+def test_tiles_fit_the_shared_memory(monkeypatch, capability, largest):
+    monkeypatch.setattr(cutlass, "device_facts", lambda device: cutlass.Device(capability, 100))
+    monkeypatch.setattr(cutlass_ops, "ARCHS", ("80", "compute_80"))
+    tilings = cutlass.BACKEND.tilings(LinearGeometry(50000, 1024, 1024), "grad_input", torch.float16, CUDA)
+    assert max(int(tiling.tile.split("x")[0]) for tiling in tilings) == largest
 
 
-def test_small_outputs_of_long_sums_are_split():
-    assert tiles.choose_tiling(1024, 1024, 25088, 132, splittable=True).splits > 1
-    assert tiles.choose_tiling(8192, 8192, 8192, 132, splittable=True).splits == 1
-
-
-@pytest.fixture
-def product_device(monkeypatch):
-    """Where the backend's sparse products run: a GPU that has them, else the CPU, which the simulator stands behind."""
-    if test_sm90_sparse.ON_GPU:
+@pytest.fixture(params=["90a", "80"])
+def product_device(request, monkeypatch):
+    """Where a family's sparse products run: a GPU that has them, else the CPU, which the simulator stands behind."""
+    arch = request.param
+    if (test_sm90_sparse if arch == "90a" else test_sm80_sparse).ON_GPU:
+        if arch == "80":
+            monkeypatch.setattr(cutlass, "_tma_can_address", lambda geometry: False)
         return CUDA
     if reason := toolchain.missing():
         pytest.skip(reason)
-    simulated = SimulatedKernels(SimulatorEngine("90a"))
-    facts = cutlass.Device((9, 0), SimulatorEngine.SM_COUNT)
+    simulated = SimulatedKernels(SimulatorEngine(arch))
+    facts = cutlass.Device((int(arch[0]), int(arch[1])), SimulatorEngine.SM_COUNT)
     monkeypatch.setattr(cutlass, "device_facts", lambda device: facts)
     monkeypatch.setattr(cutlass, "_on_device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(cutlass, "_stream", lambda device: 0)
-    monkeypatch.setattr(cutlass_ops, "ARCHS", ("90a",))
+    monkeypatch.setattr(cutlass_ops, "ARCHS", (arch,))
     monkeypatch.setattr(cutlass_ops, "kernels", lambda: simulated)
     return torch.device("cpu")
 
@@ -156,11 +167,16 @@ def test_wgrad_delivers_to_out(product_device, name, dtype):
     geometry = WGRAD_GEOMETRIES[name]
     shape = (geometry.positions, 24) if name == "linear" else geometry.input_shape
     memory_format = torch.channels_last if getattr(geometry, "channels_last", False) else torch.contiguous_format
-    dy = test_sm90_sparse.sparse_matrix(geometry.positions, 16, 0, torch.bfloat16).to(product_device)
+    dy = products.sparse_matrix(geometry.positions, 16, 0, torch.bfloat16).to(product_device)
     x = torch.randn(shape, device=product_device).bfloat16().contiguous(memory_format=memory_format)
-    operand = compress_matrix(dy, 0)
+    operand = compress_matrix(dy, 0, k_align=tiles.TILE_K)
     # Instances that other tests of the simulator compile anyway.
-    tiling = tiles.Tiling("128x256" if name.startswith("3x3") else "256x128", 1, 2, 2)
+    wanted = {"sm90": "128x256" if name.startswith("3x3") else "256x128", "sm80": "64x128"}
+    tiling = next(
+        tiling._replace(cluster_size=1, splits=2)
+        for tiling in cutlass.BACKEND.tilings(geometry, "grad_weight", torch.bfloat16, product_device)
+        if tiling.tile == wanted[tiling.family]
+    )
     arguments = dense.layer_view(dy.double(), geometry), x.double(), geometry
     exact = dense.wgrad(*arguments)
     magnitude = dense.wgrad(*(abs(tensor) for tensor in arguments[:2]), geometry)
@@ -173,7 +189,7 @@ def test_wgrad_delivers_to_out(product_device, name, dtype):
         out = before.clone(memory_format=torch.preserve_format)
         assert cutlass.BACKEND.wgrad(operand, x, geometry, tiling, out, accumulate=True) is out
         exact, magnitude = exact + before, magnitude + before.abs()
-    test_sm90_sparse.assert_close(out, exact.cpu(), magnitude.cpu(), geometry.positions)
+    products.assert_close(out, exact.cpu(), magnitude.cpu(), geometry.positions)
 
 
 def gradients(layer_type, arguments, x, dy, config, backend):
@@ -225,7 +241,7 @@ def test_conv2d_equals_reference(config, window):
 
 
 @needs_gpu
-def test_shapes_without_sparse_products_run_dense_on_the_operand():
+def test_channels_of_any_number_equal_reference():
     x = torch.randn(50, 36, device="cuda", dtype=torch.float16)
     dy = torch.randn(50, 20, device="cuda", dtype=torch.float16)
     ours, theirs = (gradients(SDGPLinear, (36, 20), x, dy, {}, backend) for backend in ("cutlass", "reference"))

@@ -103,10 +103,10 @@ int launch_conv_wgrad(const SdgpSparseConv& conv) {
 // multiprocessor. An A100 has 163 KB of shared memory for all its blocks, sm_86 and sm_89 99 KB.
 template <typename Element, typename Gather, Major kMajorA>
 struct Tiles {
-  using T128x256 = TileConfig<Element, Gather, kMajorA, 128, 256, 64, 64, 3, 1, true>;  // 123 KB: not sm_86, sm_89
+  using T256x128 = TileConfig<Element, Gather, kMajorA, 256, 128, 64, 64, 4, 1, true>;  // 136 KB: not sm_86, sm_89
   using T128x128 = TileConfig<Element, Gather, kMajorA, 128, 128, 64, 64, 3, 2, true>;  // 75 KB
   using T128x64 = TileConfig<Element, Gather, kMajorA, 128, 64, 64, 32, 4, 2, true>;    // 68 KB
-  using T64x128 = TileConfig<Element, Gather, kMajorA, 64, 128, 32, 64, 3, 2, true>;    // 61 KB
+  using T64x128 = TileConfig<Element, Gather, kMajorA, 64, 128, 64, 32, 3, 2, true>;    // 62 KB
   using T128x64_any = TileConfig<Element, Gather, kMajorA, 128, 64, 64, 32, 3, 2, false>;
 };
 

@@ -11,10 +11,11 @@
 // One thread block computes a tile of kBlockM x kBlockN, each warp kWarpM x kWarpN of it. kStages tiles of 64 k are on
 // their way from global to shared memory or in use; fragments are fetched one step ahead of the mma that needs them.
 //
-// What limits it on an A100: a 64 x 64 warp reads 6 KB of fragments per 32 k, 48 cycles at 128 B per cycle, and a 128 x
-// 128 block also fills 12 KB, 96 cycles: 288 cycles of the shared-memory port beside 256 cycles of the sparse tensor
-// cores (2048 multiply-adds per cycle, NVIDIA A100 whitepaper); 128 x 256 needs 544 beside 512. By calculation, not
-// measured.
+// What limits it on an A100, by calculation, not measured: per 32 k a 64 x 64 warp reads 6 KB of fragments, 48 cycles
+// of the shared-memory port at 128 B per cycle, and a 256 x 128 block fills 17 KB, 136 cycles: 520 cycles beside 512 of
+// the sparse tensor cores (2048 multiply-adds per cycle, NVIDIA A100 whitepaper). A 128 x 128 block needs 292 beside
+// 256. The block is taller than wide because A has half the bytes: 128 x 256 would fill 20.5 KB and read 20 % more of
+// L2.
 #pragma once
 
 #include "sdgp/product.cuh"

@@ -1,3 +1,0 @@
-#include "sdgp/sm80_launch.cuh"
-
-SDGP_SM80_CONV_WGRAD(sdgp_sm80_conv_wgrad_bf16_128x256, __nv_bfloat16, 128x256)

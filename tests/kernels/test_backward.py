@@ -1,0 +1,92 @@
+"""The whole backward of a layer through the cutlass backend, prune+compress to gradients, on the PTX simulator.
+
+The operands of both backends are the same bit for bit, so the gradients may differ by the products' rounding only.
+On a GPU tests/test_layers_cuda.py and test_backend.py do this with the real runtime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+import cutlass_ops
+from sdgp_accel import SDGPConfig, ops
+from sdgp_accel.backends import Decision, Needs, _resolve_scope, cutlass, dense, reference
+from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
+from sdgp_accel.layer_plan import decode, plan_string
+from sdgp_accel.philox import Rng
+from tests.kernels.products import SimulatedKernels, SimulatorEngine, assert_close
+
+pytestmark = pytest.mark.timeout(1800)  # the first test may have to compile the kernels
+
+CPU = torch.device("cpu")
+
+CONFIGS = [
+    {}, {"prune": "random"}, {"prune": "magnitude"}, {"prune": "rescale_magnitude", "scope": "group"},
+    {"prune": "rescale_magnitude", "scope": "sample_channel"}, {"prune": "rescale_magnitude", "scope": "tensor"},
+    {"n": 1, "m": 8}, {"prune": {"grad_input": "magnitude", "grad_weight": "mvue"}}, {"grad_input": "dense"},
+]  # fmt: skip
+GEOMETRIES = {
+    "linear": LinearGeometry(3 * 50, 72, 40, 50),
+    "linear_odd": LinearGeometry(3 * 37, 36, 21, 37),
+    "pointwise": Conv2dGeometry.of((2, 24, 9, 7), (40, 24, 1, 1), (1, 1, 0, 0, 1, 1, 1), True),
+    "3x3": Conv2dGeometry.of((2, 24, 9, 7), (40, 24, 3, 3), (1, 1, 1, 1, 1, 1, 1), True),
+    "5x5_stride": Conv2dGeometry.of((2, 16, 10, 9), (24, 16, 5, 5), (2, 2, 2, 2, 1, 1, 1), False),
+    "3x3_odd": Conv2dGeometry.of((2, 3, 8, 9), (13, 3, 3, 3), (2, 1, 1, 0, 1, 2, 1), True),
+}
+
+
+@pytest.fixture
+def simulated(engine, monkeypatch):
+    """The backend believes in an A100 with a few multiprocessors."""
+    if engine.name != "sim":
+        pytest.skip("a GPU runs whole layers in tests/test_layers_cuda.py")
+    kernels = SimulatedKernels(SimulatorEngine("80"), engine.kernels)
+    monkeypatch.setattr(cutlass, "device_facts", lambda device: cutlass.Device((8, 0), SimulatorEngine.SM_COUNT))
+    monkeypatch.setattr(cutlass, "_on_device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(cutlass, "_stream", lambda device: 0)
+    monkeypatch.setattr(cutlass_ops, "ARCHS", ("80",))
+    monkeypatch.setattr(cutlass_ops, "kernels", lambda: kernels)
+
+
+def decision_for(config, geometry):
+    kind = "linear" if isinstance(geometry, LinearGeometry) else "conv2d"
+    plan = _resolve_scope(decode(plan_string(kind, SDGPConfig(**config, backend="cutlass"))), geometry)
+    assert cutlass.BACKEND.unsupported(geometry, plan, torch.bfloat16, CPU) is None
+    return Decision(geometry, cutlass.BACKEND, plan, plan.draws, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [(name, config) for name in GEOMETRIES for config in (CONFIGS if name in ("linear", "3x3") else CONFIGS[::4])],
+    ids=str,
+)
+def test_backward_equals_float64_on_the_pruned_gradient(simulated, monkeypatch, name, config):
+    geometry = GEOMETRIES[name]
+    dtype = torch.bfloat16 if torch.rand(()) < 0.5 else torch.float16
+    is_linear = isinstance(geometry, LinearGeometry)
+    memory_format = torch.contiguous_format if is_linear else torch.channels_last
+    x = torch.randn((geometry.tokens, geometry.in_channels) if is_linear else geometry.input_shape).to(dtype)
+    weight = torch.randn(geometry.weight_shape).to(dtype)
+    dy = dense.layer_view(torch.randn(geometry.positions, geometry.out_channels).to(dtype), geometry)
+    x, weight = x.contiguous(memory_format=memory_format), weight.contiguous(memory_format=memory_format)
+    seed = torch.randint(-(2**63), 2**63 - 1, (2,))
+    monkeypatch.setattr("sdgp_accel.philox.draw", lambda device: seed)
+    decision = decision_for(config, geometry)
+    dx, dw, db = ops.run(dy, x, weight, True, decision)
+
+    matrix, plan = dense.matrix_view(dy, geometry), decision.plan
+    needs = Needs(plan.grad_input is not None, plan.grad_weight is not None, True)
+    pruned = reference.BACKEND.prune_compress(matrix, plan, Rng(seed), geometry.positions_per_sample, needs)
+    for out, gradient, other, product, terms in (
+        (dx, pruned.dgrad, weight, dense.dgrad, geometry.out_channels * weight[0, 0].numel()),
+        (dw, pruned.wgrad, x, dense.wgrad, geometry.positions),
+    ):
+        assert out.dtype == dtype
+        if gradient is None:  # torch's own product
+            continue
+        gradient, other = dense.layer_view(gradient, geometry).double(), other.double()
+        assert_close(out, product(gradient, other, geometry), product(gradient.abs(), other.abs(), geometry), terms)
+    assert_close(db, matrix.double().sum(0), matrix.double().abs().sum(0), geometry.positions)

@@ -1,0 +1,53 @@
+"""The cost model that chooses tiles and splits of sparse products."""
+
+import pytest
+
+from sdgp_accel.backends import tiles
+from sdgp_accel.backends.tiles import SM80, SM80_ANY, SM80_SMALL, SM90, choose_tiling
+
+FAMILIES = {"SM90": SM90, "SM80": SM80, "SM80_SMALL": SM80_SMALL, "SM80_ANY": SM80_ANY}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("shape", [(25088, 1024, 4096), (1024, 1024, 25088), (64, 64, 8), (1, 8, 1)])
+def test_tilings_are_of_the_family_and_within_limits(family, shape):
+    for product in ("dgrad", "wgrad"):
+        for tiling in tiles.rank_tilings(family, product, *shape, 108):
+            tile = tiling.tile.removesuffix(family.suffix)
+            assert (*map(int, tile.split("x")), tiling.cluster_size) in getattr(family, product)
+            assert tiling.family == family.name
+            assert 1 <= tiling.splits <= (max(1, -(-shape[2] // tiles.TILE_K)) if product == "wgrad" else 1)
+            assert tiling.group_n >= 1
+
+
+def test_every_tiling_has_an_instance():
+    from cutlass_ops.build_kernels import INSTANCES
+
+    for family in FAMILIES.values():
+        for product in ("dgrad", "wgrad"):
+            for tiling in tiles.rank_tilings(family, product, 1000, 1000, 1000, 108):
+                for conv in ("", "conv_"):
+                    for dtype in ("bf16", "f16"):
+                        assert (INSTANCES / f"{tiling.family}_{conv}{product}_{dtype}_{tiling.tile}.cu").exists()
+
+
+def test_a_single_row_of_tiles_needs_no_cluster():
+    assert choose_tiling(SM90, "wgrad", 128, 1152, 200704, 132).cluster_size == 1
+    assert choose_tiling(SM90, "dgrad", 25088, 1024, 4096, 132).cluster_size == 2
+
+
+def test_gathered_operands_prefer_narrow_tiles():
+    assert choose_tiling(SM90, "wgrad", 256, 2304, 131072, 132, gathering=True).tile == "256x128"
+
+
+@pytest.mark.parametrize("family", [SM90, SM80], ids=["SM90", "SM80"])
+def test_small_outputs_of_long_sums_are_split(family):
+    assert choose_tiling(family, "wgrad", 1024, 1024, 25088, 108).splits > 1
+    assert choose_tiling(family, "wgrad", 8192, 8192, 8192, 108).splits <= 2
+
+
+def test_tiles_follow_the_shape():
+    assert choose_tiling(SM80, "dgrad", 100000, 64, 256, 108).tile == "128x64"
+    assert choose_tiling(SM80, "wgrad", 64, 576, 200704, 108).tile == "64x128"
+    assert choose_tiling(SM80, "dgrad", 100000, 4096, 4096, 108).tile == "256x128"
+    assert choose_tiling(SM80_SMALL, "dgrad", 100000, 4096, 4096, 108).tile == "128x128"
