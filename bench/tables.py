@@ -62,7 +62,7 @@ def render(section: Section, results: Path) -> str:
 def summary(results: Path) -> str:
     """One row per question: what its result files come down to, and on which machines."""
     rows = []
-    for section in (CONVERGENCE, STEP_TIME, LAYERS, GEMM, PRUNE):
+    for section in (CONVERGENCE, STEP_TIME, LAYERS, GEMM, PRUNE, CHECKS):
         found = [result for _, result in files(section, results)]
         claims = [claim for result in found for claim in section.claims(result)]
         gpus = dict.fromkeys(gpu_name(result) for result in found)
@@ -368,6 +368,24 @@ PRUNE = Section(
     ("layer", "gradient", "rule", "µs", "over `clone()`", "over `torch._sparse_semi_structured_tile`"),
     lambda result: map(prune_row, both_operands(result)),
     prune_claims,
+)
+
+
+# Tests and compute-sanitizer on a GPU, from the record of bench/suite.py.
+
+
+def check_claims(result: Result) -> list[str]:
+    checks = ("tests-", "memcheck-", "racecheck-")
+    ran = {name: case["status"] for name, case in result["cases"].items() if name.startswith(checks)}
+    return [", ".join(f"{name} {status}" for name, status in ran.items())] if ran else []
+
+
+CHECKS = Section(
+    "the kernels' and the layers' tests, and compute-sanitizer on a few of them",
+    lambda result: isinstance(result, dict) and result.get("benchmark") == "suite",
+    (),
+    lambda result: (),
+    check_claims,
 )
 
 

@@ -108,9 +108,11 @@ def test_models_without_a_step_time_are_named(tmp_path):
 
 def test_summary_says_what_there_is_and_what_there_is_not(tmp_path):
     empty = report.SECTIONS["summary"](tmp_path)
-    assert empty.count("| not measured yet |") == 5
+    assert empty.count("| not measured yet |") == 6
     eager = STEP | {"contenders": STEP["contenders"][:2], "sdgp_over_dense": {"dense": {"median": 0.8}}}
-    for name, result in {"layers": LAYERS, "gemm": GEMM, "prune": PRUNE, "step": eager}.items():
+    cases = {"build": {"status": "passed"}, "tests-a": {"status": "passed"}, "racecheck-b": {"status": "failed"}}
+    checks = {"benchmark": "suite", "provenance": ORIGIN, "cases": cases}
+    for name, result in {"layers": LAYERS, "gemm": GEMM, "prune": PRUNE, "step": eager, "suite": checks}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     text = report.SECTIONS["summary"](tmp_path)
     assert text.count("| not measured yet |") == 1  # convergence
@@ -118,6 +120,7 @@ def test_summary_says_what_there_is_and_what_there_is_not(tmp_path):
     assert "`mvue`: 1.50 ×; `auto` prunes 1 of 1 layers: 1.50 ×" in text
     assert "| dgrad, 1 shapes: 1.50 × cuBLAS (dense), 1.25 × cuSPARSELt |" in text
     assert "mvue 3.50 ×" in text
+    assert "| tests-a passed, racecheck-b failed | A GPU |" in text
 
 
 def test_summary_of_convergence(tmp_path):
