@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from sdgp_accel.plan import plan
     from sdgp_accel.pruning import prune
     from sdgp_accel.report import LayerReport, SwapReport
+    from sdgp_accel.schedule import Schedule
     from sdgp_accel.semi_structured import compress
-    from sdgp_accel.swap import accelerate_, restore_, tune
+    from sdgp_accel.swap import accelerate_, restore_, set_active_, tune
     from sdgp_accel.validation import validate
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "SDGPConfig",
     "SDGPConv2d",
     "SDGPLinear",
+    "Schedule",
     "SwapReport",
     "accelerate_",
     "benchmark",
@@ -38,6 +40,7 @@ __all__ = [
     "plan",
     "prune",
     "restore_",
+    "set_active_",
     "tune",
     "validate",
 ]
@@ -47,6 +50,7 @@ _HOME = {
     "SDGPConfig": "config",
     "SDGPConv2d": "nn",
     "SDGPLinear": "nn",
+    "Schedule": "schedule",
     "SwapReport": "report",
     "accelerate_": "swap",
     "benchmark": "benchmark",
@@ -54,6 +58,7 @@ _HOME = {
     "plan": "plan",
     "prune": "pruning",
     "restore_": "swap",
+    "set_active_": "swap",
     "tune": "swap",
     "validate": "validation",
 }

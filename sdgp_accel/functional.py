@@ -12,7 +12,7 @@ from torch import Tensor
 from sdgp_accel import ops
 from sdgp_accel.backends import Decision, decide_conv2d, decide_linear, warn_once
 from sdgp_accel.config import SDGPConfig
-from sdgp_accel.layer_plan import LayerKind, plan_string
+from sdgp_accel.layer_plan import LayerKind, plan_string, prunes
 
 _DEFAULT = SDGPConfig()
 
@@ -39,6 +39,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
         decision = decide_linear(plan, input.shape, weight.shape[0], input.dtype, input.device, deterministic)
         if decision.backend is None:
             return F.linear(input, weight, bias)
+    elif not prunes(plan):
+        return F.linear(input, weight, bias)
     result: Tensor = _Linear.apply(input, weight, bias, plan, decision)
     return result
 
@@ -78,6 +80,8 @@ def conv2d(
         )
         if decision.backend is None:
             return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    elif not prunes(plan):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     result: Tensor = _Conv2d.apply(input, weight, bias, window, channels_last, plan, decision)
     return result
 

@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from sdgp_accel import functional
 from sdgp_accel.backends import Decision, decide_conv2d, decide_linear, warn_once
 from sdgp_accel.config import SDGPConfig
-from sdgp_accel.layer_plan import LayerKind, plan_string
+from sdgp_accel.layer_plan import INACTIVE, LayerKind, plan_string
 
 
 class SDGPLayer(nn.Module):
     """What both layers share: a configuration, and the plan string that their forward passes on.
 
-    `sdgp_config` may be assigned; the next forward uses it.
+    `sdgp_config` and `sdgp_active` may be assigned; the next forward uses them.
     """
 
     kind: ClassVar[LayerKind]
     _sdgp_config: SDGPConfig
+    _sdgp_active: bool = True
     _sdgp_plan: str
 
     def __init__(self, *args: Any, config: SDGPConfig | None = None, **kwargs: Any) -> None:
@@ -35,20 +36,32 @@ class SDGPLayer(nn.Module):
 
     @sdgp_config.setter
     def sdgp_config(self, config: SDGPConfig) -> None:
-        self._sdgp_plan = plan_string(self.kind, config)
+        plan = plan_string(self.kind, config)
         self._sdgp_config = config
+        self._sdgp_plan = plan if self._sdgp_active else INACTIVE
         if self.kind == "linear" and config.scope == "sample_channel" and "rescale_magnitude" in config.functions:
             warn_once(
                 "scope='sample_channel' sums over the tokens of [..., T, C]; on a 2-D input, where each row is its own "
                 "sample, a Linear layer uses scope='group'"
             )
 
+    @property
+    def sdgp_active(self) -> bool:
+        """False where this layer runs the ordinary dense backward for now; see `sdgp_accel.set_active_`."""
+        return self._sdgp_active
+
+    @sdgp_active.setter
+    def sdgp_active(self, active: bool) -> None:
+        self._sdgp_active = active
+        self._sdgp_plan = plan_string(self.kind, self._sdgp_config) if active else INACTIVE
+
     def extra_repr(self) -> str:
         """The dense layer's, and e.g. ``sdgp=2:4 mvue/dense``: the functions of dgrad and wgrad."""
         config = self.sdgp_config
         modes = zip(config.functions, (config.grad_input, config.grad_weight), strict=True)
         functions = [function if mode == "sparse" else "dense" for function, mode in modes]
-        return f"{super().extra_repr()}, sdgp={config.n}:{config.m} {'/'.join(functions)}"
+        off = "" if self.sdgp_active else " (inactive)"
+        return f"{super().extra_repr()}, sdgp={config.n}:{config.m} {'/'.join(functions)}{off}"
 
 
 class SDGPLinear(SDGPLayer, nn.Linear):

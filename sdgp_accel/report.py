@@ -15,8 +15,8 @@ from torch.nn.modules.conv import _ConvNd
 from sdgp_accel.backends import Decision, decide
 from sdgp_accel.config import PruneSpec, SDGPConfig
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
-from sdgp_accel.layer_plan import plan_string
-from sdgp_accel.nn import SDGPConv2d, SDGPLinear, layer_kind
+from sdgp_accel.layer_plan import INACTIVE, plan_string
+from sdgp_accel.nn import SDGPConv2d, SDGPLayer, SDGPLinear, layer_kind
 
 if TYPE_CHECKING:
     from sdgp_accel.tuning.record import BackwardTimes
@@ -182,8 +182,10 @@ def describe_swapped(
     module: nn.Linear | nn.Conv2d, names: list[str], config: SDGPConfig, reason: str | None
 ) -> LayerReport:
     """The row of a layer that is swapped with `config`; `reason` precedes that of its backend."""
-    plan_text = plan_string(layer_kind(module), config)
-    decision, remark = _preview(plan_text, module)
+    active = not isinstance(module, SDGPLayer) or module.sdgp_active
+    decision, remark = _preview(plan_string(layer_kind(module), config) if active else INACTIVE, module)
+    if not active:
+        remark = "switched off by set_active_"
     dense = decision.backend is None
     return LayerReport(
         name=names[0],

@@ -113,15 +113,38 @@ def restore_layer(module: SDGPLayer) -> None:
     """Make an SDGPLinear or SDGPConv2d an ordinary layer again; RuntimeError for classes derived from them."""
     _check_restorable(module)
     original = _ORIGINALS[type(module)]
-    del module._sdgp_config, module._sdgp_plan
+    for name in ("_sdgp_config", "_sdgp_active", "_sdgp_plan"):
+        module.__dict__.pop(name, None)
     module.__class__ = original
+
+
+def set_active_(model: nn.Module, active: bool) -> nn.Module:
+    """Switch the pruning of every SDGP layer of `model` off or on again, in place, and return `model`.
+
+    A layer that is off runs the ordinary dense backward, from its next forward pass on; its configuration stays, and
+    `accelerate_` does not switch it on. Costs nothing per step either way: the layer's plan is exchanged. Under
+    torch.compile the next step recompiles, once for each of the two states; a captured CUDA graph has to be captured
+    again. Checkpoints do not hold the switch: set it again when training resumes (recipes and callbacks do).
+
+    Raises TypeError for a `model` that is no module or an `active` that is no bool. Warns where no layer is swapped.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if not isinstance(active, bool):
+        raise TypeError(f"active must be True or False; got {active!r}")
+    layers = [module for module in model.modules() if isinstance(module, SDGPLayer)]
+    for layer in layers:
+        layer.sdgp_active = active
+    if not layers:
+        warnings.warn("set_active_ found no SDGP layer in this model; call accelerate_ first", stacklevel=2)
+    return model
 
 
 @contextlib.contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back classes and configurations, gradients, buffers and the random state of `model` after the block."""
-    configs = {
-        module: module.sdgp_config if isinstance(module, SDGPLayer) else None
+    """Puts back classes, configurations and switches, gradients, buffers and the random state of `model`."""
+    before = {
+        module: (module.sdgp_config, module.sdgp_active) if isinstance(module, SDGPLayer) else None
         for module in model.modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
     }
@@ -133,9 +156,11 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng():
             yield
     finally:
-        for module, config in configs.items():
-            if config is not None:
-                swap_layer(module, config)
+        for module, state in before.items():
+            if state is not None:
+                swap_layer(module, state[0])
+                assert isinstance(module, SDGPLayer)
+                module.sdgp_active = state[1]
             elif isinstance(module, SDGPLayer):
                 restore_layer(module)
         for parameter, gradient in gradients:

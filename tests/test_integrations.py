@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -248,6 +249,24 @@ def test_swapping_a_compiled_model_recompiles_it() -> None:
     sdgp.restore_(compiled)
     for a, b in zip(gradients(model, compiled(batch()).square().sum()), dense, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_switching_a_compiled_model_recompiles_it_once_for_each_state() -> None:
+    torch.compiler.reset()
+    model = conv_net()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    dense = gradients(model, model(batch()).square().sum())
+    sdgp.accelerate_(model, MAGNITUDE)
+    sparse = gradients(model, model(batch()).square().sum())
+    for active in (True, False, True, False):
+        sdgp.set_active_(compiled, active)
+        got = gradients(model, compiled(batch()).square().sum())
+        for a, b in zip(got, sparse if active else dense, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 2
+    ops = [{str(node.target) for node in graph.graph.nodes} for graph in counter.graphs]
+    assert [any("autograd_function" in op for op in names) for names in ops] == [True, False]
 
 
 def test_export_and_trace_see_the_dense_forward() -> None:

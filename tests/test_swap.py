@@ -551,3 +551,77 @@ def test_cpu_warns_once_that_nothing_is_accelerated(nothing_decided: None) -> No
         model(torch.randn(2, 4, 4, 4)).sum().backward()
         backends.forget_decisions()
         sdgp.accelerate_(small_model(), sdgp.SDGPConfig(backend="reference"))
+
+
+# --- switched off ------------------------------------------------------------------------------------------------
+
+MAGNITUDE = sdgp.SDGPConfig(prune="magnitude", backend="reference")
+
+
+def weight_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def test_switched_off_runs_the_dense_backward_and_switched_on_prunes_again() -> None:
+    model = small_model()
+    x = torch.randn(3, 4, 4, 4)
+    dense = weight_gradients(model, x)
+    sdgp.accelerate_(model, MAGNITUDE)
+    sparse = weight_gradients(model, x)
+    assert not all(torch.equal(a, b) for a, b in zip(dense, sparse, strict=True))
+    for _ in range(2):
+        assert sdgp.set_active_(model, False) is model
+        assert all(torch.equal(a, b) for a, b in zip(weight_gradients(model, x), dense, strict=True))
+        assert type(model[0](x).grad_fn).__name__ == "ConvolutionBackward0"
+        assert type(model[4](torch.randn(2, 32)).grad_fn).__name__ == "AddmmBackward0"
+        assert "(inactive)" in repr(model[0])
+        sdgp.set_active_(model, True)
+        assert all(torch.equal(a, b) for a, b in zip(weight_gradients(model, x), sparse, strict=True))
+        assert "(inactive)" not in repr(model[0])
+
+
+def test_the_switch_is_kept_by_everything_but_restore() -> None:
+    model = small_model()
+    sdgp.accelerate_(model, MAGNITUDE)
+    plan = model[0]._sdgp_plan
+    keys = list(model.state_dict())
+    sdgp.set_active_(model, False)
+    assert list(model.state_dict()) == keys
+    x = torch.randn(2, 4, 4, 4)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not other[0].sdgp_active
+        assert type(other[0](x).grad_fn).__name__ == "ConvolutionBackward0"
+        assert sdgp.set_active_(other, True)[0]._sdgp_plan == plan
+    report = sdgp.accelerate_(model, MAGNITUDE)
+    assert not model[0].sdgp_active
+    assert report["0"].backend == "dense"
+    assert "switched off by set_active_" in report["0"].reason
+    sdgp.tune(model, x)
+    sdgp.validate(model, x, draws=0)
+    model[4].sdgp_config = sdgp.SDGPConfig(prune="magnitude", n=1, backend="reference")
+    assert not any(model[index].sdgp_active for index in (0, 4))
+    assert type(model[0](x).grad_fn).__name__ == "ConvolutionBackward0"
+    sdgp.restore_(model)
+    assert not any("sdgp" in key for module in model.modules() for key in vars(module))
+    sdgp.accelerate_(model, MAGNITUDE)
+    assert model[0].sdgp_active
+
+
+def test_switching_what_cannot_be_switched() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; got int"):
+        sdgp.set_active_(3, True)
+    with pytest.raises(TypeError, match="active must be True or False; got 1"):
+        sdgp.set_active_(small_model(), 1)
+    with pytest.warns(UserWarning, match="found no SDGP layer"):
+        sdgp.set_active_(small_model(), False)
+
+
+def test_a_switched_off_layer_draws_nothing() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    sdgp.accelerate_(model, sdgp.SDGPConfig(prune="mvue", backend="reference"))
+    sdgp.set_active_(model, False)
+    state = torch.random.get_rng_state()
+    model(torch.randn(2, 8, generator=torch.Generator().manual_seed(0))).sum().backward()
+    assert torch.equal(torch.random.get_rng_state(), state)

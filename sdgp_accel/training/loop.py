@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sdgp_accel import SwapReport, accelerate_, models
+from sdgp_accel import SwapReport, accelerate_, models, set_active_
 from sdgp_accel.training import checkpoint
 from sdgp_accel.training.blur_pool import add_blur_pool_
 from sdgp_accel.training.data import Data, generator_for, load_data
@@ -67,7 +67,7 @@ def train(
             progress = checkpoint.load(saved, world, recipe, model, optimizer, scaler)
         log.say(describe(recipe, world, report))
 
-        parallel, started = world.parallel(model), time.perf_counter()
+        parallel, started, sparse = world.parallel(model), time.perf_counter(), True
         while progress.epoch < recipe.epochs:
             epoch_started = time.perf_counter()
             loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=world.device)
@@ -79,6 +79,8 @@ def train(
                 lr = learning_rate(recipe, progress.epoch + progress.step / data.steps_per_epoch)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
+                if report is not None:
+                    sparse = follow_schedule(recipe, progress, data.steps_per_epoch, model, sparse, log)
                 with autocast(recipe, world.device):
                     loss = F.cross_entropy(parallel(images), labels, label_smoothing=recipe.label_smoothing)
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -148,6 +150,19 @@ def build_model(recipe: Recipe, num_classes: int, device: torch.device) -> tuple
         return model, None
     only_conv2d = (lambda module, name: isinstance(module, nn.Conv2d)) if recipe.sdgp_layers == "conv2d" else None
     return model, accelerate_(model, recipe.sdgp, only_conv2d)
+
+
+def follow_schedule(
+    recipe: Recipe, progress: checkpoint.Progress, steps_per_epoch: int, model: nn.Module, sparse: bool, log: Log
+) -> bool:
+    """Make the SDGP layers prune in the next step, or not, as the recipe says; whether they do. `sparse`: before."""
+    epochs = progress.epoch + progress.step / steps_per_epoch
+    steps = progress.epoch * steps_per_epoch + progress.step
+    active = recipe.sdgp_schedule.active(fraction=steps / (recipe.epochs * steps_per_epoch), epochs=epochs, steps=steps)
+    if active != sparse:
+        set_active_(model, active)
+        log.say(f"{'sparse' if active else 'dense'} from epoch {epochs + 1:.4g} on")
+    return active
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.SGD:

@@ -12,13 +12,14 @@ import dataclasses
 import difflib
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from sdgp_accel.config import SDGPConfig
+from sdgp_accel.schedule import Schedule
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 DEFAULT_RECIPE = "digits"
@@ -68,7 +69,8 @@ class Recipe:
     test_flip: test on the mean of the logits of each image and its mirror image.
     resolution: for image folders only.
     workers: data-loading processes for each training process; image folders only. The data do not depend on it.
-    sdgp: what is swapped in, or None for dense training; `sdgp_layers` says which layers are offered.
+    sdgp: what is swapped in, or None for dense training; `sdgp_layers` says which layers are offered, `sdgp_schedule`
+        in which part of the run they prune, e.g. ``{end: 0.9}`` or ``{start: 5, end: 135, unit: epochs}``.
     seed: of everything random. deterministic: only run-to-run deterministic GPU kernels.
     threads: CPU threads of each process, None for torch's choice. Sums on a CPU may depend on it.
     checkpoint_steps: save every so many steps besides every epoch; 0 for never.
@@ -98,6 +100,7 @@ class Recipe:
     workers: int = 4
     sdgp: SDGPConfig | None = None
     sdgp_layers: Literal["all", "conv2d"] = "all"
+    sdgp_schedule: Schedule = field(default_factory=Schedule)
     seed: int = 0
     deterministic: bool = False
     threads: int | None = None
@@ -118,6 +121,10 @@ class Recipe:
             raise ValueError(f"lr_peak_epoch must be between 0 and epochs = {self.epochs}; got {self.lr_peak_epoch}")
         if (self.data == "imagefolder") != (self.resolution is not None):
             raise ValueError(f"resolution must be given for data = 'imagefolder', and only there; data = {self.data!r}")
+        if self.sdgp_schedule.unit == "epochs" and self.sdgp_schedule.start >= self.epochs:
+            raise ValueError(
+                f"sdgp_schedule.start must be below epochs = {self.epochs}; got {self.sdgp_schedule.start} epochs"
+            )
         if self.data == "imagefolder" and (self.augment.pad_crop or self.augment.cutout):
             raise ValueError(f"augment.pad_crop and augment.cutout must be 0 for image folders; got {self.augment}")
 
@@ -217,7 +224,7 @@ def _construct(cls: type, values: object, where: str) -> object:
             close = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(hints)}"
             raise ValueError(f"unknown key {prefix}{key}; {hint}")
-    required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
     missing = [prefix + name for name in required if name not in values]
     if missing:
         raise ValueError(f"missing {', '.join(missing)}")

@@ -11,6 +11,7 @@ from torch import nn
 
 from sdgp_accel import models
 from sdgp_accel.config import SDGPConfig
+from sdgp_accel.schedule import Schedule
 from sdgp_accel.training import checkpoint, load_recipe, loop, train
 from sdgp_accel.training.checkpoint import Progress
 from sdgp_accel.training.distributed import World
@@ -246,3 +247,18 @@ def test_image_folder_recipe_end_to_end(tmp_path):
     assert len(result.rows) == 2
     assert np.isfinite(result.rows[-1]["loss"])
     assert any(name.endswith("conv1.1.weight") for name in torch.load(tmp_path / "out" / WEIGHTS, weights_only=True))
+
+
+def test_a_schedule_ends_pruning_and_survives_a_resume(tmp_path, monkeypatch):
+    switched = []
+    switch = loop.set_active_
+    monkeypatch.setattr(loop, "set_active_", lambda model, active: switched.append(active) or switch(model, active))
+    recipe = short("magnitude", sdgp_schedule=Schedule(start=1, end=50, unit="steps"), checkpoint_steps=15)
+    assert resumes_bit_for_bit(recipe, tmp_path)
+    # The whole run: off before the first step, on, off. The interrupted one: off, on until it crashed in the second
+    # epoch (a checkpoint after 15 steps and one after the epoch); resumed at its start: already on, off at step 50.
+    assert switched == [False, True, False, False, True, False]
+
+
+def test_a_dense_recipe_ignores_the_schedule(tmp_path):
+    train(short(sdgp_schedule=Schedule(end=0.5)), tmp_path / "dense")

@@ -6,6 +6,7 @@ import pytest
 
 from sdgp_accel import models
 from sdgp_accel.config import SDGPConfig
+from sdgp_accel.schedule import Schedule
 from sdgp_accel.training.recipe import (
     RECIPES,
     Augment,
@@ -165,6 +166,10 @@ def test_overrides_are_merged_and_typed():
     assert (recipe.lr, recipe.sdgp.n, recipe.sdgp.m, recipe.sdgp.eps, recipe.epochs) == (0.05, 1, 4, 1e-3, 7)
     assert recipe.augment == Augment(flip=True, pad_crop=1)
     assert load_recipe("digits", parse_overrides(["sdgp=null"])).sdgp is None
+    assert load_recipe("digits").sdgp_schedule == Schedule()
+    scheduled = load_recipe("digits", parse_overrides(["sdgp_schedule.end=18", "sdgp_schedule.unit=epochs"]))
+    assert scheduled.sdgp_schedule == Schedule(end=18.0, unit="epochs")
+    assert recipe_from_dict(scheduled.to_dict()) == scheduled
 
 
 @pytest.mark.parametrize(
@@ -185,6 +190,10 @@ def test_overrides_are_merged_and_typed():
         ("label_smoothing=2", "label_smoothing must be between 0 and 1; got 2.0"),
         ("sdgp.n=5", "n must be between 1 and m = 4; got 5"),
         ("sdgp.prune=biggest", "prune must be one of 'magnitude'.*; got 'biggest'"),
+        ("sdgp_schedule.end=1.5", "end must be greater than start = 0.0 and at most 1 fraction; got 1.5"),
+        ("sdgp_schedule.until=0.9", "unknown key sdgp_schedule.until; did you mean sdgp_schedule.unit?"),
+        ("sdgp_schedule={start: 20, unit: epochs}", "sdgp_schedule.start must be below epochs = 20; got 20"),
+        ("sdgp_schedule=0.9", "sdgp_schedule must be a mapping; got 0.9"),
         ("data=imagefolder", "resolution must be given for data = 'imagefolder'"),
     ],
 )

@@ -1,0 +1,107 @@
+"""The callback under Lightning's own trainer: on and off in time, and after a resume as if nothing had happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import sdgp_accel as sdgp
+
+pl = pytest.importorskip("lightning.pytorch")
+
+from sdgp_accel.callbacks.lightning import SDGPSchedule  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # Lightning's advice on loggers and worker counts
+]
+CONFIG = sdgp.SDGPConfig(prune="magnitude", backend="reference")
+
+
+class Module(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.active: list[bool] = []
+        sdgp.accelerate_(self.net, CONFIG)
+
+    def training_step(self, batch: tuple[Tensor, ...], index: int) -> Tensor:
+        pruned = ["_Linear" in type(layer(layer.weight).grad_fn).__name__ for layer in (self.net[0],)]
+        self.active.append(pruned[0])
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def data() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    return DataLoader(TensorDataset(torch.randn(24, 8, generator=generator)), batch_size=4)  # 6 batches
+
+
+def fit(module: Module, schedule: sdgp.Schedule, folder: Path, ckpt_path: Any = None, **options: Any) -> Any:
+    trainer = pl.Trainer(
+        accelerator="cpu", callbacks=[SDGPSchedule(schedule)], default_root_dir=folder, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, **{"max_epochs": 2, **options},
+    )  # fmt: skip
+    trainer.fit(module, data(), ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("schedule", "on"),
+    [
+        (sdgp.Schedule(end=0.75), range(9)),
+        (sdgp.Schedule(start=0.5, end=1.5, unit="epochs"), range(3, 9)),
+        (sdgp.Schedule(start=10, unit="steps"), range(10, 12)),
+    ],
+    ids=str,
+)
+def test_layers_prune_in_the_scheduled_steps(schedule: sdgp.Schedule, on: range, tmp_path: Path) -> None:
+    module = Module()
+    fit(module, schedule, tmp_path, enable_checkpointing=False)
+    assert module.active == [step in on for step in range(12)]
+
+
+def test_steps_are_optimizer_steps(tmp_path: Path) -> None:
+    module = Module()
+    fit(module, sdgp.Schedule(end=3, unit="steps"), tmp_path, accumulate_grad_batches=2, enable_checkpointing=False)
+    assert module.active == [batch < 6 for batch in range(12)]
+
+
+def test_a_resumed_run_goes_on_by_the_schedule(tmp_path: Path) -> None:
+    schedule = sdgp.Schedule(end=1.5, unit="epochs")
+    whole = Module()
+    fit(whole, schedule, tmp_path / "whole", enable_checkpointing=False)
+    first, second = Module(), Module()
+    trainer = fit(first, schedule, tmp_path / "parts", max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "epoch1.ckpt")
+    fit(second, schedule, tmp_path / "parts", ckpt_path=tmp_path / "epoch1.ckpt")
+    assert first.active + second.active == whole.active == [step < 9 for step in range(12)]
+    for parts, expected in zip(second.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(parts, expected)
+
+
+class Endless(IterableDataset[Tensor]):
+    def __iter__(self) -> Any:
+        while True:
+            yield torch.randn(8)
+
+
+def test_a_fraction_of_an_unknown_length_is_refused(tmp_path: Path) -> None:
+    trainer = pl.Trainer(
+        accelerator="cpu", callbacks=[SDGPSchedule(sdgp.Schedule(end=0.5))], max_epochs=-1, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="unit must be 'epochs' or 'steps'"):
+        trainer.fit(Module(), DataLoader(Endless(), batch_size=4))
+
+
+def test_only_schedules_are_taken() -> None:
+    with pytest.raises(TypeError, match=r"schedule must be a Schedule; got 0\.9"):
+        SDGPSchedule(0.9)
