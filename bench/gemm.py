@@ -10,8 +10,10 @@ buffers that together exceed the L2 cache. TFLOP/s count the dense product. The 
 - cslt: cuSPARSELt, `torch._cslt_sparse_mm`, on its own format with the algorithm that its own search finds.
 - semi_structured: CUTLASS in torch, `torch._sparse_semi_structured_mm`, for compute capability 8.x only.
 
-A peer that cannot run is in the result with its reason. With --search, every tiling that the backend has is timed too:
-what its heuristic leaves on the table. Needs a GPU with sparse tensor cores and the kernels.
+A peer that cannot run is in the result with its reason. The family of kernels is the one that the backend takes on this
+GPU; ``--family sm80`` measures on a Hopper GPU what shapes get there that Hopper's kernels cannot take, and the result
+says so. With --search, every tiling is timed too: what the backend's heuristic leaves on the table. Needs a GPU with
+sparse tensor cores and the kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 
 from bench import tables
 from sdgp_accel.backends import KERNELS, Backend, Needs, load
+from sdgp_accel.backends.tiles import SM80, SM90, Product, rank_tilings
 from sdgp_accel.config import Pass, PruneSpec
 from sdgp_accel.geometry import LinearGeometry
 from sdgp_accel.layer_plan import LayerPlan
@@ -42,7 +45,8 @@ REPEATS, WARM_UP, SEARCH_REPEATS = 30, 3, 7
 HEAD_START = 2_000_000  # cycles that the GPU waits for the host before each turn: calls may cost more than products
 MAX_ERROR = 1e-2  # of a bf16 product against another, relative in the norm: 2^-8 per rounding
 MAGNITUDE = PruneSpec("magnitude", 2, 4)
-PASSES: dict[str, Pass] = {"dgrad": "grad_input", "wgrad": "grad_weight"}
+PASSES: dict[Product, Pass] = {"dgrad": "grad_input", "wgrad": "grad_weight"}
+FAMILIES = {family.name: family for family in (SM90, SM80)}
 
 Closure = Callable[[], object]
 
@@ -103,7 +107,7 @@ class Problem(NamedTuple):
     """One product: the compressed gradient, the same dense (`a` [m, k], a view for wgrad), and W or X (`b` [k, n])."""
 
     layer: Layer
-    name: str
+    name: Product
     operand: Any
     a: Tensor
     b: Tensor
@@ -113,7 +117,7 @@ class Problem(NamedTuple):
         return self.a.shape[0], self.b.shape[1], self.b.shape[0]
 
 
-def problem(backend: Backend, layer: Layer, name: str, device: torch.device) -> Problem:
+def problem(backend: Backend, layer: Layer, name: Product, device: torch.device) -> Problem:
     """Random operands of dgrad or wgrad."""
     is_dgrad = name == "dgrad"
     dy = torch.randn(layer.tokens, layer.out_channels, device=device, dtype=torch.bfloat16)
@@ -192,15 +196,28 @@ def time_in_turns(contenders: dict[str, list[Closure]], repeats: int) -> dict[st
     return {name: [1e3 * start.elapsed_time(end) for start, end in pairs[WARM_UP:]] for name, pairs in events.items()}
 
 
-def measure(backend: Backend, layer: Layer, name: str, search: bool, device: torch.device) -> dict[str, Any]:
+def tilings_of(
+    backend: Backend, p: Problem, family: str | None, device: torch.device
+) -> tuple[Sequence[Hashable], bool]:
+    """The tilings of a product, best predicted first, and whether they are another family's than the backend takes."""
+    own = backend.tilings(p.layer.geometry, PASSES[p.name], torch.bfloat16, device)
+    if not own:
+        raise click.ClickException(f"{p.layer.name}: no sparse {p.name} on this GPU")
+    if family is None or own[0].family == family:  # type: ignore[attr-defined]
+        return own, False
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return rank_tilings(FAMILIES[family], p.name, *p.sizes, multiprocessors), True
+
+
+def measure(
+    backend: Backend, layer: Layer, name: Product, search: bool, device: torch.device, family: str | None = None
+) -> dict[str, Any]:
     """One result row; ClickException for a wrong product."""
     first = problem(backend, layer, name, device)
     m, n, k = first.sizes
     size = 2 * (m * k + k * n + m * n)
     problems = [first, *(problem(backend, layer, name, device) for _ in range(CACHE_BYTES // size))]
-    tilings = backend.tilings(layer.geometry, PASSES[name], torch.bfloat16, device)
-    if not tilings:
-        raise click.ClickException(f"{layer.name}: no sparse {name} on this GPU")
+    tilings, is_fallback = tilings_of(backend, first, family, device)
     exact = torch.mm(first.a, first.b).float()
     error = float((ours(backend, first, tilings[0])().float() - exact).norm() / exact.norm())
     if not error < MAX_ERROR:
@@ -214,8 +231,8 @@ def measure(backend: Backend, layer: Layer, name: str, search: bool, device: tor
             unavailable[peer] = str(reason).splitlines()[0]
     row: dict[str, Any] = {
         "layer": layer.name, "T": layer.tokens, "pas": name, "m": m, "n": n, "k": k, "tiling": str(tilings[0]),
-        "relative_error": error, "buffer_sets": len(problems), "us": time_in_turns(contenders, REPEATS),
-        "unavailable": unavailable,
+        "fallback": family if is_fallback else None, "relative_error": error, "buffer_sets": len(problems),
+        "us": time_in_turns(contenders, REPEATS), "unavailable": unavailable,
     }  # fmt: skip
     if search:
         found = time_in_turns({str(tiling): [ours(backend, first, tiling)] for tiling in tilings}, SEARCH_REPEATS)
@@ -225,10 +242,11 @@ def measure(backend: Backend, layer: Layer, name: str, search: bool, device: tor
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--only", default="", help="Layers whose names start so.")
-@click.option("--search", is_flag=True, help="Also time every tiling of the backend.")
+@click.option("--family", type=click.Choice(sorted(FAMILIES)), help="Kernels to time, instead of those for this GPU.")
+@click.option("--search", is_flag=True, help="Also time every tiling.")
 @click.option("--minutes", default=float("inf"), help="Start no layer after this long.")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Where the results go.")
-def main(only: str, search: bool, minutes: float, path: Path | None) -> None:
+def main(only: str, family: str | None, search: bool, minutes: float, path: Path | None) -> None:
     """Time the products of each layer in the list."""
     if not torch.cuda.is_available():
         raise click.ClickException("no CUDA device: there is nothing to time here")
@@ -238,12 +256,15 @@ def main(only: str, search: bool, minutes: float, path: Path | None) -> None:
     if backend is None or missing is not None:
         raise click.ClickException(f"the {KERNELS} kernels: {missing}")
     if path is None:
-        path = Path("bench/results") / f"gemm-{torch.cuda.get_device_name().replace(' ', '_')}.json"
+        path = (
+            Path("bench/results")
+            / f"gemm{'-' + family if family else ''}-{torch.cuda.get_device_name().replace(' ', '_')}.json"
+        )
     started, rows = time.monotonic(), []
     result: dict[str, Any] = {"benchmark": "gemm", "results": rows}
     for layer, name in itertools.product(LAYERS, PASSES):
         if layer.name.startswith(only) and time.monotonic() - started < 60 * minutes:
-            rows.append(measure(backend, layer, name, search, device))
+            rows.append(measure(backend, layer, name, search, device, family))
             result |= {"provenance": provenance(device)}
             path.write_text(json.dumps(result, indent=1) + "\n")
     tables.print_table(tables.GEMM, result)

@@ -52,13 +52,15 @@ class Case(NamedTuple):
     """One process.
 
     command: {python}, {sanitizer} and {result}, the file that a benchmark writes, are filled in. seconds: the estimate,
-    for an H100 with 16 cores, until the case has run on a machine. needs: modules that it imports.
+    for an H100 with 16 cores, until the case has run on a machine. needs: modules that it imports. arch: the only
+    architecture it is for.
     """
 
     name: str
     command: str
     seconds: float
     needs: tuple[str, ...] = ()
+    arch: str = ""
 
 
 def step(name: str, seconds: float, *needs: str) -> Case:
@@ -68,14 +70,14 @@ def step(name: str, seconds: float, *needs: str) -> Case:
     return Case(f"step_time-{name}", f"{{python}} -m sdgp_accel bench {arguments} --json {{result}}", seconds, needs)
 
 
-def sanitize(tool: str, name: str, tests: str, seconds: float) -> Case:
+def sanitize(tool: str, name: str, tests: str, seconds: float, arch: str = "") -> Case:
     """compute-sanitizer on a few small tests; only our kernels, whose names hold "sdgp", are instrumented."""
     options = f"--tool {tool} --kernel-name kns=sdgp --error-exitcode 1"
-    return Case(f"{tool}-{name}", f"{{sanitizer}} {options} {PYTEST} {tests}", seconds, ("pytest",))
+    return Case(f"{tool}-{name}", f"{{sanitizer}} {options} {PYTEST} {tests}", seconds, ("pytest",), arch)
 
 
 PRUNE_TESTS = "tests/kernels/test_prune_compress.py -k any_shape"
-HOPPER_TESTS = "tests/kernels/test_sm90_sparse.py -k test_gemm"
+SM90_TESTS, SM80_TESTS = (f"tests/kernels/test_{family}_sparse.py" for family in ("sm90", "sm80"))
 
 # Most valuable first: does it work, what does a layer and the smallest whole model gain, then the rest.
 CASES = (
@@ -89,13 +91,16 @@ CASES = (
     step("vit_large", 240, "timm"),
     Case("layers-rescale_magnitude", "{python} -m bench.layers --prune rescale_magnitude --json {result}", 120),
     sanitize("memcheck", "prune", PRUNE_TESTS, 60),
-    sanitize("memcheck", "hopper", HOPPER_TESTS, 60),
+    sanitize("memcheck", "sm90", SM90_TESTS, 60, "90a"),
+    sanitize("memcheck", "sm80", SM80_TESTS, 60),
     step("gpt_block", 120),
     step("resnet50", 200, "torchvision"),
     step("resnet18", 120, "torchvision"),
     step("regnet_x_400mf", 180, "torchvision"),
     sanitize("racecheck", "prune", PRUNE_TESTS, 60),
-    sanitize("racecheck", "hopper", HOPPER_TESTS, 90),
+    sanitize("racecheck", "sm90", SM90_TESTS, 90, "90a"),
+    sanitize("racecheck", "sm80", SM80_TESTS, 90),
+    Case("gemm-sm80", "{python} -m bench.gemm --family sm80 --json {result}", 120, arch="90a"),
     step("resnet9-paper", 110),
     step("gpt2_medium", 200),
     step("vit_base", 150, "timm"),
@@ -194,6 +199,8 @@ def obstacle(case: Case, run: Run, done: dict[str, Any], again: bool) -> str:
     missing = [name for name in case.needs if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"
+    if case.arch not in ("", run.machine.arch):
+        return f"for sm_{case.arch} only"
     if "{sanitizer}" in case.command and find_sanitizer() is None:
         return "no compute-sanitizer on the PATH or in the CUDA toolkit"
     result = run.result(case)

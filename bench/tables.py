@@ -315,8 +315,21 @@ def gemm_claims(result: Result) -> list[str]:
         peers = [(peer, [us[key] / us["ours"] for us in rows if key in us]) for key, peer in PEERS.items()]
         over = [f"{spread(ratios)} {peer}" for peer, ratios in peers if ratios]
         if over:
-            claims.append(f"{name}, {len(rows)} shapes: {', '.join(over)}")
+            family = fallback(result)
+            claims.append(f"{f'{family} fallback, ' if family else ''}{name}, {len(rows)} shapes: {', '.join(over)}")
     return claims
+
+
+def fallback(result: Result) -> str | None:
+    """The family of kernels measured, where it is not the one that this GPU takes."""
+    return next((row["fallback"] for row in result["results"] if row.get("fallback")), None)
+
+
+def gemm_notes(result: Result) -> list[str]:
+    family = fallback(result)
+    if family is None:
+        return []
+    return [f"These are the {family} kernels, the fallback for shapes that this GPU's own kernels cannot take."]
 
 
 GEMM = Section(
@@ -328,6 +341,7 @@ GEMM = Section(
     ),
     lambda result: map(gemm_row, result["results"]),
     gemm_claims,
+    gemm_notes,
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from bench import gemm, tables
 from sdgp_accel.backends import Operands
 from sdgp_accel.backends.reference import ReferenceBackend
+from sdgp_accel.backends.tiles import Tiling
 from sdgp_accel.semi_structured import compress_matrix
 
 CPU = torch.device("cpu")
@@ -21,6 +23,9 @@ ROW = {
     "layer": "net.fc", "T": 64, "pas": "wgrad", "m": 512, "n": 256, "k": 64_000, "tiling": "a tiling",
     "us": {"ours": [9.0, 10.0, 50.0], "cublas": [15.0, 14.0, 16.0]}, "unavailable": {"semi_structured": "8.x only"},
 }  # fmt: skip
+
+
+RIGHT, WRONG = Tiling("sm90", "128x256", 2, 1, 8), Tiling("sm90", "128x256", 1, 1, 8)
 
 
 class MadeUp(ReferenceBackend):
@@ -31,14 +36,14 @@ class MadeUp(ReferenceBackend):
         both = [None if x is None else compress_matrix(x, axis) for x, axis in ((pruned.dgrad, 1), (pruned.wgrad, 0))]
         return Operands(both[0], both[1], None)
 
-    def tilings(self, *arguments: Any) -> tuple[str, ...]:  # type: ignore[override]
-        return ("right", "wrong")
+    def tilings(self, *arguments: Any) -> tuple[Tiling, ...]:  # type: ignore[override]
+        return RIGHT, WRONG
 
     def dgrad(self, operand: Any, weight: Any, geometry: Any, tiling: Any = None) -> Any:
-        return super().dgrad(operand.decompress(), weight, geometry) * (1 if tiling == "right" else 2)
+        return super().dgrad(operand.decompress(), weight, geometry) * (2 if tiling == WRONG else 1)
 
     def wgrad(self, operand: Any, x: Any, geometry: Any, tiling: Any = None) -> Any:
-        return super().wgrad(operand.decompress(), x, geometry) * (1 if tiling == "right" else 2)
+        return super().wgrad(operand.decompress(), x, geometry) * (2 if tiling == WRONG else 1)
 
 
 @pytest.fixture
@@ -64,17 +69,40 @@ def test_a_row(clock: None, name: str) -> None:
     assert {peer: sample[0] for peer, sample in row["us"].items()} == {"ours": 4.0, "cublas": 6.0}
     assert set(row["unavailable"]) == {"cslt", "semi_structured"}
     assert all(row["unavailable"].values())
-    assert row["search"] == {"right": 5.0, "wrong": 5.0}
+    assert set(row["search"]) == {str(RIGHT), str(WRONG)}
+    assert row["fallback"] is None
     json.dumps(row)
 
 
 def test_a_wrong_product_is_no_result(clock: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MadeUp, "tilings", lambda *arguments: ("wrong",))
+    monkeypatch.setattr(MadeUp, "tilings", lambda *arguments: (WRONG,))
     with pytest.raises(click.ClickException, match=r"net\.fc: wrong dgrad, relative error"):
         gemm.measure(MadeUp(), gemm.Layer("net.fc", 48, 24, 32), "dgrad", False, CPU)
     monkeypatch.setattr(MadeUp, "tilings", lambda *arguments: ())
     with pytest.raises(click.ClickException, match="no sparse wgrad on this GPU"):
         gemm.measure(MadeUp(), gemm.Layer("net.fc", 48, 24, 32), "wgrad", False, CPU)
+
+
+def test_another_family_is_called_the_fallback(clock: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[Any] = []
+    real = MadeUp.dgrad
+
+    def recording(self: MadeUp, *arguments: Any) -> Any:
+        ran.append(arguments[-1])
+        return real(self, *arguments)
+
+    monkeypatch.setattr(MadeUp, "dgrad", recording)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    layer = gemm.Layer("net.fc", 48, 24, 32)
+    assert gemm.measure(MadeUp(), layer, "dgrad", False, CPU, "sm90")["fallback"] is None
+    assert {tiling.family for tiling in ran} == {"sm90"}
+    ran.clear()
+    row = gemm.measure(MadeUp(), layer, "dgrad", False, CPU, "sm80")
+    assert {tiling.family for tiling in ran} == {"sm80"}
+    assert row["fallback"] == "sm80"
+    (tmp_path / "gemm.json").write_text(json.dumps({"benchmark": "gemm", "provenance": {}, "results": [row]}))
+    assert "These are the sm80 kernels, the fallback for" in tables.gemm(tmp_path)
+    assert "sm80 fallback, dgrad, 1 shapes: 1.50 × cuBLAS (dense)" in tables.summary(tmp_path)
 
 
 def test_layers_are_distinct() -> None:

@@ -99,8 +99,10 @@ def test_what_is_done_is_not_repeated_unless_its_result_is_gone(tmp_path: Path) 
 def test_missing_modules_and_programs_are_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "find_sanitizer", lambda: None)
     cases = [Case("a", "x", 1, ("torch", "no_such_module")), suite.sanitize("memcheck", "b", "tests", 1)]
+    cases += [Case("other", "x", 1, arch="80"), Case("ours", "x", 1, arch="90a")]
     found = outcomes(cases, run_of(tmp_path), Time(), float("inf"))
     assert found["a"].reason == "no_such_module not installed"
+    assert (found["other"].reason, found["ours"].status) == ("for sm_80 only", "passed")
     assert found["memcheck-b"].reason == "no compute-sanitizer on the PATH or in the CUDA toolkit"
 
 
