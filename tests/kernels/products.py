@@ -80,6 +80,14 @@ class SimulatorEngine:
         """Undoes `register`."""
         self._engine.runtime.memory.unregister(address)
 
+    def load(self, path: Path) -> ctypes.CDLL:
+        """A C library with kernels that are not ours."""
+        return self._engine.load(path)
+
+    def poisoned_shared(self) -> contextlib.AbstractContextManager[None]:
+        """Within, kernels may read shared memory that nothing has written."""
+        return self._engine.poisoned_shared()
+
     def checked(self) -> contextlib.AbstractContextManager[None]:
         """Raises what kernels launched within did wrong."""
         return self._engine.checked()
