@@ -14,7 +14,7 @@ def test_tilings_are_of_the_family_and_within_limits(family, shape):
     for product in ("dgrad", "wgrad"):
         for tiling in tiles.rank_tilings(family, product, *shape, 108):
             tile = tiling.tile.removesuffix(family.suffix)
-            assert (*map(int, tile.split("x")), tiling.cluster_size) in getattr(family, product)
+            assert (tile, tiling.cluster_size) in {(str(tile), tile.cluster) for tile in getattr(family, product)}
             assert tiling.family == family.name
             assert 1 <= tiling.splits <= (max(1, -(-shape[2] // tiles.TILE_K)) if product == "wgrad" else 1)
             assert tiling.group_n >= 1
@@ -25,10 +25,22 @@ def test_every_tiling_has_an_instance():
 
     for family in FAMILIES.values():
         for product in ("dgrad", "wgrad"):
-            for tiling in tiles.rank_tilings(family, product, 1000, 1000, 1000, 108):
-                for conv in ("", "conv_"):
+            for conv in ("", "conv_"):
+                for tiling in tiles.rank_tilings(family, product, 1000, 1000, 1000, 108, gathering=conv != ""):
                     for dtype in ("bf16", "f16"):
-                        assert (INSTANCES / f"{tiling.family}_{conv}{product}_{dtype}_{tiling.tile}.cu").exists()
+                        source = INSTANCES / f"{tiling.family}_{conv}{product}_{dtype}_{tiling.tile}.cu"
+                        assert source.exists()
+                        assert ("PingPong" in source.read_text()) == ("pingpong" in tiling.tile)
+
+
+def test_narrow_layers_get_narrow_tiles():
+    # 3x3 convolutions of 64 channels at 56x56 pixels, batch 256.
+    assert choose_tiling(SM90, "dgrad", 802816, 64, 576, 132).tile == "256x64_pingpong"
+    assert choose_tiling(SM90, "wgrad", 64, 576, 802816, 132, gathering=True).tile == "64x192_pingpong"
+
+
+def test_one_tile_is_split_over_all_multiprocessors():
+    assert choose_tiling(SM90, "wgrad", 64, 64, 802816, 132).splits == 132
 
 
 def test_a_single_row_of_tiles_needs_no_cluster():

@@ -1,3 +1,3 @@
 #include "sdgp/sm90_sparse_conv_launch.cuh"
 
-SDGP_SM90_SPARSE_CONV_DGRAD(sdgp_sm90_conv_dgrad_f16_256x128, __half, 256, 128)
+SDGP_SM90_SPARSE_CONV_DGRAD(sdgp_sm90_conv_dgrad_f16_256x128, __half, 256, 128, Cooperative)

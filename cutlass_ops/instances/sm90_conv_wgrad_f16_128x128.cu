@@ -1,3 +1,3 @@
 #include "sdgp/sm90_sparse_conv_launch.cuh"
 
-SDGP_SM90_SPARSE_CONV_WGRAD(sdgp_sm90_conv_wgrad_f16_128x128, __half, 128, 128)
+SDGP_SM90_SPARSE_CONV_WGRAD(sdgp_sm90_conv_wgrad_f16_128x128, __half, 128, 128, Cooperative)

@@ -248,13 +248,17 @@ def _tiling_for(b: Tensor, geometry: Geometry, product: Product, tiling: Tiling 
 
 
 def _product_size(geometry: Geometry, product: Product) -> tuple[int, int, int]:
-    """(m, n, k) of dgrad or wgrad as one product; of a convolution's, the taps of the filter included."""
+    """(m, n, k) of dgrad or wgrad as one product; of a convolution's, the taps of the filter included.
+
+    A strided dgrad meets a part of the taps at each pixel: on average one of stride x stride.
+    """
     c_in, c_out = geometry.in_channels, geometry.out_channels
-    taps, inputs = 1, geometry.positions
+    taps, met, inputs = 1, 1, geometry.positions
     if isinstance(geometry, Conv2dGeometry):
         taps = geometry.kernel[0] * geometry.kernel[1]
+        met = -(-taps // (geometry.stride[0] * geometry.stride[1]))
         inputs = geometry.batch * geometry.height * geometry.width
-    return (inputs, c_in, c_out * taps) if product == "dgrad" else (c_out, c_in * taps, geometry.positions)
+    return (inputs, c_in, c_out * met) if product == "dgrad" else (c_out, c_in * taps, geometry.positions)
 
 
 def _sparse_wgrad(

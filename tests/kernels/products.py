@@ -88,6 +88,12 @@ class SimulatorEngine:
         """Within, kernels may read shared memory that nothing has written."""
         return self._engine.poisoned_shared()
 
+    def launches(self) -> int:
+        """Kernels launched since the last call."""
+        count = len(self._engine.runtime.launches)
+        self._engine.runtime.launches.clear()
+        return count
+
     def checked(self) -> contextlib.AbstractContextManager[None]:
         """Raises what kernels launched within did wrong."""
         return self._engine.checked()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 import cutlass_ops
+from cutlass_ops import build_kernels
 from tests.kernels.products import (
     ConvCase,
     Engine,
@@ -32,10 +35,16 @@ GEMM_CASES = [
     GemmCase("sm90_dgrad_bf16_128x256", 300, 72, 1100, cluster_size=2),  # rings wrap; an odd number of k tiles
     GemmCase("sm90_dgrad_bf16_128x256", 1, 8, 8, cluster_size=2, float_out=True),  # a CTA of the cluster has no rows
     GemmCase("sm90_dgrad_f16_128x128", 260, 520, 136, cluster_size=2, group_n=3, accumulate=True),
+    GemmCase("sm90_dgrad_f16_128x128_pingpong", 520, 264, 392),  # 15 tiles on 4 CTAs: warpgroups take turns
+    GemmCase("sm90_dgrad_f16_128x128_pingpong", 700, 136, 72, cluster_size=2, accumulate=True),
+    GemmCase("sm90_dgrad_bf16_256x64_pingpong", 1100, 136, 200, cluster_size=2),
     GemmCase("sm90_wgrad_bf16_256x128", 264, 136, 517, splits=3, cluster_size=2, float_out=True, accumulate=True),
     GemmCase("sm90_wgrad_bf16_256x128", 8, 8, 1),
     GemmCase("sm90_wgrad_f16_128x256", 136, 520, 323, splits=2, group_n=1),
     GemmCase("sm90_wgrad_f16_128x256", 200, 8, 150, cluster_size=2, float_out=True),
+    GemmCase("sm90_wgrad_f16_64x256_pingpong", 64, 520, 1100, splits=5),
+    GemmCase("sm90_wgrad_f16_64x256_pingpong", 200, 264, 300, cluster_size=2, float_out=True),
+    GemmCase("sm90_wgrad_bf16_128x192", 136, 328, 700, splits=2, cluster_size=2),
 ]
 
 
@@ -43,6 +52,13 @@ CONV_CASES = [
     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 72, 7, 7), (64, 3, 3)),  # one k tile per tap
     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 64, 9, 8), (192, 3, 3), stride=(2, 2), cluster_size=2),  # three
     ConvCase("sm90_conv_dgrad_bf16_128x128", (1, 16, 10, 9), (24, 3, 2), (3, 1), (0, 1), (1, 2)),
+    ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 16, 9, 12), (72, 1, 1), (2, 3), (0, 0)),  # some pixels without a tap
+    ConvCase("sm90_conv_dgrad_bf16_128x128", (1, 16, 9, 12), (72, 1, 1), (2, 3), (0, 0), accumulate=True),
+    ConvCase("sm90_conv_dgrad_bf16_128x128", (3, 8, 1, 2), (8, 1, 1), (3, 3), accumulate=True),  # none has one
+    ConvCase("sm90_conv_dgrad_bf16_256x64_pingpong", (5, 64, 17, 16), (72, 3, 3)),
+    ConvCase("sm90_conv_dgrad_bf16_256x64_pingpong", (9, 72, 15, 13), (200, 3, 5), (2, 2), (1, 2), cluster_size=2),
+    ConvCase("sm90_conv_dgrad_bf16_256x64_pingpong", (2, 64, 12, 13), (136, 3, 3), (2, 3), (2, 3), (3, 2)),
+    ConvCase("sm90_conv_wgrad_bf16_64x192_pingpong", (2, 64, 12, 13), (64, 3, 3), splits=3, accumulate=True),
     ConvCase("sm90_conv_wgrad_bf16_128x256", (2, 72, 9, 8), (136, 3, 3), splits=2, cluster_size=2),
     ConvCase("sm90_conv_wgrad_bf16_128x256", (3, 8, 11, 6), (8, 2, 3), stride=(2, 1), padding=(1, 0), dilation=(2, 1)),
 ]
@@ -66,6 +82,7 @@ def test_gemm(engine: Engine, case: GemmCase) -> None:
 def test_gemm_of_random_shapes(engine: Engine) -> None:
     for case in random.choices(GEMM_CASES, k=3):
         drawn = case._replace(m=random.randint(1, 40) * 8, n=random.randint(1, 40) * 8, k=random.randint(257, 500))
+        drawn = drawn._replace(splits=min(case.splits, 3))  # of at least 3 blocks of k
         check_gemm(engine, drawn)
 
 
@@ -92,6 +109,25 @@ def test_more_parts_than_blocks_of_k_are_refused(engine: Engine) -> None:
     dy, _, b = gemm_operands(case)
     with pytest.raises(RuntimeError):
         run_gemm(engine, case, dy, b)
+
+
+def test_strided_dgrad_is_one_launch(engine: Engine) -> None:
+    if not isinstance(engine, SimulatorEngine):
+        pytest.skip("launches are counted by the simulator")
+    engine.launches()
+    check_conv(engine, ConvCase("sm90_conv_dgrad_bf16_128x128", (1, 8, 9, 8), (8, 3, 3), stride=(3, 2)))
+    assert engine.launches() == 1
+
+
+def test_tensor_maps_are_encoded_once(tmp_path: Path) -> None:
+    toolkit = build_kernels.find_toolkit()
+    if toolkit is None:
+        pytest.skip("no CUDA headers")
+    program, source = tmp_path / "tensor_maps", Path(__file__).parent / "tensor_maps.cpp"
+    includes = [f"-I{path}" for path in (build_kernels.INCLUDE, toolkit.home / "include")]
+    subprocess.run(["g++", "-std=c++20", "-O2", *includes, source, "-o", program, "-pthread"], check=True)
+    result = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("case", CONV_CASES, ids=lambda c: f"{c.instance.removeprefix('sm90_')}-{c.x}-{c.filter}")

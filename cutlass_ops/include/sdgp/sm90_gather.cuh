@@ -15,14 +15,27 @@
 
 namespace sdgp::sm90 {
 
-constexpr int kStageK = 64;           // k per stage of B; a k tile
-constexpr int kBlockK = 128;          // k per block of A: 64 stored values and 8 metadata words of a row
-constexpr int kSlabM = 64;            // rows per wgmma
-constexpr int kSwizzleElements = 64;  // 16-bit elements in a 128-byte swizzled row
+constexpr int kStageK = 64;                     // k per stage of B; a k tile
+constexpr int kBlockK = 128;                    // k per block of A: 64 stored values and 8 metadata words of a row
+constexpr int kBlockTiles = kBlockK / kStageK;  // k tiles per block of A
+constexpr int kSlabM = 64;                      // rows per wgmma
+constexpr int kSwizzleElements = 64;            // 16-bit elements in a 128-byte swizzled row
 
 struct TensorMaps {
   CUtensorMap values, metadata, b;
 };
+
+// The k tiles of one part of a product.
+struct KRange {
+  int begin, end;
+};
+
+// Part `part` of `parts` of a k range that is cut between blocks of A.
+__device__ __forceinline__ KRange split_range(int k_tiles, int part, int parts) {
+  const int64_t blocks = (k_tiles + kBlockTiles - 1) / kBlockTiles;
+  return {static_cast<int>(blocks * part / parts) * kBlockTiles,
+          min(static_cast<int>(blocks * (part + 1) / parts) * kBlockTiles, k_tiles)};
+}
 
 // Consecutive columns of D that a tile's columns map to; `count` <= 0 where there are none.
 struct ColumnRun {
@@ -65,11 +78,14 @@ __device__ __forceinline__ void load_matrix_metadata(const CUtensorMap& map, uin
 
 struct MatrixGather {
   static constexpr int kProducerRegisters = 40;
-  int m, n;
+  static constexpr bool kHasEmptyParts = false;
+  int m, n, k_tiles;
+
+  __device__ __forceinline__ KRange k_range(int part, int parts) const { return split_range(k_tiles, part, parts); }
 
   // A block of A holds two k tiles, counted from the start of a segment of k.
   __device__ __forceinline__ int segment_tiles() const { return INT_MAX; }
-  __device__ __forceinline__ int64_t out_row(int row) const { return row < m ? row : -1; }
+  __device__ __forceinline__ int64_t out_row(int row, int) const { return row < m ? row : -1; }
   __device__ __forceinline__ ColumnRun out_columns(int column) const { return {column, n - column}; }
 
   template <Major kMajorA, int kBlockM, int kColumnBlocks>
@@ -78,7 +94,7 @@ struct MatrixGather {
     const TensorMaps& maps;
     int row, column, k_tile, b_row;
 
-    __device__ __forceinline__ Producer(const MatrixGather& gather, const TensorMaps& maps, int row, int column,
+    __device__ __forceinline__ Producer(const MatrixGather& gather, const TensorMaps& maps, int, int row, int column,
                                         int k_tile, int first_b_row)
         : gather(gather), maps(maps), row(row), column(column), k_tile(k_tile), b_row(k_tile * kStageK + first_b_row) {}
     __device__ __forceinline__ void advance() { ++k_tile, b_row += kStageK; }
@@ -113,25 +129,53 @@ __device__ __forceinline__ PixelStart pixel_start(const PixelGrid& grid, int pix
           grid.lower_w + (pixel - line * grid.width) * grid.step_w};
 }
 
-// dX[pixels, C_in] of one residue class of input pixels modulo the stride: rows (i, j) of the class are the pixels
-// (first_h + i * stride_h, first_w + j * stride_w) of dX, and only the taps that meet a gradient pixel there take part.
+// One spatial dimension of a dgrad: pixel first + i * stride of dX, for each first < stride (its residue modulo the
+// stride), meets gradient pixels under `taps` of the filter's taps. Tap t of those is tap first_tap + t * tap_step of
+// the filter and reads gradient pixel lower + i + last_offset - t * offset_step, `lower` being the same for all
+// residues.
+constexpr int kMaxStride = 8;  // TMA's im2col mode has no larger ones
+
+struct Residue {
+  int taps, first_tap, last_offset;
+};
+
+struct DgradAxis {
+  int extent, stride;  // of dX
+  int tap_step, offset_step;
+  Residue residues[kMaxStride];
+};
+
+// dX[pixels, C_in], part by part: a part is the pixels whose residues modulo the stride are the same, since only
+// certain taps meet a gradient pixel there. Each part has the rows of the largest; those beyond its last pixel are not
+// stored.
 struct DgradGather {
   static constexpr int kProducerRegisters = 56;
-  PixelGrid grid;                                                  // of the class, over dY
-  int pixels, n;                                                   // rows and columns of D
-  int tiles_per_tap;                                               // k tiles of one tap: C_out / 64 rounded up
-  int taps_w;                                                      // taps of the class in a filter row
-  int last_offset_h, last_offset_w, offset_step_h, offset_step_w;  // tap (t, u) reads at last - (t, u) * step
-  int first_tap, tap_step_h, tap_step_w;                           // index of tap (t, u) in the filter
-  int out_height, out_width, first_h, first_w, stride_h, stride_w;
+  static constexpr bool kHasEmptyParts = true;  // a stride beyond the filter's reach leaves pixels without a tap
+  PixelGrid grid;                               // rows of a part, over dY
+  int pixels, n;                                // rows of a part, columns of D
+  int tiles_per_tap;                            // k tiles of one tap: C_out / 64 rounded up
+  int taps_w;                                   // of the whole filter, in a row
+  DgradAxis vertical, horizontal;
+  uint8_t parts[kMaxStride * kMaxStride];  // vertical residue * kMaxStride + horizontal one, longest k range first
 
+  __device__ __forceinline__ const Residue& row_residue(int part) const {
+    return vertical.residues[parts[part] / kMaxStride];
+  }
+  __device__ __forceinline__ const Residue& column_residue(int part) const {
+    return horizontal.residues[parts[part] % kMaxStride];
+  }
+  __device__ __forceinline__ KRange k_range(int part, int) const {
+    return {0, row_residue(part).taps * column_residue(part).taps * tiles_per_tap};
+  }
   __device__ __forceinline__ int segment_tiles() const { return tiles_per_tap; }
-  __device__ __forceinline__ int64_t out_row(int row) const {
+  __device__ __forceinline__ int64_t out_row(int row, int part) const {
     if (row >= pixels) return -1;
-    if (stride_h == 1 && stride_w == 1) return row;
+    if (vertical.stride == 1 && horizontal.stride == 1) return row;
     const int line = row / grid.width, image = line / grid.height;
-    const int h = first_h + (line - image * grid.height) * stride_h;
-    return (static_cast<int64_t>(image) * out_height + h) * out_width + first_w + (row - line * grid.width) * stride_w;
+    const int h = parts[part] / kMaxStride + (line - image * grid.height) * vertical.stride;
+    const int w = parts[part] % kMaxStride + (row - line * grid.width) * horizontal.stride;
+    if (h >= vertical.extent || w >= horizontal.extent) return -1;
+    return (static_cast<int64_t>(image) * vertical.extent + h) * horizontal.extent + w;
   }
   __device__ __forceinline__ ColumnRun out_columns(int column) const { return {column, n - column}; }
 
@@ -142,32 +186,36 @@ struct DgradGather {
     const DgradGather& gather;
     const TensorMaps& maps;
     const PixelStart start;
+    const Residue columns;
     int column, first_b_row, channel, u, tap, offset_h, offset_w;
 
-    // The k range starts at the first tap: a dgrad is not split along k.
-    __device__ __forceinline__ Producer(const DgradGather& gather, const TensorMaps& maps, int row, int column, int,
-                                        int first_b_row)
+    // The k range starts at the first tap: a part is not split along k.
+    __device__ __forceinline__ Producer(const DgradGather& gather, const TensorMaps& maps, int part, int row,
+                                        int column, int, int first_b_row)
         : gather(gather),
           maps(maps),
           start(pixel_start(gather.grid, row)),
+          columns(gather.column_residue(part)),
           column(column),
           first_b_row(first_b_row),
           channel(0),
-          u(0),
-          tap(gather.first_tap),
-          offset_h(gather.last_offset_h),
-          offset_w(gather.last_offset_w) {}
+          u(0) {
+      const Residue& rows = gather.row_residue(part);
+      tap = rows.first_tap * gather.taps_w + columns.first_tap;
+      offset_h = rows.last_offset;
+      offset_w = columns.last_offset;
+    }
     __device__ __forceinline__ void advance() {
       channel += kStageK;
       if (channel < gather.tiles_per_tap * kStageK) return;
       channel = 0;
-      tap += gather.tap_step_w;
-      offset_w -= gather.offset_step_w;
-      if (++u < gather.taps_w) return;
+      tap += gather.horizontal.tap_step;
+      offset_w -= gather.horizontal.offset_step;
+      if (++u < columns.taps) return;
       u = 0;
-      tap += gather.tap_step_h - gather.taps_w * gather.tap_step_w;
-      offset_w = gather.last_offset_w;
-      offset_h -= gather.offset_step_h;
+      tap += gather.vertical.tap_step * gather.taps_w - columns.taps * gather.horizontal.tap_step;
+      offset_w = columns.last_offset;
+      offset_h -= gather.vertical.offset_step;
     }
     __device__ __forceinline__ void load_values(uint32_t barrier, uint32_t tile) const {
       tma_load_im2col(&maps.values, barrier, tile, 1, channel / 2, start.w, start.h, start.n, offset_w, offset_h);
@@ -185,11 +233,13 @@ struct DgradGather {
 // dW[C_out, taps * C_in]. Columns of the product are counted in blocks of 64, `blocks_per_tap` for each tap.
 struct WgradGather {
   static constexpr int kProducerRegisters = 56;
+  static constexpr bool kHasEmptyParts = false;
   PixelGrid grid;  // output pixels, over X
-  int m, channels, taps, taps_w, blocks_per_tap, dilation_h, dilation_w;
+  int m, k_tiles, channels, taps, taps_w, blocks_per_tap, dilation_h, dilation_w;
 
+  __device__ __forceinline__ KRange k_range(int part, int parts) const { return split_range(k_tiles, part, parts); }
   __device__ __forceinline__ int segment_tiles() const { return INT_MAX; }
-  __device__ __forceinline__ int64_t out_row(int row) const { return row < m ? row : -1; }
+  __device__ __forceinline__ int64_t out_row(int row, int) const { return row < m ? row : -1; }
   __device__ __forceinline__ ColumnRun out_columns(int column) const {
     const int block = column / kSwizzleElements, tap = block / blocks_per_tap;
     const int channel = column - tap * blocks_per_tap * kSwizzleElements;
@@ -205,7 +255,7 @@ struct WgradGather {
     int row, k_tile, step_lines, step_pixels;
     int channel[kColumnBlocks], offsets[kColumnBlocks];  // of the column blocks; offset_w | offset_h << 16
 
-    __device__ __forceinline__ Producer(const WgradGather& gather, const TensorMaps& maps, int row, int column,
+    __device__ __forceinline__ Producer(const WgradGather& gather, const TensorMaps& maps, int, int row, int column,
                                         int k_tile, int first_b_row)
         : gather(gather),
           maps(maps),

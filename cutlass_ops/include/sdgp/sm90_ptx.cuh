@@ -189,16 +189,20 @@ __host__ __device__ constexpr uint64_t matrix_descriptor(Swizzle swizzle, int le
 // address hold the rank of the CTA; they must not reach the other fields.
 __device__ __forceinline__ uint64_t descriptor_address(uint32_t address) { return (address & 0x3ffff) >> 4; }
 
-// The registers of d as asm operands: 64 or 128.
+// The registers of d as asm operands: 32, 64, 96 or 128.
+#define SDGP_NAMES_32                                                    \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define SDGP_NAMES_64                                                                \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"             \
-  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+  SDGP_NAMES_32                                                                      \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SDGP_NAMES_96                                                                \
+  SDGP_NAMES_64                                                                      \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define SDGP_NAMES_128                                                                           \
-  SDGP_NAMES_64                                                                                  \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
-  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
+  SDGP_NAMES_96                                                                                  \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define SDGP_OPERANDS_8(i)                                                                                    \
@@ -206,10 +210,12 @@ __device__ __forceinline__ uint64_t descriptor_address(uint32_t address) { retur
       "+f"(d[i + 7])
 #define SDGP_OPERANDS_32(i) SDGP_OPERANDS_8(i), SDGP_OPERANDS_8(i + 8), SDGP_OPERANDS_8(i + 16), SDGP_OPERANDS_8(i + 24)
 #define SDGP_OPERANDS_64 SDGP_OPERANDS_32(0), SDGP_OPERANDS_32(32)
-#define SDGP_OPERANDS_128 SDGP_OPERANDS_64, SDGP_OPERANDS_32(64), SDGP_OPERANDS_32(96)
+#define SDGP_OPERANDS_96 SDGP_OPERANDS_64, SDGP_OPERANDS_32(64)
+#define SDGP_OPERANDS_128 SDGP_OPERANDS_96, SDGP_OPERANDS_32(96)
 
-// Numbered operands after the COUNT registers of d: a, b, metadata, selector, accumulate, transpose of A.
-#define SDGP_SPARSE_WGMMA(TYPE, N, COUNT, A, B, E, SELECTOR, ACCUMULATE, TRANSPOSE_A)                  \
+// OPERANDS: the COUNT registers of d. Numbered operands after them: a, b, metadata, selector, accumulate, transpose of
+// A.
+#define SDGP_SPARSE_WGMMA(TYPE, N, COUNT, OPERANDS, A, B, E, SELECTOR, ACCUMULATE, TRANSPOSE_A)        \
   template <Major kMajorA, int kSelector>                                                              \
   __device__ __forceinline__ void sparse_wgmma_##TYPE##_##N(float (&d)[COUNT], uint64_t a, uint64_t b, \
                                                             uint32_t metadata, bool accumulate) {      \
@@ -222,21 +228,28 @@ __device__ __forceinline__ uint64_t descriptor_address(uint32_t address) { retur
         "}, " A ", " B ", " E ", " SELECTOR ", accumulate, 1, 1, " TRANSPOSE_A                         \
         ", 1;\n"                                                                                       \
         "}\n"                                                                                          \
-        : SDGP_OPERANDS_##COUNT                                                                        \
+        : OPERANDS                                                                                     \
         : "l"(a), "l"(b), "r"(metadata), "n"(kSelector), "r"(static_cast<int>(accumulate)),            \
           "n"(static_cast<int>(kMajorA)));                                                             \
   }
-SDGP_SPARSE_WGMMA(f16, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
-SDGP_SPARSE_WGMMA(f16, 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
-SDGP_SPARSE_WGMMA(bf16, 128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
-SDGP_SPARSE_WGMMA(bf16, 256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
+SDGP_SPARSE_WGMMA(f16, 64, 32, SDGP_OPERANDS_32(0), "%32", "%33", "%34", "%35", "%36", "%37")
+SDGP_SPARSE_WGMMA(f16, 128, 64, SDGP_OPERANDS_64, "%64", "%65", "%66", "%67", "%68", "%69")
+SDGP_SPARSE_WGMMA(f16, 192, 96, SDGP_OPERANDS_96, "%96", "%97", "%98", "%99", "%100", "%101")
+SDGP_SPARSE_WGMMA(f16, 256, 128, SDGP_OPERANDS_128, "%128", "%129", "%130", "%131", "%132", "%133")
+SDGP_SPARSE_WGMMA(bf16, 64, 32, SDGP_OPERANDS_32(0), "%32", "%33", "%34", "%35", "%36", "%37")
+SDGP_SPARSE_WGMMA(bf16, 128, 64, SDGP_OPERANDS_64, "%64", "%65", "%66", "%67", "%68", "%69")
+SDGP_SPARSE_WGMMA(bf16, 192, 96, SDGP_OPERANDS_96, "%96", "%97", "%98", "%99", "%100", "%101")
+SDGP_SPARSE_WGMMA(bf16, 256, 128, SDGP_OPERANDS_128, "%128", "%129", "%130", "%131", "%132", "%133")
 #undef SDGP_SPARSE_WGMMA
 #undef SDGP_OPERANDS_128
+#undef SDGP_OPERANDS_96
 #undef SDGP_OPERANDS_64
 #undef SDGP_OPERANDS_32
 #undef SDGP_OPERANDS_8
 #undef SDGP_NAMES_128
+#undef SDGP_NAMES_96
 #undef SDGP_NAMES_64
+#undef SDGP_NAMES_32
 
 // D[64, kN] (+)= A[64, 32 at 2:4] * B[32, kN], float32 accumulators, A and B in shared memory, B MN-major. kSelector:
 // the lanes of each quad whose `metadata` counts, 0 and 1 or 2 and 3.
@@ -244,9 +257,13 @@ template <typename Element, int kN, Major kMajorA, int kSelector>
 __device__ __forceinline__ void sparse_wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, uint32_t metadata,
                                              bool accumulate) {
   constexpr bool kIsHalf = std::is_same_v<Element, __half>;
+  if constexpr (kN == 64 && kIsHalf) sparse_wgmma_f16_64<kMajorA, kSelector>(d, a, b, metadata, accumulate);
   if constexpr (kN == 128 && kIsHalf) sparse_wgmma_f16_128<kMajorA, kSelector>(d, a, b, metadata, accumulate);
+  if constexpr (kN == 192 && kIsHalf) sparse_wgmma_f16_192<kMajorA, kSelector>(d, a, b, metadata, accumulate);
   if constexpr (kN == 256 && kIsHalf) sparse_wgmma_f16_256<kMajorA, kSelector>(d, a, b, metadata, accumulate);
+  if constexpr (kN == 64 && !kIsHalf) sparse_wgmma_bf16_64<kMajorA, kSelector>(d, a, b, metadata, accumulate);
   if constexpr (kN == 128 && !kIsHalf) sparse_wgmma_bf16_128<kMajorA, kSelector>(d, a, b, metadata, accumulate);
+  if constexpr (kN == 192 && !kIsHalf) sparse_wgmma_bf16_192<kMajorA, kSelector>(d, a, b, metadata, accumulate);
   if constexpr (kN == 256 && !kIsHalf) sparse_wgmma_bf16_256<kMajorA, kSelector>(d, a, b, metadata, accumulate);
 }
 

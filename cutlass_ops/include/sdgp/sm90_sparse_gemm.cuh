@@ -6,10 +6,12 @@
 //
 // B is row-major in both ([K, N], N contiguous). One metadata word of 16 bits describes 16 consecutive k.
 //
-// One CTA computes tiles of kBlockM x kBlockN, one or two 64-row slabs per consumer warpgroup. A producer thread feeds
-// two rings through TMA: blocks of 128 k of A with their metadata (64 values are a 128-byte row, 8 metadata words the
-// 16 bytes that TMA asks for), and stages of 64 k of B. CTAs of a cluster of two sit above each other in M, use the
-// same B tile and load half of it each, multicast.
+// One CTA computes tiles of kBlockM x kBlockN in slabs of 64 rows. Its two consumer warpgroups either share each tile
+// (cooperative), or take turns at tiles (ping-pong): then one stores its tile while the other computes the next, which
+// counts where k is short, and a tile may have only 64 rows. A producer thread feeds two rings through TMA: blocks of
+// 128 k of A with their metadata (64 values are a 128-byte row, 8 metadata words the 16 bytes that TMA asks for), and
+// stages of 64 k of B. CTAs of a cluster of two sit above each other in M, use the same B tile and load half of it
+// each, multicast.
 //
 // What limits it: m64n256k32 takes 128 cycles of the tensor cores and reads 16 KB of B and 2 KB of A, so the
 // shared-memory port (128 B/cycle) allows 1.78x the dense rate at most, and less where the tile fills use the same
@@ -19,36 +21,39 @@
 // of 1160.
 #pragma once
 
+#include <algorithm>
+
 #include "sdgp/product.cuh"
 #include "sdgp/sm90_gather.cuh"
 
 namespace sdgp::sm90 {
 
-constexpr int kInstructionK = 32;               // k per wgmma.sp with 16-bit elements
-constexpr int kBlockTiles = kBlockK / kStageK;  // k tiles per block of A
-constexpr int kConsumers = 2;                   // consumer warpgroups
+constexpr int kInstructionK = 32;  // k per wgmma.sp with 16-bit elements
+constexpr int kConsumers = 2;      // consumer warpgroups
 constexpr int kSharedMemoryLimit = 232448;
 
 struct Problem {
-  int m;        // rows of the product
-  int n_tiles;  // tiles along its columns
-  int k_tiles;
+  int m;                 // rows of a part of the product
+  int n_tiles;           // tiles along its columns
+  int parts;             // what a part is, the gather knows: a stretch of k, or of the rows
   int rows, row_length;  // of the output
-  int splits;            // the k range is cut in this many parts; > 1 only with Output::kPartial
   int group_n;           // tiles along N that run together (L2 reuse)
-  void* out;             // [rows, row_length], or float [splits, rows, row_length] for Output::kPartial
+  void* out;             // [rows, row_length], or float [parts, rows, row_length] for Output::kPartial
   Output output;
   bool accumulate;  // out += result
 };
 
-template <typename Element_, typename Gather_, Major kMajorA_, int kBlockM_, int kBlockN_>
+enum class Consumers : int { kPingPong = 1, kCooperative = 2 };  // the value: warpgroups per tile
+
+template <typename Element_, typename Gather_, Major kMajorA_, int kBlockM_, int kBlockN_, Consumers kConsumersOfTile>
 struct TileConfig {
   using Element = Element_;
   using Gather = Gather_;
   static constexpr Major kMajorA = kMajorA_;
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_;
 
-  static constexpr int kSlabs = kBlockM / kSlabM / kConsumers;  // per consumer warpgroup
+  static constexpr int kTileConsumers = static_cast<int>(kConsumersOfTile);
+  static constexpr int kSlabs = kBlockM / kSlabM / kTileConsumers;  // per consumer warpgroup
   static constexpr int kThreads = 128 * (kConsumers + 1);
   // Together the 168 per thread of the launch bound.
   static constexpr int kProducerRegisters = Gather::kProducerRegisters;
@@ -62,46 +67,51 @@ struct TileConfig {
   static constexpr int kStageBytes = kBlockN * kStageK * 2;
   static constexpr int kAlignment = 1024;
 
-  static constexpr int kBlocks = 3;
+  // As many blocks of A as there is room for with the B that belongs to them, and the rest for B.
+  static constexpr int kRingBytes = kSharedMemoryLimit - 2 * kAlignment;
+  static constexpr int kBlocks = std::max(3, kRingBytes / (kValueBytes + kMetadataBytes + kBlockTiles * kStageBytes));
   static constexpr int kBlockBytes = kBlocks * (kValueBytes + kMetadataBytes);
-  static constexpr int kStages = (kSharedMemoryLimit - 2 * kAlignment - kBlockBytes) / kStageBytes;
+  static constexpr int kStages = (kRingBytes - kBlockBytes) / kStageBytes;
   static constexpr int kSharedBytes = kBlockBytes + kStages * kStageBytes + 2 * kAlignment;  // for alignment, barriers
 
-  static_assert(kBlockM == kSlabs * kConsumers * kSlabM && kBlockN % kSwizzleElements == 0);
+  static_assert(kBlockM == kSlabs * kTileConsumers * kSlabM && kBlockN % kSwizzleElements == 0);
   static_assert(kSlabs * kBlockN <= 256, "accumulators must fit the registers");
   static_assert(kStages >= 4);
 };
 
-// The tile and k range of one step of a persistent CTA. k in units of kStageK; ranges begin at a multiple of kBlockK.
+// The tile and k range of one step of a persistent CTA. k in units of kStageK.
 struct WorkUnit {
-  int m_tile, n_tile, split, k_begin, k_end;
+  int m_tile, n_tile, part, k_begin, k_end;
 };
 
-// Order of the work: splits outermost (CTAs that run together share k, hence B), then groups of `group_n` tile columns,
+// Order of the work: parts outermost (CTAs that run together share k, hence B), then groups of `group_n` tile columns,
 // then rows, then the columns of the group. A unit of a cluster is `cluster_size` tiles above each other.
-template <int kBlockM>
+template <typename Config>
 struct Schedule {
-  int m_units, k_blocks, units;
+  int m_units, units;
   const Problem& problem;
+  const typename Config::Gather& gather;
 
-  __device__ __forceinline__ Schedule(const Problem& problem, int cluster_size) : problem(problem) {
-    m_units = (problem.m + kBlockM * cluster_size - 1) / (kBlockM * cluster_size);
-    k_blocks = (problem.k_tiles + kBlockTiles - 1) / kBlockTiles;
-    units = m_units * problem.n_tiles * problem.splits;
-  }
-
-  __device__ __forceinline__ int first_k_tile(int split) const {
-    return static_cast<int>(static_cast<int64_t>(k_blocks) * split / problem.splits) * kBlockTiles;
+  __device__ __forceinline__ Schedule(const Problem& problem, const typename Config::Gather& gather, int cluster_size)
+      : problem(problem), gather(gather) {
+    m_units = (problem.m + Config::kBlockM * cluster_size - 1) / (Config::kBlockM * cluster_size);
+    units = m_units * problem.n_tiles * problem.parts;
   }
 
   __device__ __forceinline__ WorkUnit unit(int index, int cluster_size, int cta_rank) const {
-    const int split = index / (m_units * problem.n_tiles);
+    const int part = index / (m_units * problem.n_tiles);
     const int tile = index % (m_units * problem.n_tiles);
     const int first_column = tile / (m_units * problem.group_n) * problem.group_n;
     const int columns = min(problem.group_n, problem.n_tiles - first_column);
     const int in_group = tile - first_column * m_units;
-    return {in_group / columns * cluster_size + cta_rank, first_column + in_group % columns, split, first_k_tile(split),
-            min(first_k_tile(split + 1), problem.k_tiles)};
+    const KRange k = gather.k_range(part, problem.parts);
+    return {in_group / columns * cluster_size + cta_rank, first_column + in_group % columns, part, k.begin, k.end};
+  }
+
+  // Blocks of A of a unit: two k tiles each, begun anew with every segment.
+  __device__ __forceinline__ int blocks(const WorkUnit& unit) const {
+    const int tiles = unit.k_end - unit.k_begin, segment = gather.segment_tiles(), rest = tiles % segment;
+    return tiles / segment * (segment / kBlockTiles + segment % kBlockTiles) + (rest + 1) / kBlockTiles;
   }
 };
 
@@ -113,6 +123,11 @@ struct RingPosition {
 
   __device__ __forceinline__ void advance() {
     if (++slot == kSlots) slot = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ void advance(int count) {
+    const int rounds = (slot + count) / kSlots;
+    slot += count - rounds * kSlots;
+    parity ^= rounds & 1;
   }
 };
 
@@ -145,10 +160,10 @@ __device__ __forceinline__ void load_metadata(uint32_t (&e)[2], uint32_t slab, i
 // d[4j], d[4j+1] and of the row 8 below in d[4j+2], d[4j+3].
 template <typename Element, int kBlockN, bool kAccumulate, typename Gather>
 __device__ __forceinline__ void store_slab(const float (&d)[kBlockN / 2], const Gather& gather, const Problem& problem,
-                                           int split, int row, int column, int lane) {
+                                           int part, int row, int column, int lane) {
 #pragma unroll
   for (int half = 0; half < 2; ++half, row += 8) {
-    const int64_t out_row = gather.out_row(row);
+    const int64_t out_row = gather.out_row(row, part);
 #pragma unroll
     for (int block = 0; block < kBlockN / 8; block += 4) {  // 32 columns
       const ColumnRun run = gather.out_columns(column + 8 * block);
@@ -172,7 +187,7 @@ __device__ __forceinline__ void store_slab(const float (&d)[kBlockN / 2], const 
           *reinterpret_cast<uint4*>(out + store_column) = make_uint4(words[0], words[1], words[2], words[3]);
       } else {
         const int64_t float_row =
-            problem.output == Output::kPartial ? out_row + static_cast<int64_t>(split) * problem.rows : out_row;
+            problem.output == Output::kPartial ? out_row + static_cast<int64_t>(part) * problem.rows : out_row;
         float* out = static_cast<float*>(problem.out) + float_row * problem.row_length + run.first;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -219,19 +234,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int lane = threadIdx.x % 32;
   const int cta_rank = cluster_cta_rank();
 
-  // Barriers: full when the bytes have landed (one arrival announces how many), empty when every consumer warp has let
-  // go: of this CTA, and for B of every CTA that the tile is multicast to.
+  // Barriers: full when the bytes have landed (one arrival announces how many), empty when every warp that computes the
+  // tile has let go: of this CTA, and for B of every CTA that the tile is multicast to.
   if (threadIdx.x == 0) {
     prefetch_tensor_map(&maps.values);
     prefetch_tensor_map(&maps.metadata);
     prefetch_tensor_map(&maps.b);
     for (int block = 0; block < kBlocks; ++block) {
       mbarrier_init(full_a + 8 * block, 1);
-      mbarrier_init(empty_a + 8 * block, 4 * kConsumers);
+      mbarrier_init(empty_a + 8 * block, 4 * Config::kTileConsumers);
     }
     for (int stage = 0; stage < kStages; ++stage) {
       mbarrier_init(full_b + 8 * stage, 1);
-      mbarrier_init(empty_b + 8 * stage, 4 * kConsumers * cluster_size);
+      mbarrier_init(empty_b + 8 * stage, 4 * Config::kTileConsumers * cluster_size);
     }
     fence_mbarrier_init();
   }
@@ -241,7 +256,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     __syncthreads();
   }
 
-  const Schedule<kBlockM> schedule(problem, cluster_size);
+  const Schedule<Config> schedule(problem, gather, cluster_size);
   const int segment_tiles = gather.segment_tiles();  // blocks of A start anew with every segment of k
   const int first_unit = blockIdx.x / cluster_size, unit_step = gridDim.x / cluster_size;
   RingPosition<kBlocks> a_ring;
@@ -255,7 +270,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       for (int index = first_unit; index < schedule.units; index += unit_step) {
         const WorkUnit unit = schedule.unit(index, cluster_size, cta_rank);
         typename Config::Gather::template Producer<kMajorA, kBlockM, kColumnBlocks> producer(
-            gather, maps, unit.m_tile * kBlockM, unit.n_tile * kBlockN, unit.k_begin, first_b_row);
+            gather, maps, unit.part, unit.m_tile * kBlockM, unit.n_tile * kBlockN, unit.k_begin, first_b_row);
         int tile_in_segment = 0;
 #pragma unroll 1
         for (int k_tile = unit.k_begin; k_tile < unit.k_end; ++k_tile, producer.advance()) {
@@ -288,13 +303,20 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     constexpr int kStepA = kMajorA == Major::K ? kInstructionK / 2 * 2 : kInstructionK / 2 * 128;  // bytes
     constexpr int kStepB = kInstructionK * 128;
     constexpr int kSlabs = Config::kSlabs;
-    const uint32_t first_value_slab = value_tiles + warpgroup * kSlabs * Config::kSlabValueBytes;
-    const uint32_t first_metadata_slab = metadata_tiles + warpgroup * kSlabs * Config::kSlabMetadataBytes;
+    constexpr int kTurns = kConsumers / Config::kTileConsumers;  // warpgroups that take turns at tiles
+    const int first_slab = warpgroup % Config::kTileConsumers * kSlabs;
+    const uint32_t first_value_slab = value_tiles + first_slab * Config::kSlabValueBytes;
+    const uint32_t first_metadata_slab = metadata_tiles + first_slab * Config::kSlabMetadataBytes;
 
     float d[kSlabs][kBlockN / 2];
     uint32_t e_sets[2][kSlabs][2] = {};  // two sets: the MMAs in flight may still read one while the other is loaded
-    for (int index = first_unit; index < schedule.units; index += unit_step) {
+    for (int index = first_unit, turn = 0; index < schedule.units; index += unit_step, ++turn) {
       const WorkUnit unit = schedule.unit(index, cluster_size, cta_rank);
+      if (kTurns > 1 && turn % kTurns != warpgroup) {  // the other's: what is loaded for it passes by
+        a_ring.advance(schedule.blocks(unit));
+        b_ring.advance(unit.k_end - unit.k_begin);
+        continue;
+      }
       uint32_t used_block = 0, used_stage = 0;  // empty barriers of what the MMAs in flight read
 
       const auto release_block = [&] {
@@ -360,15 +382,23 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       for (int s = 0; s < kSlabs; ++s) fence_registers(d[s]);
       release_stage();
       release_block();
+      if constexpr (Config::Gather::kHasEmptyParts) {
+        if (unit.k_begin == unit.k_end) {
+#pragma unroll
+          for (int s = 0; s < kSlabs; ++s)
+#pragma unroll
+            for (float& value : d[s]) value = 0.0f;
+        }
+      }
 
       const int column = unit.n_tile * kBlockN;
 #pragma unroll
       for (int s = 0; s < kSlabs; ++s) {
-        const int row = unit.m_tile * kBlockM + (warpgroup * kSlabs + s) * kSlabM + warp * 16 + lane / 4;
+        const int row = unit.m_tile * kBlockM + (first_slab + s) * kSlabM + warp * 16 + lane / 4;
         if (problem.accumulate) {
-          store_slab<Element, kBlockN, true>(d[s], gather, problem, unit.split, row, column, lane);
+          store_slab<Element, kBlockN, true>(d[s], gather, problem, unit.part, row, column, lane);
         } else {
-          store_slab<Element, kBlockN, false>(d[s], gather, problem, unit.split, row, column, lane);
+          store_slab<Element, kBlockN, false>(d[s], gather, problem, unit.part, row, column, lane);
         }
       }
     }

@@ -1,41 +1,30 @@
 // Host side of sm90_sparse_gemm.cuh: tensor maps of matrices, launch, reduction of split-K partials.
 #pragma once
 
-#include <cudaTypedefs.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
 #include "sdgp/sm90_sparse_gemm.cuh"
+#include "sdgp/sm90_tensor_map.h"
 #include "sdgp/sparse_gemm_api.h"
 
 namespace sdgp::sm90 {
 
-constexpr int kDriverErrorBase = 1000;
-
-inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-  static const auto encoder = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult status;
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status);
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(status == cudaDriverEntryPointSuccess ? function
-                                                                                                     : nullptr);
-  }();
-  return encoder;
-}
-
-// Map of a row-major [rows, columns] matrix of 16-bit elements for boxes of [box_rows, box_columns]; zero outside.
-inline int encode_matrix(CUtensorMap& map, CUtensorMapDataType type, const void* matrix, int64_t rows, int64_t columns,
-                         int64_t row_stride, int box_rows, int box_columns, CUtensorMapSwizzle swizzle) {
-  if (tensor_map_encoder() == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t extent[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t stride_bytes[1] = {static_cast<cuuint64_t>(row_stride) * 2};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t step[2] = {1, 1};
-  const CUresult result = tensor_map_encoder()(&map, type, 2, const_cast<void*>(matrix), extent, stride_bytes, box,
-                                               step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? 0 : kDriverErrorBase + result;
+// Map of a dense row-major [rows, columns] matrix of 16-bit elements for boxes of [box_rows, box_columns].
+inline int matrix_map(CUtensorMap& map, CUtensorMapDataType type, const void* matrix, int64_t rows, int64_t columns,
+                      int box_rows, int box_columns, CUtensorMapSwizzle swizzle) {
+  TensorMapRequest request;
+  request.address = reinterpret_cast<cuuint64_t>(matrix);
+  request.extent[0] = columns;
+  request.extent[1] = rows;
+  request.stride_bytes[0] = columns * 2;
+  request.box[0] = box_columns;
+  request.box[1] = box_rows;
+  request.type = type;
+  request.swizzle = swizzle;
+  request.rank = 2;
+  return tensor_map(map, request);
 }
 
 template <typename Element>
@@ -44,41 +33,54 @@ constexpr CUtensorMapDataType kTensorMapType =
 
 // Maps of the compressed operand as a matrix.
 template <typename Config>
-int encode_matrix_operand(TensorMaps& maps, const void* values, const void* metadata, int64_t m, int64_t padded_k) {
+int matrix_operand_maps(TensorMaps& maps, const void* values, const void* metadata, int64_t m, int64_t padded_k) {
   constexpr auto kType = kTensorMapType<typename Config::Element>;
   constexpr auto kWords = CU_TENSOR_MAP_DATA_TYPE_UINT16;
   constexpr int kValues = kBlockK / 2, kMetadataWords = kBlockK / 16;
   const int64_t stored_values = padded_k / 2, stored_words = padded_k / 16;
   if constexpr (Config::kMajorA == Major::K) {
-    const int error = encode_matrix(maps.values, kType, values, m, stored_values, stored_values, Config::kBlockM,
-                                    kValues, CU_TENSOR_MAP_SWIZZLE_128B);
+    const int error =
+        matrix_map(maps.values, kType, values, m, stored_values, Config::kBlockM, kValues, CU_TENSOR_MAP_SWIZZLE_128B);
     return error != 0 ? error
-                      : encode_matrix(maps.metadata, kWords, metadata, m, stored_words, stored_words, Config::kBlockM,
-                                      kMetadataWords, CU_TENSOR_MAP_SWIZZLE_NONE);
+                      : matrix_map(maps.metadata, kWords, metadata, m, stored_words, Config::kBlockM, kMetadataWords,
+                                   CU_TENSOR_MAP_SWIZZLE_NONE);
   } else {
     const int error =
-        encode_matrix(maps.values, kType, values, stored_values, m, m, kValues, kSlabM, CU_TENSOR_MAP_SWIZZLE_128B);
+        matrix_map(maps.values, kType, values, stored_values, m, kValues, kSlabM, CU_TENSOR_MAP_SWIZZLE_128B);
     return error != 0 ? error
-                      : encode_matrix(maps.metadata, kWords, metadata, stored_words, m, m, kMetadataWords, kSlabM,
-                                      CU_TENSOR_MAP_SWIZZLE_128B);
+                      : matrix_map(maps.metadata, kWords, metadata, stored_words, m, kMetadataWords, kSlabM,
+                                   CU_TENSOR_MAP_SWIZZLE_128B);
   }
 }
 
-// Where the result goes and how it is cut, for both kinds of product.
+// Where the result goes, for both kinds of product: SdgpSparseGemm's and SdgpSparseConv's fields of these names.
 struct Target {
-  void* out;        // 16-bit like the operands, or float32 where is_float
-  void* workspace;  // float32 [splits, rows, row_length] where splits > 1
+  void* out;
+  void* workspace;
   bool is_float, accumulate;
   int splits, group_n, cluster_size, sm_count;
   cudaStream_t stream;
+
+  template <typename Arguments>
+  explicit Target(const Arguments& arguments)
+      : out(arguments.out),
+        workspace(arguments.workspace),
+        is_float(arguments.out_is_float != 0),
+        accumulate(arguments.accumulate != 0),
+        splits(arguments.splits),
+        group_n(arguments.group_n),
+        cluster_size(arguments.cluster_size),
+        sm_count(arguments.sm_count),
+        stream(static_cast<cudaStream_t>(arguments.stream)) {}
+
+  // A part of an empty k range would have nothing to write.
+  bool fits(int k_tiles) const { return splits >= 1 && splits <= (k_tiles + kBlockTiles - 1) / kBlockTiles; }
 };
 
-// The product has `m` rows, `columns` columns and `k_tiles` k tiles; the output [rows, row_length].
+// The product has `parts` parts of `m` rows and `columns` columns; the output is [rows, row_length].
 template <typename Config>
 int launch(const TensorMaps& maps, const typename Config::Gather& gather, const Target& target, int m, int columns,
-           int k_tiles, int rows, int row_length) {
-  // A part of an empty k range would have nothing to write.
-  if (target.splits < 1 || target.splits > (k_tiles + kBlockTiles - 1) / kBlockTiles) return cudaErrorInvalidValue;
+           int parts, int rows, int row_length) {
   // Every time: the attribute belongs to the current device.
   const cudaError_t attribute = cudaFuncSetAttribute(sparse_gemm_kernel<Config>,
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
@@ -88,10 +90,9 @@ int launch(const TensorMaps& maps, const typename Config::Gather& gather, const 
   const int n_tiles = (columns + Config::kBlockN - 1) / Config::kBlockN;
   const Problem problem{m,
                         n_tiles,
-                        k_tiles,
+                        parts,
                         rows,
                         row_length,
-                        target.splits,
                         target.group_n,
                         split ? target.workspace : target.out,
                         split             ? Output::kPartial
@@ -99,7 +100,7 @@ int launch(const TensorMaps& maps, const typename Config::Gather& gather, const 
                                           : Output::kElement,
                         !split && target.accumulate};
   const int rows_per_unit = Config::kBlockM * target.cluster_size;
-  const int64_t units = static_cast<int64_t>((m + rows_per_unit - 1) / rows_per_unit) * n_tiles * target.splits;
+  const int64_t units = static_cast<int64_t>((m + rows_per_unit - 1) / rows_per_unit) * n_tiles * parts;
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(target.cluster_size), 1, 1};
@@ -121,31 +122,25 @@ int launch(const TensorMaps& maps, const typename Config::Gather& gather, const 
 
 template <typename Config>
 int launch_sparse_gemm(const SdgpSparseGemm& gemm) {
+  const Target target(gemm);
+  const int k_tiles = (gemm.k + kStageK - 1) / kStageK;
+  if (!target.fits(k_tiles)) return cudaErrorInvalidValue;
   TensorMaps maps;
-  int error = encode_matrix_operand<Config>(maps, gemm.values, gemm.metadata, gemm.m, gemm.padded_k);
+  int error = matrix_operand_maps<Config>(maps, gemm.values, gemm.metadata, gemm.m, gemm.padded_k);
   if (error == 0)
-    error = encode_matrix(maps.b, kTensorMapType<typename Config::Element>, gemm.b, gemm.k, gemm.n, gemm.n,
-                          kStageK / gemm.cluster_size, kSwizzleElements, CU_TENSOR_MAP_SWIZZLE_128B);
+    error = matrix_map(maps.b, kTensorMapType<typename Config::Element>, gemm.b, gemm.k, gemm.n,
+                       kStageK / gemm.cluster_size, kSwizzleElements, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != 0) return error;
-  const Target target{gemm.out,
-                      gemm.workspace,
-                      gemm.out_is_float != 0,
-                      gemm.accumulate != 0,
-                      gemm.splits,
-                      gemm.group_n,
-                      gemm.cluster_size,
-                      gemm.sm_count,
-                      static_cast<cudaStream_t>(gemm.stream)};
-  return launch<Config>(maps, MatrixGather{gemm.m, gemm.n}, target, gemm.m, gemm.n, (gemm.k + kStageK - 1) / kStageK,
-                        gemm.m, gemm.n);
+  return launch<Config>(maps, MatrixGather{gemm.m, gemm.n, k_tiles}, target, gemm.m, gemm.n, target.splits, gemm.m,
+                        gemm.n);
 }
 
 }  // namespace sdgp::sm90
 
-// Defines the entry point of one instance.
-#define SDGP_SM90_SPARSE_GEMM(NAME, ELEMENT, MAJOR, BLOCK_M, BLOCK_N)                                          \
-  extern "C" int NAME(const SdgpSparseGemm* gemm) {                                                            \
-    using Config =                                                                                             \
-        sdgp::sm90::TileConfig<ELEMENT, sdgp::sm90::MatrixGather, sdgp::sm90::Major::MAJOR, BLOCK_M, BLOCK_N>; \
-    return sdgp::sm90::launch_sparse_gemm<Config>(*gemm);                                                      \
+// Defines the entry point of one instance. CONSUMERS: PingPong or Cooperative.
+#define SDGP_SM90_SPARSE_GEMM(NAME, ELEMENT, MAJOR, BLOCK_M, BLOCK_N, CONSUMERS)                                \
+  extern "C" int NAME(const SdgpSparseGemm* gemm) {                                                             \
+    using Config = sdgp::sm90::TileConfig<ELEMENT, sdgp::sm90::MatrixGather, sdgp::sm90::Major::MAJOR, BLOCK_M, \
+                                          BLOCK_N, sdgp::sm90::Consumers::k##CONSUMERS>;                        \
+    return sdgp::sm90::launch_sparse_gemm<Config>(*gemm);                                                       \
   }

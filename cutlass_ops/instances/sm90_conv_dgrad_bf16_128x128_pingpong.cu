@@ -1,0 +1,3 @@
+#include "sdgp/sm90_sparse_conv_launch.cuh"
+
+SDGP_SM90_SPARSE_CONV_DGRAD(sdgp_sm90_conv_dgrad_bf16_128x128_pingpong, __nv_bfloat16, 128, 128, PingPong)

@@ -1,0 +1,3 @@
+#include "sdgp/sm90_sparse_conv_launch.cuh"
+
+SDGP_SM90_SPARSE_CONV_WGRAD(sdgp_sm90_conv_wgrad_f16_64x192_pingpong, __half, 64, 192, PingPong)

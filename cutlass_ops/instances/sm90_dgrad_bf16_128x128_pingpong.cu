@@ -1,0 +1,3 @@
+#include "sdgp/sm90_sparse_gemm_launch.cuh"
+
+SDGP_SM90_SPARSE_GEMM(sdgp_sm90_dgrad_bf16_128x128_pingpong, __nv_bfloat16, K, 128, 128, PingPong)

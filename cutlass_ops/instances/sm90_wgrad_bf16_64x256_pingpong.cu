@@ -1,0 +1,3 @@
+#include "sdgp/sm90_sparse_gemm_launch.cuh"
+
+SDGP_SM90_SPARSE_GEMM(sdgp_sm90_wgrad_bf16_64x256_pingpong, __nv_bfloat16, MN, 64, 256, PingPong)
