@@ -1,14 +1,13 @@
 """The prune functions on groups laid out as planes.
 
-A batch of t * s groups is one contiguous tensor [t, m, s]: plane ``[:, i]`` holds element ``i`` of each group, so that
-everything below is a few long elementwise operations, whatever m is. (Why not [m, b]: torch gives each thread one
-stretch of memory of each operation, and with t > 1 that is the same groups for whole tensors and for single planes,
-so that they stay in one core's cache.) Magnitudes are compared as integers, by their bit patterns, which order
-NaN > inf > finite > 0.
+A batch of b groups is one contiguous tensor [m, b]: plane ``i`` holds element ``i`` of each group, so that everything
+below is a few long elementwise operations, whatever m is. Magnitudes are compared as integers, by their bit patterns,
+which order NaN > inf > finite > 0.
 
 Two habits come from measurements on a CPU: buffers are reused (page faults cost more than arithmetic), and masks
-are 0 and 1 in the dtype they are next multiplied with (`torch.where`, `masked_fill` and bool outputs are not
-vectorised there: 3 ns per element instead of 0.1).
+are 0 and 1 in the dtype they are next multiplied with, which is also the dtype of what is compared (`torch.where`,
+`masked_fill` and bool outputs are not vectorised there: 3 ns per element instead of 0.1; an output of another dtype
+than the operands' costs twice as much).
 
 Nothing here looks at a value from the host on CUDA (no synchronisation, safe inside a CUDA graph).
 """
@@ -28,10 +27,27 @@ _INF_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F8
 UNIT = 1 << 24  # probabilities and uniforms are integers in units of 2^-24
 SMALLEST_SUM = 2.0**-100
 SLAB_BYTES = 1 << 24
-SPARE_WORDS = 6  # what philox4x32 computes in at any one time
 
-# The first `count` random words of each group, one after the other: int64 tensors [t * s] of 32-bit values, to consume.
+# The first `count` random words of each group, one after the other: int64 tensors [b] of 32-bit values, to consume.
 Words = Callable[[int], Iterator[Tensor]]
+
+
+class Planes:
+    """A batch of groups: one tensor [m, b], and its m planes as tensors [b].
+
+    Views are made once and kept: each takes a microsecond or two.
+    """
+
+    def __init__(self, planes: Tensor) -> None:
+        self.all = planes
+        self.each = planes.unbind() if planes.ndim > 1 else ()
+        self._views: dict[torch.dtype, Planes] = {}
+
+    def viewed(self, dtype: torch.dtype) -> Planes:
+        """The same memory as another dtype of the same size."""
+        if dtype not in self._views:
+            self._views[dtype] = Planes(self.all.view(dtype))
+        return self._views[dtype]
 
 
 class Scratch:
@@ -39,36 +55,44 @@ class Scratch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._spare: dict[int, list[Tensor]] = {}
+        self._memory: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...], torch.dtype], Planes] = {}
+        self._constants: dict[object, Tensor] = {}
         self._slab = torch.empty(0, dtype=torch.uint8)
 
+    def planes(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Planes:
+        if self.device.type != "cpu":
+            return Planes(torch.empty(shape, dtype=dtype, device=self.device))
+        key = (name, shape, dtype)
+        if key not in self._buffers:
+            size = math.prod(shape) * dtype.itemsize
+            memory = self._memory.get(name)
+            if memory is None or memory.numel() < size:
+                memory = self._memory[name] = self._allocate(size)
+            self._buffers[key] = Planes(memory[:size].view(dtype).view(shape))
+        return self._buffers[key]
+
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if self.device.type != "cpu":
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        count = math.prod(shape)
-        buffer = self._buffers.get((name, dtype))
-        if buffer is None or buffer.numel() < count:
-            buffer = self._buffers[name, dtype] = self._allocate(count, dtype)
-        return buffer[:count].view(shape)
+        return self.planes(name, shape, dtype).all
 
-    def spare_words(self, count: int) -> list[Tensor] | None:
-        """A pool of int64 buffers [count] for `philox4x32`; None on CUDA."""
-        if self.device.type != "cpu":
-            return None
-        if count not in self._spare:
-            self._spare[count] = [self._allocate(count, torch.int64) for _ in range(SPARE_WORDS)]
-        return self._spare[count]
+    def constant(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returned when first asked for `key`."""
+        if key not in self._constants:
+            self._constants[key] = make()
+        return self._constants[key]
 
-    def _allocate(self, count: int, dtype: torch.dtype) -> Tensor:
-        used = count * dtype.itemsize
-        size = -(-used // 4096) * 4096
-        if size < SLAB_BYTES // 256:
-            return torch.empty(count, dtype=dtype)
-        if self._slab.numel() < size:
-            self._slab = in_huge_pages(torch.empty(max(size, SLAB_BYTES), dtype=torch.uint8))
-        buffer, self._slab = self._slab[:used], self._slab[size:]
-        return buffer.view(dtype)
+    def for_words(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The buffers of `philox4x32_cpu`, in memory that `mvue` writes only when it has its words."""
+        return self({"lanes": "running", "products": "capped", "last": "newly"}[name], shape, dtype)
+
+    def _allocate(self, size: int) -> Tensor:
+        aligned = -(-size // 4096) * 4096
+        if aligned < SLAB_BYTES // 256:
+            return torch.empty(size, dtype=torch.uint8)
+        if self._slab.numel() < aligned:
+            self._slab = in_huge_pages(torch.empty(max(aligned, SLAB_BYTES), dtype=torch.uint8))
+        memory, self._slab = self._slab[:size], self._slab[aligned:]
+        return memory
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -77,7 +101,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def magnitude(x: Tensor, n: int, scratch: Scratch) -> Tensor:
-    """Keep the n largest |x| of each group, ties to the lower index. x: [t, m, s]."""
+    """Keep the n largest |x| of each group, ties to the lower index. x: [m, b]."""
     return _masked(x, select_largest(_order_keys(x, scratch), n, BITS[x.dtype], scratch))
 
 
@@ -105,12 +129,10 @@ def magnitude_quads(x: Tensor, n: int, out: Tensor, scratch: Scratch) -> None:
 
 def random(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
     """Keep the n elements with the largest random keys, unscaled; non-finite groups by `magnitude`."""
-    keys = scratch("random_keys", tuple(x.shape), torch.int32)
-    for plane, word in zip(keys.unbind(1), words(x.shape[1]), strict=True):
-        plane.copy_(
-            word.sub_(1 << 31).view(plane.shape)
-        )  # the signed order of the keys is the unsigned order of the words
-    result = _masked(x, select_largest(keys, n, BITS[x.dtype], scratch))
+    keys = scratch.planes("random_keys", tuple(x.shape), torch.int32)
+    for plane, word in zip(keys.each, words(x.shape[0]), strict=True):
+        plane.copy_(word.sub_(1 << 31))  # the signed order of the keys is the unsigned order of the words
+    result = _masked(x, select_largest(keys.all, n, BITS[x.dtype], scratch))
     return _with_non_finite(result, x, n, _largest_magnitude(x, scratch))
 
 
@@ -121,13 +143,14 @@ def rescale_magnitude(x: Tensor, n: int, eps: float, scratch: Scratch) -> Tensor
     sum |kept| is 0 there is nothing to scale: zeros stay zeros.)
     """
     dtype = accumulate_dtype(x.dtype)
-    full, plane = tuple(x.shape), (x.shape[0], x.shape[2])
-    magnitudes = torch.abs(x, out=scratch("magnitudes", full, x.dtype))
+    full, plane = tuple(x.shape), (x.shape[1],)
+    magnitudes = scratch.planes("magnitudes", full, x.dtype)
+    torch.abs(x, out=magnitudes.all)
     total = _ordered_sum(magnitudes, scratch("total", plane, dtype))
     kept = _masked(x, select_largest(_order_keys(x, scratch), n, BITS[x.dtype], scratch))
-    torch.abs(kept, out=magnitudes)
+    torch.abs(kept, out=magnitudes.all)
     kept_total = _ordered_sum(magnitudes, scratch("kept_total", plane, dtype))
-    scale = torch.div(total, kept_total.add_(eps), out=total).unsqueeze(1)
+    scale = torch.div(total, kept_total.add_(eps), out=total)
     result = scale_nonzero(kept, scale, scratch("scaled", full, x.dtype), scratch)
     return _with_non_finite(result, x, n, _largest_magnitude(x, scratch))
 
@@ -167,63 +190,82 @@ def mvue(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
     """
     dtype = accumulate_dtype(x.dtype)
     integer = BITS[dtype]
-    t, m, s = full = tuple(x.shape)
-    plane = (t, s)
+    m, b = full = tuple(x.shape)
+    plane = (b,)
     wide = x if x.dtype == dtype else scratch("wide", full, dtype).copy_(x)
-    a = torch.abs(wide, out=scratch("magnitudes", full, dtype))
-    largest = _plane_maximum(a, scratch("largest", plane, dtype))
-
-    # Steps 1 and 2. A group that keeps all it has becomes one in which everything is capped and k = 0.
-    nonzero = torch.ne(a, 0, out=scratch("nonzero", full, integer))
-    count = _ordered_sum(nonzero, scratch("count", plane, integer))
-    many = torch.gt(count, n, out=scratch("many", plane, integer))
-    free = torch.mul(nonzero, many.unsqueeze(1), out=scratch("free", full, integer))
-    scale = _power_of_two(largest, scratch)
-    a.mul_(scale.mul_(many).view(dtype).unsqueeze(1))
-
-    # Step 3. Capped elements get magnitude 0.
-    p = scratch("p", full, dtype)
-    below_one = scratch("below_one", full, integer)
-    total = scratch("total", plane, dtype)
-    c = scratch("c", plane, dtype)
-    k = many.mul_(n)
-    for round_index in range(n):
-        torch.clamp_min(_ordered_sum(a, total), SMALLEST_SUM, out=total)
-        torch.mul(a, c.copy_(k).div_(total).unsqueeze(1), out=p)
-        torch.lt(p, 1, out=below_one)
-        uncapped = _ordered_sum(below_one, count)
-        if a.device.type == "cpu" and uncapped.amin() == m:
-            break
-        k.add_(uncapped).sub_(m)
-        free.mul_(below_one)
-        if round_index < n - 1:
-            a.view(integer).mul_(below_one)
-
-    # Step 4. running[:, i + 1] is R_i, w becomes the weights. If the last round capped something p is stale, but k = 0.
-    after = below_one  # now: 1 where a later element is free
-    after[:, -1].zero_()
-    for i in reversed(range(m - 1)):
-        torch.maximum(after[:, i + 1], free[:, i + 1], out=after[:, i])
-    w = a.view(integer).copy_(p.mul_(UNIT))
-    w.add_(n * UNIT).sub_(after, alpha=n * UNIT)  # from the last free element on, enough to reach the end
-    end = k.mul_(UNIT)
-    running = scratch("running", (t, m + 1, s), integer)
-    running[:, 0].zero_()
-    for weight, before, now in zip(w.unbind(1), running[:, :-1].unbind(1), running[:, 1:].unbind(1), strict=True):
-        torch.minimum(torch.add(before, weight, out=now), end, out=now)
-    torch.sub(running[:, 1:], running[:, :-1], out=w)
-
-    # Step 5. How many points j * 2^24 + u lie below each R, less one: floor((R - u - 1) / 2^24).
+    magnitudes = scratch.planes("magnitudes", full, dtype)
     offset = scratch("offset", plane, integer)
     for word in words(1):
-        offset.copy_(word.bitwise_right_shift_(8).view(plane)).bitwise_not_()
-    points = running.add_(offset.unsqueeze(1)).bitwise_right_shift_(24)
-    keep = torch.ne(points[:, 1:], points[:, :-1], out=after)
+        offset.copy_(word.bitwise_right_shift_(8)).bitwise_not_()  # -u - 1
+    a = torch.abs(wide, out=magnitudes.all)
+    bits = magnitudes.viewed(integer)
+    largest = _plane_maximum(magnitudes, scratch("largest", plane, dtype))
+
+    # Steps 1 and 2. A group that keeps all it has becomes one in which everything is capped and k = 0.
+    scale = _power_of_two(largest, scratch)
+    k = scratch("k", plane, integer)
+    zero = few = None
+    if n == m or not _all_positive(bits.all):
+        zero = scratch.planes("zero", full, integer)
+        torch.eq(bits.all, 0, out=zero.all)
+        few = torch.ge(_ordered_sum(zero, k), m - n, out=scratch("few", plane, integer))
+        torch.eq(few, 0, out=k)
+        scale.mul_(k)
+        k.mul_(n)
+    else:
+        k.fill_(n)
+    c = scale.view(dtype)
+    a.mul_(c)
+
+    # Step 3. Capped elements get magnitude 0. Probabilities, here in units of 2^-24 already, are positive: ordered as
+    # their bits. (But c * 2^24 < 2^128 only for k < 16: else the units come later.)
+    exponent = 24 if n < 16 else 0
+    running = scratch.planes("running", (m + 1, b), integer)
+    p = running.viewed(dtype).all[:m]  # in the same memory: read to the end before those are written, and afterwards
+    p_bits = running.all[:m]
+    capped, newly = (scratch.planes(name, full, integer) for name in ("capped", "newly"))
+    total = scratch("total", plane, dtype)
+    count = scratch("count", plane, integer)
+    for round_index in range(n):
+        _ordered_sum(magnitudes, total).clamp_min_(SMALLEST_SUM)
+        torch.mul(a, c.copy_(k).mul_(1 << exponent).div_(total), out=p)
+        found = newly if round_index else capped
+        torch.ge(p_bits, _bits_of_power(exponent, dtype), out=found.all)
+        k.sub_(_ordered_sum(found, count))
+        if a.device.type == "cpu" and count.amax() == 0:
+            break
+        if round_index:
+            capped.all.add_(newly.all)
+        if round_index < n - 1:
+            bits.all.addcmul_(bits.all, found.all, value=-1)
+    if exponent == 0:
+        p.mul_(UNIT)
+    if zero is not None and few is not None:
+        capped.all.add_(few).bitwise_or_(zero.all)
+
+    # Step 4. running[i + 1] is R_i - u - 1, and w becomes the weights. If the last round capped something p is stale,
+    # but k = 0.
+    w = bits.all.copy_(p)
+    rest = newly  # now: what brings the last free element, and those behind it, to the end: n * UNIT, else 0
+    rest.each[-1].fill_(n * UNIT)
+    for i in reversed(range(m - 1)):
+        torch.mul(rest.each[i + 1], capped.each[i + 1], out=rest.each[i])
+    w.add_(rest.all)
+    running.each[0].copy_(offset)
+    end = k.mul_(UNIT).add_(offset)
+    for before, weight, now in zip(running.each[:-1], bits.each, running.each[1:], strict=True):
+        torch.minimum(torch.add(before, weight, out=now), end, out=now)
+    torch.sub(running.all[1:], running.all[:-1], out=w)
+
+    # Step 5. How many points j * 2^24 + u lie below each R, less one: floor((R - u - 1) / 2^24).
+    points = running.all.bitwise_right_shift_(24)
+    keep = torch.ne(points[1:], points[:-1], out=rest.all)
 
     # Step 6. Capped elements have w = 0 so far: nothing else kept has.
-    capped = nonzero.sub_(free)
-    keep.add_(capped)
-    probability = p.copy_(w.add_(capped, alpha=UNIT)).mul_(1 / UNIT)
+    if zero is not None:
+        capped.all.sub_(zero.all)
+    keep.add_(capped.all)
+    probability = p.copy_(w.add_(capped.all, alpha=UNIT)).mul_(1 / UNIT)
     scaled = torch.div(wide, probability, out=p)
     largest_finite = torch.finfo(x.dtype).max
     if not _all_below(largest, largest_finite / (1 << 20)):  # a kept |x| grows less than that, remainder included
@@ -237,19 +279,19 @@ def mvue(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
 def select_largest(keys: Tensor, n: int, dtype: torch.dtype, scratch: Scratch) -> Tensor:
     """1 (in `dtype`) where an element is among the n largest of its group, ties to the lower index, else 0.
 
-    keys: integers [t, m, s]. An element is kept if fewer than n others beat it; the lower index beats an equal key.
+    keys: integers [m, b]. An element is kept if fewer than n others beat it; the lower index beats an equal key.
     All pairs are compared, one distance at a time: for m <= 32 that is cheaper than any sort made of torch operations.
     """
-    m = keys.shape[1]
+    m = keys.shape[0]
     # (later elements it beats) - (earlier elements that beat it), shifted so that kept elements end at 0 or above.
     score = scratch("score", tuple(keys.shape), torch.int8)
     for i in range(m):
-        score[:, i].fill_(i + n - m)
+        score[i].fill_(i + n - m)
     for distance in range(1, m):
-        earlier, later = keys[:, :-distance], keys[:, distance:]
+        earlier, later = keys[:-distance], keys[distance:]
         beats = torch.ge(earlier, later, out=scratch("beats", tuple(earlier.shape), torch.int8))
-        score[:, :-distance].add_(beats)
-        score[:, distance:].sub_(beats)
+        score[:-distance].add_(beats)
+        score[distance:].sub_(beats)
     return torch.ge(score, 0, out=scratch("selected", tuple(keys.shape), dtype))
 
 
@@ -265,14 +307,23 @@ def _with_non_finite(pruned: Tensor, x: Tensor, n: int, largest: Tensor) -> Tens
     """`pruned`, but `magnitude` for groups whose `largest` magnitude is NaN or inf."""
     if _all_below(largest, math.inf):
         return pruned
-    return torch.where(
-        (largest < math.inf).unsqueeze(1), pruned, magnitude(x, n, Scratch(x.device))
-    )  # `pruned` lives in the other scratch
+    # In a scratch of its own: `pruned` lives in the other.
+    return torch.where(largest < math.inf, pruned, magnitude(x, n, Scratch(x.device)))
 
 
 def _all_below(values: Tensor, limit: float) -> bool:
     """Whether all `values` are below `limit`. Never looks on CUDA: there the answer is no."""
     return values.device.type == "cpu" and bool(values.amax() < limit)
+
+
+def _all_positive(values: Tensor) -> bool:
+    """Whether all `values` are above 0. Never looks on CUDA: there the answer is no."""
+    return values.device.type == "cpu" and bool(values.amin() > 0)
+
+
+def _bits_of_power(exponent: int, dtype: torch.dtype) -> int:
+    """The bits of 2^exponent."""
+    return (127 + exponent) << 23 if dtype == torch.float32 else (1023 + exponent) << 52
 
 
 def _power_of_two(largest: Tensor, scratch: Scratch) -> Tensor:
@@ -285,21 +336,26 @@ def _power_of_two(largest: Tensor, scratch: Scratch) -> Tensor:
 
 
 def _largest_magnitude(x: Tensor, scratch: Scratch) -> Tensor:
-    magnitudes = torch.abs(x, out=scratch("magnitudes", tuple(x.shape), x.dtype))
-    return _plane_maximum(magnitudes, scratch("largest", (x.shape[0], x.shape[2]), x.dtype))
+    magnitudes = scratch.planes("magnitudes", tuple(x.shape), x.dtype)
+    torch.abs(x, out=magnitudes.all)
+    return _plane_maximum(magnitudes, scratch("largest", (x.shape[1],), x.dtype))
 
 
-def _plane_maximum(planes: Tensor, out: Tensor) -> Tensor:
-    out.copy_(planes[:, 0])
-    for plane in planes.unbind(1)[1:]:
+def _plane_maximum(planes: Planes, out: Tensor) -> Tensor:
+    out.copy_(planes.each[0])
+    for plane in planes.each[1:]:
         torch.maximum(out, plane, out=out)
     return out
 
 
-def _ordered_sum(planes: Tensor, out: Tensor) -> Tensor:
+def _ordered_sum(planes: Planes, out: Tensor) -> Tensor:
     """((plane 0 + plane 1) + plane 2) + .. in out's dtype: the order is part of the rules."""
-    out.copy_(planes[:, 0])
-    for plane in planes.unbind(1)[1:]:
+    first, *others = planes.each
+    if others and first.dtype == out.dtype:
+        torch.add(first, others.pop(0), out=out)
+    else:
+        out.copy_(first)
+    for plane in others:
         torch.add(out, plane, out=out)
     return out
 

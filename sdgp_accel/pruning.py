@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -16,12 +17,15 @@ from torch import Tensor
 
 from sdgp_accel import group_rules as rules
 from sdgp_accel.config import PASSES, Pass, PruneSpec, SDGPConfig, check_choice
+from sdgp_accel.cpu_threads import PIECES_PER_THREAD, for_each, is_plain_cpu
 from sdgp_accel.huge_pages import in_huge_pages
-from sdgp_accel.philox import Rng, data_parallel_rank, draw, group_words
+from sdgp_accel.philox import GroupWords, Rng, data_parallel_rank, draw
 
-# Values per piece on a CPU: the scratch of a piece (about 10 times its values) stays in the last-level cache, while
-# each operation is long enough to be worth splitting over threads.
-CPU_PIECE = 1 << 19
+# Values per piece on a CPU, at most and at least. Smaller pieces stay in a closer cache (their scratch is 6 times their
+# values), but threads that start many short operations wait for each other (Python's lock): on two cores of an EPYC
+# with 32 MiB of last-level cache, mvue on 13 million values takes 131 ms with 2^19, 116 ms with 2^20.
+CPU_PIECE = 1 << 20
+SMALLEST_CPU_PIECE = 1 << 16
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -160,40 +164,43 @@ def _prune_groups(x: Tensor, out: Tensor, spec: PruneSpec, dim: int, rng: Rng | 
     dim_in_order = order.index(dim)
     source, target = x.permute(order), out.permute(order)
     size, m = x.shape[dim], spec.m
-    scratch = rules.Scratch(x.device)
     if spec.function == "magnitude" and m == 4 and size % 4 == 0 and order[-1] == dim and _is_flat(x, source, target):
         flat_in, flat_out = source.view(-1), target.view(-1)
-        for (chunk,) in _pieces(flat_in.shape, 1, x.device):
-            rules.magnitude_quads(flat_in[chunk], spec.n, flat_out[chunk], scratch)
+
+        def prune_flat(piece: tuple[slice, ...], scratch: rules.Scratch) -> None:
+            rules.magnitude_quads(flat_in[piece], spec.n, flat_out[piece], scratch)
+
+        for_each(list(_pieces(flat_in.shape, 1, x)), prune_flat, x)
         return
     grid_shape = [-(-size // m) if i == dim else s for i, s in enumerate(x.shape)]
-    indices = _GroupIndices([math.prod(grid_shape[d + 1 :]) for d in order], scratch)
-    total = math.prod(grid_shape)
+    strides = [math.prod(grid_shape[d + 1 :]) for d in order]
+    group_words = None if rng is None else GroupWords(rng, math.prod(grid_shape))
+    boxes: list[tuple[Tensor, Tensor, list[int]]] = []  # source, target and the coordinates of the first group
     full_groups, rest = divmod(size, m)
-    parts = [(0, full_groups, m)] if full_groups else []
-    if rest:
-        parts.append((full_groups, 1, rest))
-    for first_group, groups, length in parts:
+    for first_group, groups, length in ((0, full_groups, m), (full_groups, min(rest, 1), rest)):
         planes_in = _planes(source, dim_in_order, first_group * m, groups, length)
         planes_out = _planes(target, dim_in_order, first_group * m, groups, length)
-        first_index = [first_group if d == dim_in_order else 0 for d in range(x.ndim)]
-        for piece in _pieces(planes_in.shape[1:], length, x.device):
+        for piece in _pieces(planes_in.shape[1:], length, x) if groups else ():
+            starts = [cells.start for cells in piece]
+            starts[dim_in_order] += first_group
             box: tuple[slice, ...] = (slice(None), *piece)
-            tiles = _tile_count(planes_in[box].shape[1:], x.device)
-            part_in, part_out = _tiled(planes_in[box], tiles), _tiled(planes_out[box], tiles)
-            values = scratch("values", (tiles, length, part_in[0, 0].numel()), x.dtype)
-            _copy_planes(values.movedim(1, 0).view(part_in.shape), part_in)
-            words = None
-            if rng is not None:
-                starts = [cells.start + first for cells, first in zip(piece, first_index, strict=True)]
-                index = indices(starts, [cells.stop - cells.start for cells in piece])
-                words = partial(group_words, rng, index, total=total, spare=scratch.spare_words(index.numel()))
-            result = _apply(spec, values, words, scratch)
-            _copy_planes(part_out, result.movedim(1, 0).view(part_out.shape))
+            boxes.append((planes_in[box], planes_out[box], starts))
+
+    def prune_box(box: tuple[Tensor, Tensor, list[int]], scratch: rules.Scratch) -> None:
+        planes_in, planes_out, starts = box
+        values = scratch("values", (len(planes_in), planes_in[0].numel()), x.dtype)
+        _copy_planes(values.view(planes_in.shape), planes_in)
+        words = None
+        if group_words is not None:
+            index = _group_indices(starts, planes_in.shape[1:], strides, scratch)
+            words = partial(group_words, index, memory=scratch.for_words if is_plain_cpu(x) else None)
+        _copy_planes(planes_out, _apply(spec, values, words, scratch).view(planes_out.shape))
+
+    for_each(boxes, prune_box, x)
 
 
 def _apply(spec: PruneSpec, values: Tensor, words: rules.Words | None, scratch: rules.Scratch) -> Tensor:
-    n = min(spec.n, values.shape[1])
+    n = min(spec.n, values.shape[0])
     if spec.function == "magnitude":
         return rules.magnitude(values, n, scratch)
     if spec.function == "rescale_magnitude":
@@ -204,24 +211,18 @@ def _apply(spec: PruneSpec, values: Tensor, words: rules.Words | None, scratch: 
     return rules.mvue(values, n, words, scratch)
 
 
-class _GroupIndices:
-    """Row-major indices of the groups in boxes of the grid; boxes of one size share most of the work."""
+def _group_indices(starts: Sequence[int], sizes: torch.Size, strides: Sequence[int], scratch: rules.Scratch) -> Tensor:
+    """sum_d (starts[d] + i_d) * strides[d] for all i in `sizes`, flattened: the row-major indices of a box's groups."""
+    relative = scratch.constant(("relative indices", sizes), lambda: _relative_indices(sizes, strides, scratch.device))
+    first = sum(map(operator.mul, starts, strides))
+    return torch.add(relative, first, out=scratch("index", (sizes.numel(),), torch.int64))
 
-    def __init__(self, strides: Sequence[int], scratch: rules.Scratch) -> None:
-        self._strides, self._scratch = strides, scratch
-        self._sizes: list[int] = []
-        self._relative = torch.empty(0)
 
-    def __call__(self, starts: Sequence[int], sizes: list[int]) -> Tensor:
-        """sum_d (starts[d] + i_d) * strides[d] for all i in `sizes`, flattened."""
-        if sizes != self._sizes:
-            device = self._scratch.device
-            index = torch.zeros((), dtype=torch.int64, device=device)
-            for size, stride in zip(sizes, self._strides, strict=True):
-                index = index.unsqueeze(-1) + torch.arange(size, dtype=torch.int64, device=device) * stride
-            self._sizes, self._relative = sizes, index.view(-1)
-        first = sum(start * stride for start, stride in zip(starts, self._strides, strict=True))
-        return torch.add(self._relative, first, out=self._scratch("index", tuple(self._relative.shape), torch.int64))
+def _relative_indices(sizes: Sequence[int], strides: Sequence[int], device: torch.device) -> Tensor:
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    for size, stride in zip(sizes, strides, strict=True):
+        index = index.unsqueeze(-1) + torch.arange(size, dtype=torch.int64, device=device) * stride
+    return index.view(-1)
 
 
 def _rescale_scopes(x: Tensor, kept: Tensor, dims: tuple[int, ...], eps: float) -> None:
@@ -231,10 +232,11 @@ def _rescale_scopes(x: Tensor, kept: Tensor, dims: tuple[int, ...], eps: float) 
     scale = (total / (kept_total + eps)).expand(x.shape)
     order = _memory_order(kept)
     kept, scale = kept.permute(order), scale.permute(order)
-    scratch = rules.Scratch(x.device)
-    for piece in _pieces(kept.shape, 1, x.device):
-        part = kept[piece]
-        rules.scale_nonzero(part, scale[piece], part, scratch)
+
+    def scale_piece(piece: tuple[slice, ...], scratch: rules.Scratch) -> None:
+        rules.scale_nonzero(kept[piece], scale[piece], kept[piece], scratch)
+
+    for_each(list(_pieces(kept.shape, 1, x)), scale_piece, x)
 
 
 def _absolute_sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -244,7 +246,7 @@ def _absolute_sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     total = torch.zeros(shape, dtype=torch.float64, device=x.device)
     source, target = x.permute(order), total.permute(order)
     dims_in_order = [order.index(d) for d in dims]
-    for piece in _pieces(source.shape, 1, x.device):
+    for piece in _pieces(source.shape, 1, x):
         where = tuple(slice(0, 1) if d in dims_in_order else s for d, s in enumerate(piece))
         target[where] += source[piece].abs().sum(dims_in_order, keepdim=True, dtype=torch.float64)
     return total
@@ -266,21 +268,6 @@ def _planes(x: Tensor, dim: int, start: int, groups: int, length: int) -> Tensor
     return x.narrow(dim, start, groups * length).view(shape).movedim(dim + 1, 0)
 
 
-def _tile_count(shape: Sequence[int], device: torch.device) -> int:
-    """In how many equal tiles a piece of `shape` is laid out for the threads of a CPU (see `group_rules`)."""
-    if device.type != "cpu":
-        return 1
-    leading = next((size for size in shape if size > 1), 1)
-    fitting = (t for t in (32, 16, 8, 4, 2) if leading % t == 0 and math.prod(shape) // t >= 1024)
-    return next(fitting, 1)
-
-
-def _tiled(planes: Tensor, tiles: int) -> Tensor:
-    """View [length, *cells] as [length, tiles, *cells of a tile]."""
-    cells = list(itertools.dropwhile(lambda size: size == 1, planes.shape[1:])) or [1]
-    return planes.view(planes.shape[0], tiles, cells[0] // tiles, *cells[1:])
-
-
 def _copy_planes(target: Tensor, source: Tensor) -> None:
     """target.copy_(source), on a CPU plane by plane: its copy would make the short dimension the inner loop."""
     if target.device.type != "cpu":
@@ -290,9 +277,12 @@ def _copy_planes(target: Tensor, source: Tensor) -> None:
             to.copy_(what)
 
 
-def _pieces(shape: Sequence[int], depth: int, device: torch.device) -> Iterator[tuple[slice, ...]]:
-    """Boxes that cover a grid of `shape`; on a CPU each of at most about CPU_PIECE / depth cells, else just one."""
-    limit = max(1, CPU_PIECE // depth) if device.type == "cpu" else math.prod(shape)
+def _pieces(shape: Sequence[int], depth: int, x: Tensor) -> Iterator[tuple[slice, ...]]:
+    """Boxes that cover a grid of `shape`, whose cells are `depth` values of x; on a CPU many small ones, else one."""
+    values = x.numel()
+    if x.device.type == "cpu":
+        values = min(CPU_PIECE, max(SMALLEST_CPU_PIECE, values // (PIECES_PER_THREAD * torch.get_num_threads())))
+    limit = max(1, values // depth)
     steps = []
     inner = math.prod(shape)
     for size in shape:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdgp_accel.philox import Rng, draw, group_words, philox4x32
+from sdgp_accel.philox import GroupWords, Rng, draw, philox4x32, philox4x32_cpu, round_keys
 from tests import oracle
 
 ONES = 0xFFFFFFFF
@@ -27,9 +27,17 @@ def lanes(values: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(torch.tensor(v, dtype=torch.int64) for v in values)
 
 
+def empty(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
 def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], words: tuple[int, ...]) -> None:
-    assert tuple(int(w) for w in philox4x32(lanes(counter), lanes(key))) == words
+    keys = round_keys(lanes(key))
+    assert tuple(int(w) for w in philox4x32(lanes(counter), keys)) == words
+    for count in range(1, 5):
+        fast = philox4x32_cpu(torch.tensor([counter[0]] * 3), counter[1:], keys, count, empty)
+        assert [word.tolist() for word in fast] == [[word] * 3 for word in words[:count]]
     assert tuple(oracle.philox(counter, key)) == words
 
 
@@ -41,9 +49,15 @@ def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], words: tu
     count=st.integers(1, 32),
 )
 def test_group_words(seed: tuple[int, int], rank: int, pass_index: int, groups: list[int], count: int) -> None:
-    words = list(group_words(Rng(torch.tensor(seed), rank, pass_index), torch.tensor(groups), count))
+    rng = Rng(torch.tensor(seed), rank, pass_index)
+    words = GroupWords(rng)(torch.tensor(groups), count)
     expected = [[oracle.group_word(seed, rank, pass_index, g, i) for g in groups] for i in range(count)]
-    assert torch.stack(words).tolist() == expected
+    assert torch.stack(list(words)).tolist() == expected
+    few = [g % 2**32 for g in groups]
+    words = GroupWords(rng, 1 << 32)(torch.tensor(few), count, empty)
+    assert [word.tolist() for word in words] == [
+        [oracle.group_word(seed, rank, pass_index, g, i) for g in few] for i in range(count)
+    ]
 
 
 def test_draw_follows_the_generator() -> None:
@@ -60,7 +74,7 @@ def test_draw_follows_the_generator() -> None:
 
 
 def test_words_are_uniform() -> None:
-    words = group_words(Rng(draw("cpu")), torch.arange(1 << 16), 4)
+    words = GroupWords(Rng(draw("cpu")))(torch.arange(1 << 16), 4)
     for word in words:
         counts = torch.bincount(word >> 24, minlength=256).double()
         # chi-squared with 255 degrees of freedom: mean 255, standard deviation 22.6
@@ -69,7 +83,7 @@ def test_words_are_uniform() -> None:
 
 def test_ranks_and_passes_differ() -> None:
     seed, index = torch.tensor([5, 7]), torch.arange(100)
-    streams = [next(group_words(Rng(seed, rank, p), index, 1)) for rank in range(3) for p in range(2)]
+    streams = [next(GroupWords(Rng(seed, rank, p))(index, 1)) for rank in range(3) for p in range(2)]
     for i, a in enumerate(streams):
         for b in streams[:i]:
             assert not torch.equal(a, b)
