@@ -199,7 +199,7 @@ def obstacle(case: Case, run: Run, done: dict[str, Any], again: bool) -> str:
     missing = [name for name in case.needs if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"
-    if case.arch not in ("", run.machine.arch):
+    if case.arch and run.machine.arch not in ("", case.arch):
         return f"for sm_{case.arch} only"
     if "{sanitizer}" in case.command and find_sanitizer() is None:
         return "no compute-sanitizer on the PATH or in the CUDA toolkit"

@@ -27,6 +27,7 @@ def ungrouped(model: nn.Module, batch: models.Batch) -> set[Work]:
 
 @pytest.mark.parametrize(("model", "batch"), [("resnet9", 512), ("resnet18", 256), ("resnet50", 256)])
 def test_every_convolution_of_the_papers_models_is_on_the_list(model: str, batch: int) -> None:
+    pytest.importorskip("torchvision")
     with torch.device("meta"):
         net, example = models.build(model), models.example_batch(model, batch, device="meta")
     assert ungrouped(net, example) <= {Work.of(geometry) for geometry in layers.LAYERS.values()}
