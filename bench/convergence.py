@@ -23,10 +23,10 @@ import click
 import torch
 
 from bench.learning import summary, training
-from bench.learning.cells import Cell, by_value
+from bench.learning.cells import DENSE, Cell, by_value
 from bench.learning.tasks import TASKS, Task
 from sdgp_accel.backends import reference
-from sdgp_accel.provenance import git_revision
+from sdgp_accel.provenance import cpu_name, git_revision
 
 RESULTS = Path(__file__).parent / "results"
 PRUNING = {"package": "sdgp_accel.pruning", "triton": "bench.learning.triton_pruning"}
@@ -66,15 +66,18 @@ def use_pruning(name: str) -> None:
 
 def environment(device: torch.device, pruning: str) -> dict[str, Any]:
     """Where and how a run took place."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "device": name,
+        "device": device_name(device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "pruning": pruning,
         "matmul_precision": torch.get_float32_matmul_precision(),
         "revision": git_revision(),
     }
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def outstanding(
@@ -88,9 +91,13 @@ def outstanding(
 ) -> Iterator[Work]:
     """The work that `finished` leaves, in the order of `cells`, tasks taking turns.
 
+    A run is not repeated on another device, but for dense ones: what ran on a device is compared to dense runs there.
     A GPU process takes all seeds of a cell, which share one CUDA graph; a CPU process one seed.
     """
-    known = {run_key(line) for line in finished}
+    here = device_name(torch.device(device))
+    known = {
+        run_key(line) for line in finished if Cell(**line["cell"]) != DENSE or line["environment"]["device"] == here
+    }
     for cell in cells:
         for task in tasks:
             left = [seed for seed in range(seeds) if (task.name, task.setup(), cell, seed) not in known]

@@ -39,7 +39,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "versions": {name: version for name in _LIBRARIES if (version := _version(name)) is not None},
-        "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "cpu": {"name": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "gpu": _gpu(device) if device.type == "cuda" else None,
         "settings": {
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -92,7 +92,7 @@ def _version(distribution: str) -> str | None:
     return version
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

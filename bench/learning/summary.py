@@ -20,9 +20,10 @@ TITLES = {"grad_input": "grad_input only", "grad_weight": "grad_weight only", "b
 
 
 class Entry(NamedTuple):
-    """One cell: its score over the seeds, and the difference to the dense run of the same seed."""
+    """One cell: its score over the seeds, and the difference to the dense run of the same seed on the same device."""
 
     cell: Cell
+    device: str
     seeds: int
     mean: float
     std: float
@@ -36,31 +37,34 @@ class Entry(NamedTuple):
 
 
 def summarise(task: Task, lines: Sequence[dict[str, Any]]) -> dict[Cell, Entry]:
-    """One entry per cell of `task` that has a dense run of the same seed to compare with.
+    """One entry per cell of `task` that has a dense run of the same seed and device to compare with.
 
+    A cell that ran on several devices is shown from the one with the most seeds, at a tie the one with the most cells.
     Raises ValueError where runs on different data are mixed: their scores cannot be compared.
     """
     lines = [line for line in lines if line["task"] == task.name and line["setup"] == task.setup()]
     data = {line["data_sha256"] for line in lines}
     if len(data) > 1:
         raise ValueError(f"runs of {task.name!r} on {len(data)} different data sets (Python versions): {sorted(data)}")
-    runs: dict[Cell, dict[int, dict[str, Any]]] = defaultdict(dict)
+    runs: dict[str, dict[Cell, dict[int, dict[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for line in lines:
-        runs[Cell(**line["cell"])][line["seed"]] = line
+        runs[line["environment"]["device"]][Cell(**line["cell"])][line["seed"]] = line
+    devices = sorted(runs, key=lambda device: -len(runs[device]))
     entries = {}
-    for cell in filter(runs.__contains__, by_value()):
-        by_seed = runs[cell]
-        seeds = sorted(by_seed.keys() & runs[DENSE].keys()) if DENSE in runs else []
-        if not seeds:
+    for cell in by_value():
+        shared = {device: sorted(runs[device][cell].keys() & runs[device][DENSE].keys()) for device in devices}
+        device = max(devices, key=lambda device: len(shared[device]), default="")
+        if not device or not shared[device]:
             continue
+        by_seed, dense, seeds = runs[device][cell], runs[device][DENSE], shared[device]
         scores = [by_seed[seed]["final"][task.score] for seed in seeds]
-        deltas = [score - runs[DENSE][seed]["final"][task.score] for score, seed in zip(scores, seeds, strict=True)]
+        deltas = [score - dense[seed]["final"][task.score] for score, seed in zip(scores, seeds, strict=True)]
         curves = [by_seed[seed]["curve"] for seed in seeds]
         curve = [
             (points[0]["step"], statistics.fmean(point[task.score] for point in points))
             for points in zip(*curves, strict=True)
         ]
-        entries[cell] = Entry(cell, len(seeds), *_mean_std(scores), *_mean_std(deltas), curve)
+        entries[cell] = Entry(cell, device, len(seeds), *_mean_std(scores), *_mean_std(deltas), curve)
     return entries
 
 
@@ -105,11 +109,15 @@ def heading(task: Task, entries: dict[Cell, Entry]) -> list[str]:
     """What the tables of `task` show."""
     measure = "validation loss, nats per byte (lower is better)" if task.score == "loss" else "test accuracy, %"
     seeds = sorted({entry.seeds for entry in entries.values()})
+    elsewhere = sorted({entry.device for entry in entries.values()} - {entries[DENSE].device})
+    note = f" Run on {entries[DENSE].device}"
+    if elsewhere:
+        note += f"; cells with * on {', '.join(elsewhere)}, compared to dense runs there"
     return [
         f"### {task.title}",
         "",
         f"Dense: **{entries[DENSE]}** {measure}; mean ± std of {' or '.join(map(str, seeds))} seeds after {task.steps} "
-        "steps; in brackets the mean difference to dense with the same seed.",
+        f"steps; in brackets the mean difference to dense with the same seed.{note}.",
         "",
     ]
 
@@ -123,7 +131,10 @@ def two_four(entries: dict[Cell, Entry]) -> list[str]:
 
 
 def _cell(entries: dict[Cell, Entry], cell: Cell) -> str:
-    return f"{entries[cell]} ({entries[cell].delta:+.3f})" if cell in entries else MISSING
+    if cell not in entries:
+        return MISSING
+    mark = "" if entries[cell].device == entries[DENSE].device else " *"
+    return f"{entries[cell]} ({entries[cell].delta:+.3f}){mark}"
 
 
 def _table(corner: str, columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:

@@ -130,3 +130,25 @@ def test_mixing_data_of_different_python_versions_is_refused(tiny, tmp_path):
     other = line | {"data_sha256": "another"}
     with pytest.raises(ValueError, match="2 different data sets"):
         summary.summarise(TINY["digits"], [line, other])
+
+
+def test_what_ran_on_a_device_is_compared_to_dense_runs_there(tiny, tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    run(lines, "--seeds", "1", "--cells", "2", "--task", "digits")
+    results = map(json.loads, lines.read_text().splitlines())
+    dense, pruned = sorted(results, key=lambda line: line["cell"]["function"])
+
+    def elsewhere(line, gain, **cell):
+        final = {name: value + gain for name, value in line["final"].items()}
+        other = {"cell": line["cell"] | cell, "environment": line["environment"] | {"device": "a GPU"}, "final": final}
+        return line | other
+
+    results = [dense, pruned, elsewhere(dense, 10.0), elsewhere(pruned, 11.0, m=8)]
+    entries = summary.summarise(TINY["digits"], results)
+    here, there = entries[Cell("mvue", "both", 2, 4)], entries[Cell("mvue", "both", 2, 8)]
+    assert there.delta == pytest.approx(here.delta + 1.0)
+    assert {here.device, there.device} == {dense["environment"]["device"], "a GPU"}
+    assert f"({there.delta:+.3f}) *" in summary.markdown(TINY["digits"], entries)
+    # A run is not repeated here, but dense runs have to be from here.
+    lines.write_text("".join(json.dumps(elsewhere(line, 0.0)) + "\n" for line in (dense, pruned)))
+    assert "1 runs to do" in run(lines, "--seeds", "1", "--cells", "2", "--task", "digits")
