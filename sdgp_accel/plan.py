@@ -201,7 +201,7 @@ def plan(
 
 
 def _plan_layer(call: LayerCall, gpu: GPU, config: SDGPConfig, select: Select) -> LayerPlan:
-    name, module, work = call
+    name, module, work, _ = call
     reason = _dense_reason(call, config, select)
     wanted = [p for p in work.passes if getattr(config, p) == "sparse"]
     work = replace(work, sparse_passes=() if reason else tuple(wanted))
@@ -216,7 +216,7 @@ def _plan_layer(call: LayerCall, gpu: GPU, config: SDGPConfig, select: Select) -
 
 def _dense_reason(call: LayerCall, config: SDGPConfig, select: Select) -> str:
     """Why the kernels could take no pass of this layer; empty where they can."""
-    name, module, work = call
+    name, module, work, _ = call
     in_channels = module.weight.shape[1]
     if type(module) not in (nn.Linear, nn.Conv2d, SDGPLinear, SDGPConv2d):
         return type(module).__name__  # may compute something else: `accelerate_` leaves subclasses alone

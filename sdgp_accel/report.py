@@ -223,7 +223,8 @@ def _smallest_geometry(module: nn.Linear | nn.Conv2d) -> Geometry:
         (1, module.in_channels, height, width),
         (module.out_channels, module.in_channels // module.groups, *kernel),
         (*module.stride, 0, 0, *dilation, module.groups),
-        channels_last=True,
+        # A 1x1 filter is both, and goes with its input.
+        channels_last=module.weight.is_contiguous(memory_format=torch.channels_last),
     )
 
 

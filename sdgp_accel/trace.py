@@ -14,11 +14,12 @@ from sdgp_accel.roofline import Work
 
 
 class LayerCall(NamedTuple):
-    """One call of one layer."""
+    """One call of one layer; its input is a meta tensor."""
 
     name: str
     module: nn.Linear | nn.Conv2d
     work: Work
+    input: Tensor
 
 
 def trace(model: nn.Module, batch: Any) -> list[LayerCall]:
@@ -39,7 +40,7 @@ def trace(model: nn.Module, batch: Any) -> list[LayerCall]:
     def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             assert isinstance(module, (nn.Linear, nn.Conv2d))
-            calls.append(LayerCall(name, module, _work(module, args[0], output)))
+            calls.append(LayerCall(name, module, _work(module, args[0], output), args[0]))
 
         return record
 

@@ -202,7 +202,8 @@ def _tuned(decision: Decision, dtype: torch.dtype, device: torch.device, determi
         return Decision(geometry, None, plan, False, tuned.reason, times=tuned.times)
     # Another rank's GPU may have tilings that this one has not.
     tilings = tuning.find_tilings(tuned, backend, geometry, dtype, device) or Tilings()
-    return Decision(geometry, backend, plan, plan.draws, tuned.reason, tilings, tuned.times)
+    reason = tuned.reason + _conversions(geometry)
+    return Decision(geometry, backend, plan, plan.draws, reason, tilings, tuned.times)
 
 
 def forget_decisions() -> None:
@@ -256,10 +257,18 @@ def _choose_on_gpu(plan: LayerPlan, geometry: Geometry, dtype: torch.dtype, devi
             if unsupported is not None:
                 return _fall_back(plan, unsupported)
             auto = plan.backend == "auto"
-            return backend, "measured against dense at the first use of a shape" if auto else f"backend={name!r}"
+            reason = "measured against dense at the first use of a shape" if auto else f"backend={name!r}"
+            return backend, reason + _conversions(geometry)
         problem = unavailable
     warn_once(f"{device}: {problem}; until then fallback={plan.fallback!r} applies")
     return _fall_back(plan, problem)
+
+
+def _conversions(geometry: Geometry) -> str:
+    """What the kernels' layout, channels innermost, costs a convolution in another one."""
+    if isinstance(geometry, LinearGeometry) or geometry.channels_last:
+        return ""
+    return "; not channels_last: each backward copies gradients and activations once"
 
 
 def _fall_back(plan: LayerPlan, reason: str) -> Choice:

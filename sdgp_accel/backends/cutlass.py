@@ -38,13 +38,16 @@ class Device(NamedTuple):
 
     capability: tuple[int, int]
     multiprocessors: int
+    wgmma: bool = False  # a Hopper, and the build holds the kernels for it
 
 
 @functools.cache
 def device_facts(device: torch.device) -> Device:
     """Of a CUDA device; asked once."""
     properties = torch.cuda.get_device_properties(device)
-    return Device((properties.major, properties.minor), properties.multi_processor_count)
+    capability = (properties.major, properties.minor)
+    wgmma = capability == HOPPER and "90a" in cutlass_ops.ARCHS
+    return Device(capability, properties.multi_processor_count, wgmma)
 
 
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
@@ -112,7 +115,7 @@ class CutlassBackend:
         """The tilings of the sparse product; none where it runs dense on the decompressed operand."""
         if _too_large(geometry):
             return ()
-        return _tilings(geometry, "dgrad" if pass_name == "grad_input" else "wgrad", device)
+        return rank(geometry, "dgrad" if pass_name == "grad_input" else "wgrad", device_facts(device))
 
     def dgrad(self, operand: SparseOperand, weight: Tensor, geometry: Geometry, tiling: Tiling | None = None) -> Tensor:
         """dX on sparse tensor cores, or dense on the decompressed operand."""
@@ -163,16 +166,15 @@ def _too_large(geometry: Geometry) -> str | None:
     return f"sparse products count rows and columns in 32 bits; got {largest}" if largest > MAX_SIZE else None
 
 
-def _family(geometry: Geometry, product: Product, device: torch.device) -> tiles.Family:
-    """The kernels that run this product here."""
-    facts = device_facts(device)
+def _family(geometry: Geometry, product: Product, gpu: Device) -> tiles.Family:
+    """The kernels that run this product on this GPU."""
     c_in, c_out = geometry.in_channels, geometry.out_channels
-    if facts.capability == HOPPER and "90a" in cutlass_ops.ARCHS and _tma_can_address(geometry):
+    if gpu.wgmma and _tma_can_address(geometry):
         return tiles.SM90
     # Rows of dX and W hold C_in values, those of dW and X too, and those of wgrad's compressed operand C_out.
     if c_in % 8 or (product == "wgrad" and c_out % 8):
         return tiles.SM80_ANY
-    return tiles.SM80_SMALL if facts.capability in tiles.SMALL_SHARED_MEMORY else tiles.SM80
+    return tiles.SM80_SMALL if gpu.capability in tiles.SMALL_SHARED_MEMORY else tiles.SM80
 
 
 def _tma_can_address(geometry: Geometry) -> bool:
@@ -231,20 +233,18 @@ def _scope_scales(dy: Tensor, arguments: dict[str, Any], positions_per_sample: i
     return scales
 
 
-def _tilings(
-    geometry: Geometry, product: Product, device: torch.device, family: tiles.Family | None = None
-) -> tuple[Tiling, ...]:
+def rank(geometry: Geometry, product: Product, gpu: Device, family: tiles.Family | None = None) -> tuple[Tiling, ...]:
+    """The tilings that run this product on this GPU, best predicted first. family: default the one that fits."""
     m, n, k = _product_size(geometry, product)
     gathering = isinstance(geometry, Conv2dGeometry) and not _is_pointwise(geometry)
-    family = family or _family(geometry, product, device)
-    return rank_tilings(family, product, m, n, k, device_facts(device).multiprocessors, gathering)
+    return rank_tilings(family or _family(geometry, product, gpu), product, m, n, k, gpu.multiprocessors, gathering)
 
 
 def _tiling_for(b: Tensor, geometry: Geometry, product: Product, tiling: Tiling | None) -> Tiling:
     """`tiling`, by default the best predicted; where `b` does not begin at a multiple of 16 bytes, one that may."""
     if b.data_ptr() % 16:
-        return _tilings(geometry, product, b.device, tiles.SM80_ANY)[0]
-    return tiling or _tilings(geometry, product, b.device)[0]
+        return rank(geometry, product, device_facts(b.device), tiles.SM80_ANY)[0]
+    return tiling or rank(geometry, product, device_facts(b.device))[0]
 
 
 def _product_size(geometry: Geometry, product: Product) -> tuple[int, int, int]:

@@ -9,13 +9,21 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import click
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from sdgp_accel import __version__
 from sdgp_accel.backends import BUILD_COMMAND, FIRST_SPARSE_CAPABILITY
 
+if TYPE_CHECKING:
+    from sdgp_accel.placement import Placement
+
+ARCHS = ("80", "86", "89", "90")  # as in placement.GPUS
 # Extra of this package -> the modules it brings.
 EXTRAS = {
     "vision": ("torchvision", "timm", "sklearn"),
@@ -107,20 +115,62 @@ def diagnose() -> list[Finding]:
 
 
 @click.command()
+@click.argument("model", required=False)
+@click.option("--batch", "-b", type=click.IntRange(min=1), default=64, show_default=True, help="Samples per step.")
+@click.option("--image-size", type=click.IntRange(min=1), help="Height and width of an image model's input.")
+@click.option("--seq-len", type=click.IntRange(min=1), help="Tokens per sample of a language model.")
+@click.option("--arch", type=click.Choice(ARCHS), help="Of the GPU to place MODEL on.  [default: this one, or 90]")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def command(as_json: bool) -> None:
+def command(
+    model: str | None, batch: int, image_size: int | None, seq_len: int | None, arch: str | None, as_json: bool
+) -> None:
     """Say what is built, what this machine would use, and what is missing.
 
-    Exits with 1 where a GPU with sparse tensor cores is here but cannot be used.
+    With a MODEL, also which kernel would run the backward of each of its layers (backend="cutlass"; "auto" measures on
+    the GPU and leaves dense what does not gain). Exits with 1 where a GPU with sparse tensor cores is here but cannot
+    be used.
     """
     findings = diagnose()
+    layers = () if model is None else _place(model, batch, image_size, seq_len, arch or _this_arch())
     if as_json:
-        click.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+        found = [asdict(finding) for finding in findings]
+        content = found if model is None else {"findings": found, "layers": [asdict(layer) for layer in layers]}
+        click.echo(json.dumps(content, indent=1))
     else:
         width = max(len(finding.what) for finding in findings)
         for finding in findings:
             click.echo(f"{finding.what:<{width}}  {finding.value}")
             if finding.fix:
                 click.echo(f"{'':<{width}}  fix: {finding.fix}")
+        if model is not None:
+            Console().print(_table(layers, f"{model}, batch {batch}, on sm_{arch or _this_arch()}"))
     if has_sparse_tensor_cores() and any(finding.fix == BUILD_COMMAND for finding in findings):
         raise SystemExit(1)
+
+
+def _this_arch() -> str:
+    here = "".join(map(str, torch.cuda.get_device_capability())) if has_sparse_tensor_cores() else ""
+    return here if here in ARCHS else "90"
+
+
+def _place(model: str, batch: int, image_size: int | None, seq_len: int | None, arch: str) -> tuple[Placement, ...]:
+    from sdgp_accel import models, placement  # not needed for the diagnosis
+
+    try:
+        with torch.device("meta"):
+            net = models.build(model, image_size=image_size, seq_len=seq_len)
+            example = models.example_batch(model, batch, image_size=image_size, seq_len=seq_len, device="meta")
+        return placement.placements(net, example, placement.GPUS[arch])
+    except (ValueError, TypeError, ModuleNotFoundError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _table(layers: tuple[Placement, ...], title: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("layer", "T×K→C", "dgrad", "wgrad"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for layer in layers:
+        style = "dim" if layer.dgrad == layer.wgrad == "dense" else ""
+        table.add_row(layer.name, layer.shape, layer.dgrad, layer.wgrad, layer.reason, style=style)
+    return table

@@ -60,3 +60,17 @@ def test_built_extension_names_its_architectures(hopper, monkeypatch):
 def test_missing_extra_names_the_install_command(no_gpu, monkeypatch):
     monkeypatch.setitem(doctor.EXTRAS, "report", ("no_such_module",))
     assert "fix: pip install 'sdgp_accel[report]'" in run().output
+
+
+def test_a_model_is_placed_layer_by_layer(no_gpu):
+    result = run("resnet9", "--batch", "512", "--arch", "80")
+    assert result.exit_code == 0
+    assert "sm80 256x128" in result.output
+    layers = json.loads(run("resnet9", "--json").output)["layers"]
+    assert {layer["wgrad"].split()[0] for layer in layers} >= {"dense", "sm90"}
+
+
+def test_an_unknown_model_is_named(no_gpu):
+    result = run("no_such_model")
+    assert result.exit_code != 0
+    assert "no_such_model" in result.output

@@ -28,7 +28,7 @@ needs_gpu = pytest.mark.skipif(not HAS_KERNELS, reason="no GPU with the kernels 
 @pytest.fixture
 def hopper(monkeypatch):
     """A GPU to decide for."""
-    monkeypatch.setattr(cutlass, "device_facts", lambda device: cutlass.Device((9, 0), 132))
+    monkeypatch.setattr(cutlass, "device_facts", lambda device: cutlass.Device((9, 0), 132, wgmma=True))
     monkeypatch.setattr(cutlass_ops, "ARCHS", ("80", "90a"))
 
 
@@ -141,7 +141,7 @@ def product_device(request, monkeypatch):
     if reason := toolchain.missing():
         pytest.skip(reason)
     simulated = SimulatedKernels(SimulatorEngine(arch))
-    facts = cutlass.Device((int(arch[0]), int(arch[1])), SimulatorEngine.SM_COUNT)
+    facts = cutlass.Device((int(arch[0]), int(arch[1])), SimulatorEngine.SM_COUNT, wgmma=arch == "90a")
     monkeypatch.setattr(cutlass, "device_facts", lambda device: facts)
     monkeypatch.setattr(cutlass, "_on_device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(cutlass, "_stream", lambda device: 0)

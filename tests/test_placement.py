@@ -1,0 +1,47 @@
+"""Which kernels a model's layers would run on."""
+
+import pytest
+import torch
+from torch import nn
+
+from sdgp_accel import SDGPConfig
+from sdgp_accel.placement import GPUS, placements
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.body = nn.Conv2d(64, 128, 3, padding=1)
+        self.grouped = nn.Conv2d(128, 128, 3, padding=1, groups=4)
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x):
+        return self.head(self.grouped(self.body(self.stem(x))).mean((2, 3)))
+
+
+def placed(arch, **config):
+    batch = torch.empty(16, 3, 32, 32, device="meta")
+    return {layer.name: layer for layer in placements(Net(), batch, GPUS[arch], SDGPConfig(**config))}
+
+
+@pytest.mark.parametrize("arch", GPUS)
+def test_every_layer_has_a_place_and_every_dense_one_a_reason(arch):
+    layers = placed(arch)
+    assert list(layers) == ["stem", "body", "grouped", "head"]
+    assert "3 input channels" in layers["stem"].reason
+    assert "groups = 4" in layers["grouped"].reason
+    assert layers["body"].dgrad.startswith("sm90" if arch == "90" else "sm80")
+    # 10 classes: rows of wgrad's operand are no multiple of 16 bytes.
+    assert layers["head"].dgrad.startswith("sm80")
+    assert "_any" in layers["head"].wgrad
+
+
+def test_passes_that_stay_dense_are_dense():
+    layers = placed("80", grad_input="dense")
+    assert layers["body"].dgrad == "dense"
+    assert layers["body"].wgrad.startswith("sm80")
+
+
+def test_patterns_that_are_no_operand_have_a_reason():
+    assert "4:8" in placed("80", n=4, m=8)["body"].reason
