@@ -76,30 +76,34 @@ def sanitize(tool: str, name: str, tests: str, seconds: float, arch: str = "") -
     return Case(f"{tool}-{name}", f"{{sanitizer}} {options} {PYTEST} {tests}", seconds, ("pytest",), arch)
 
 
-PRUNE_TESTS = "tests/kernels/test_prune_compress.py -k any_shape"
-SM90_TESTS, SM80_TESTS = (f"tests/kernels/test_{family}_sparse.py" for family in ("sm90", "sm80"))
+PRUNE, SM90, SM80 = (f"tests/kernels/test_{name}.py" for name in ("prune_compress", "sm90_sparse", "sm80_sparse"))
+OTHERS = f"tests/kernels --ignore={PRUNE} --ignore={SM90} --ignore={SM80}"
+SMALL = f"{PRUNE} -k any_shape"
 
 # Most valuable first: does it work, what does a layer and the smallest whole model gain, then the rest.
 CASES = (
     Case("build", "{python} cutlass_ops/build_kernels.py", 90),
-    Case("tests-kernels", f"{PYTEST} tests/kernels", 100, ("pytest",)),
+    Case("tests-prune", f"{PYTEST} {PRUNE}", 60, ("pytest",)),
+    Case("tests-sm90", f"{PYTEST} {SM90}", 30, ("pytest",), "90a"),
+    Case("tests-sm80", f"{PYTEST} {SM80}", 30, ("pytest",)),
     Case("layers-mvue", "{python} -m bench.layers --prune mvue --json {result}", 120),
     step("resnet9", 110),
     Case("kernels", "{python} -m bench.kernels --json {result}", 40),
     Case("gemm", "{python} -m bench.gemm --json {result}", 120),
+    Case("tests-kernels", f"{PYTEST} {OTHERS}", 120, ("pytest",)),
     Case("tests-layers", f"{PYTEST} tests/test_layers_cuda.py", 60, ("pytest",)),
     step("vit_large", 240, "timm"),
     Case("layers-rescale_magnitude", "{python} -m bench.layers --prune rescale_magnitude --json {result}", 120),
-    sanitize("memcheck", "prune", PRUNE_TESTS, 60),
-    sanitize("memcheck", "sm90", SM90_TESTS, 60, "90a"),
-    sanitize("memcheck", "sm80", SM80_TESTS, 60),
+    sanitize("memcheck", "prune", SMALL, 60),
+    sanitize("memcheck", "sm90", SM90, 60, "90a"),
+    sanitize("memcheck", "sm80", SM80, 60),
     step("gpt_block", 120),
     step("resnet50", 200, "torchvision"),
     step("resnet18", 120, "torchvision"),
     step("regnet_x_400mf", 180, "torchvision"),
-    sanitize("racecheck", "prune", PRUNE_TESTS, 60),
-    sanitize("racecheck", "sm90", SM90_TESTS, 90, "90a"),
-    sanitize("racecheck", "sm80", SM80_TESTS, 90),
+    sanitize("racecheck", "prune", SMALL, 60),
+    sanitize("racecheck", "sm90", SM90, 90, "90a"),
+    sanitize("racecheck", "sm80", SM80, 90),
     Case("gemm-sm80", "{python} -m bench.gemm --family sm80 --json {result}", 120, arch="90a"),
     step("resnet9-paper", 110),
     step("gpt2_medium", 200),

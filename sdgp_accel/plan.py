@@ -135,7 +135,7 @@ class PlanReport:
             title=f"Prediction for {gpu.title}, batch {self.batch}",
             caption=f"{gpu.tflops:g} TFLOP/s × {gpu.compute_efficiency:g}, {gpu.bandwidth:g} TB/s × "
             f"{gpu.memory_efficiency:g}, 2:4 speed-up {gpu.sparse_speedup:g}; "
-            "backward passes only",
+            f"{'prune + compress at its measured cost; ' if gpu.compress_costs else ''}backward passes only",
         )
         table.add_column("layer", overflow="fold", min_width=10)
         headers = ["T×K→C", "bound\nby", f"dense\n{unit}"]

@@ -46,6 +46,19 @@ def test_reference_table(name: str, batch: int) -> None:
     assert got == pytest.approx(list(TABLE[name, batch]), abs=0.06)  # the table is rounded to 0.1
 
 
+def test_a_measured_gpu_charges_the_prune_function() -> None:
+    model, example = _meta("resnet9", 512)
+    cheap, dear = (plan(model, example, "h100-measured", SDGPConfig(prune=name)) for name in ("magnitude", "mvue"))
+    assert cheap.saving("two_pass") > dear.saving("two_pass") >= 0
+    assert cheap.saving("fused") == dear.saving("fused")
+    conv, linear = (SDGPConfig(prune="rescale_magnitude", scope=scope) for scope in (None, "group"))
+    assert plan(model, example, "h100-measured", conv).saving("two_pass") < plan(
+        model, example, "h100-measured", linear
+    ).saving("two_pass")
+    assert "prune + compress at its measured cost" in " ".join(str(dear).split())
+    assert "measured cost" not in " ".join(str(plan(model, example, "h100")).split())
+
+
 def test_resnet50_batch_256_takes_seconds() -> None:
     start = time.monotonic()
     model, example = _meta("resnet50", 256)
