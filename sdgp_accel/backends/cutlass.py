@@ -168,18 +168,15 @@ def _too_large(geometry: Geometry) -> str | None:
 
 def _family(geometry: Geometry, product: Product, gpu: Device) -> tiles.Family:
     """The kernels that run this product on this GPU."""
-    c_in, c_out = geometry.in_channels, geometry.out_channels
-    if gpu.wgmma and _tma_can_address(geometry):
-        return tiles.SM90
-    # Rows of dX and W hold C_in values, those of dW and X too, and those of wgrad's compressed operand C_out.
-    if c_in % 8 or (product == "wgrad" and c_out % 8):
+    # Rows of X, W and their gradients hold C_in values, those of wgrad's compressed operand C_out.
+    if geometry.in_channels % 8 or (product == "wgrad" and geometry.out_channels % 8):
         return tiles.SM80_ANY
+    if gpu.wgmma and _tma_can_reach(geometry):
+        return tiles.SM90
     return tiles.SM80_SMALL if gpu.capability in tiles.SMALL_SHARED_MEMORY else tiles.SM80
 
 
-def _tma_can_address(geometry: Geometry) -> bool:
-    if geometry.in_channels % 8 or geometry.out_channels % 8:  # strides of 16 bytes
-        return False
+def _tma_can_reach(geometry: Geometry) -> bool:
     if isinstance(geometry, LinearGeometry) or _is_pointwise(geometry):
         return True
     filter_reach = (d * (k - 1) for d, k in zip(geometry.dilation, geometry.kernel, strict=True))

@@ -108,7 +108,7 @@ def test_there_is_nothing_to_list_without_sparse_products(hopper):
     ("geometry", "families"),
     [
         (LinearGeometry(50, 64, 40), ("sm90", "sm90")),
-        (LinearGeometry(50, 64, 20), ("sm80", "sm80_any")),  # only wgrad's operand has rows of C_out values
+        (LinearGeometry(50, 64, 20), ("sm90", "sm80_any")),  # only wgrad's operand has rows of C_out values
         (LinearGeometry(50, 36, 40), ("sm80_any", "sm80_any")),
         (Conv2dGeometry.of((2, 32, 8, 8), (64, 32, 3, 3), (1, 1, 121, 1, 1, 1, 1), True), ("sm80", "sm80")),
         (Conv2dGeometry.of((2, 32, 8, 8), (64, 32, 3, 3), (1, 1, 64, 64, 61, 1, 1), True), ("sm80", "sm80")),
@@ -136,7 +136,7 @@ def product_device(request, monkeypatch):
     arch = request.param
     if (test_sm90_sparse if arch == "90a" else test_sm80_sparse).ON_GPU:
         if arch == "80":
-            monkeypatch.setattr(cutlass, "_tma_can_address", lambda geometry: False)
+            monkeypatch.setattr(cutlass, "_tma_can_reach", lambda geometry: False)
         return CUDA
     if reason := toolchain.missing():
         pytest.skip(reason)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not (HAS_ROOM and cutlass_ops.ARCHS), reason="no
 def family(request, monkeypatch):
     """Hopper's own kernels where this is one, and those of every GPU."""
     if request.param == "any":
-        monkeypatch.setattr(cutlass, "_tma_can_address", lambda geometry: False)
+        monkeypatch.setattr(cutlass, "_tma_can_reach", lambda geometry: False)
     elif cutlass.device_facts(CUDA).capability != cutlass.HOPPER:
         pytest.skip("not a Hopper")
 

@@ -34,6 +34,7 @@ GEMM_CASES = [
     GemmCase("sm90_dgrad_bf16_128x256", 130, 264, 200),
     GemmCase("sm90_dgrad_bf16_128x256", 300, 72, 1100, cluster_size=2),  # rings wrap; an odd number of k tiles
     GemmCase("sm90_dgrad_bf16_128x256", 1, 8, 8, cluster_size=2, float_out=True),  # a CTA of the cluster has no rows
+    GemmCase("sm90_dgrad_bf16_128x256", 131, 72, 203),  # channels of the gradient need no alignment
     GemmCase("sm90_dgrad_f16_128x128", 260, 520, 136, cluster_size=2, group_n=3, accumulate=True),
     GemmCase("sm90_dgrad_f16_128x128_pingpong", 520, 264, 392),  # 15 tiles on 4 CTAs: warpgroups take turns
     GemmCase("sm90_dgrad_f16_128x128_pingpong", 700, 136, 72, cluster_size=2, accumulate=True),
@@ -50,6 +51,7 @@ GEMM_CASES = [
 
 CONV_CASES = [
     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 72, 7, 7), (64, 3, 3)),  # one k tile per tap
+    ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 72, 7, 7), (77, 3, 3)),
     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 64, 9, 8), (192, 3, 3), stride=(2, 2), cluster_size=2),  # three
     ConvCase("sm90_conv_dgrad_bf16_128x128", (1, 16, 10, 9), (24, 3, 2), (3, 1), (0, 1), (1, 2)),
     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 16, 9, 12), (72, 1, 1), (2, 3), (0, 0)),  # some pixels without a tap
