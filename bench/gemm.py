@@ -165,13 +165,14 @@ def cslt(problems: Sequence[Problem]) -> list[Closure]:
 
 def semi_structured(problems: Sequence[Problem]) -> list[Closure]:
     """CUTLASS's sm_80 kernels as torch ships them; torch refuses other compute capabilities than 8.x."""
-    operands = [sparse_semi_structured_from_dense_cutlass(p.a.contiguous()) for p in problems]
-    closures = [
-        functools.partial(torch._sparse_semi_structured_mm, values, metadata, p.b)
-        for (values, metadata), p in zip(operands, problems, strict=True)
-    ]
-    closures[0]()
-    return closures
+
+    def closure(p: Problem) -> Closure:
+        values, metadata = sparse_semi_structured_from_dense_cutlass(p.a.contiguous())
+        return functools.partial(torch._sparse_semi_structured_mm, values, metadata, p.b)
+
+    first = closure(problems[0])
+    first()
+    return [first, *map(closure, problems[1:])]
 
 
 PEERS: dict[str, Callable[[Sequence[Problem]], list[Closure]]] = {
