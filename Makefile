@@ -19,6 +19,12 @@ CANDIDATES := python3 python3.13 python3.12 python3.11 python3.10 python
 USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for p in $(CANDIDATES); do "$$p" -c '$(USABLE)' >/dev/null 2>&1 && echo "$$p" && break; done)
 
+# Where nvcc is but no GPU, an installation would compile kernels for minutes that nothing here can run: the suite compiles
+# by itself the few that it simulates.
+ifeq ($(wildcard /dev/nvidiactl),)
+export SDGP_CUDA ?= 0
+endif
+
 .PHONY: bench gpu test lint clean
 
 bench: $(VENV)/.installed-bench

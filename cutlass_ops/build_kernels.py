@@ -5,7 +5,8 @@ where what is there already was built from these sources for these architectures
 repository only this folder.
 
 Environment:
-    SDGP_CUDA        "1": build, and fail where that is impossible. "0": do not. Default: build where an NVIDIA GPU is.
+    SDGP_CUDA        "1": build, with a compiler from PyPI where there is none. "0": do not. Default: build where an
+                     NVIDIA GPU or nvcc is. A build that fails fails the installation.
     SDGP_CUDA_ARCHS  what to build for, separated by ";": "80", "90a", .. for machine code, "compute_80", .. for PTX.
     SDGP_CUDA_CACHE  folder of compiled objects, default ~/.cache/sdgp_accel/objects. Delete it whenever you like.
     CUDA_HOME        the CUDA toolkit to use, before any other.
@@ -85,11 +86,11 @@ def find_toolkit() -> Toolkit | None:
 
 
 def is_wanted() -> bool:
-    """Whether to build: SDGP_CUDA, and without it whether this machine has an NVIDIA GPU."""
+    """Whether to build: SDGP_CUDA, and without it whether this machine has an NVIDIA GPU or a CUDA toolkit."""
     asked = os.environ.get("SDGP_CUDA", "")
     if asked not in ("", "0", "1"):
         raise BuildError(f"SDGP_CUDA must be 0 or 1; got {asked!r}")
-    return asked == "1" if asked else Path("/dev/nvidiactl").exists()
+    return asked == "1" if asked else Path("/dev/nvidiactl").exists() or find_toolkit() is not None
 
 
 def requirements() -> list[str]:

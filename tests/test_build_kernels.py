@@ -33,3 +33,26 @@ def test_other_sources_and_other_files_are_not(tmp_path: Path, monkeypatch: pyte
     header = next((sources / "include").rglob("*.cuh"))
     header.write_text(header.read_text() + "// changed\n")
     assert not build_kernels.is_current(file, ("90a",))
+
+
+@pytest.mark.parametrize(("asked", "toolkit", "wanted"), [("", True, True), ("0", True, False), ("1", False, True)])
+def test_built_when_asked_or_where_nvcc_is(
+    asked: str, toolkit: bool, wanted: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SDGP_CUDA", asked)
+    monkeypatch.setattr(build_kernels, "find_toolkit", lambda: build_kernels.Toolkit(tmp_path) if toolkit else None)
+    assert build_kernels.is_wanted() is wanted
+    needed = build_kernels.requirements()
+    assert any(name.startswith("pybind11") for name in needed) is wanted
+    assert (build_kernels.CUDA_WHEELS[0] in needed) is (wanted and not toolkit)
+
+
+def test_neither_asked_for_nor_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SDGP_CUDA", raising=False)
+    monkeypatch.setattr(build_kernels, "find_toolkit", lambda: None)
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("a GPU is here")
+    assert not build_kernels.is_wanted()
+    monkeypatch.setenv("SDGP_CUDA", "yes")
+    with pytest.raises(build_kernels.BuildError, match="SDGP_CUDA must be 0 or 1; got 'yes'"):
+        build_kernels.is_wanted()
