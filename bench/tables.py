@@ -18,6 +18,7 @@ from rich.table import Table as RichTable
 
 from bench.prediction import geometry_of, gpu_of, predict
 from bench.step_time import MODELS
+from sdgp_accel.config import PASSES
 from sdgp_accel.roofline import GPU, Work
 from sdgp_accel.tuning import BackwardTimes
 
@@ -157,14 +158,21 @@ def step_row(result: Result) -> list[str]:
         found = next((c for c in result["contenders"] if c["name"] == name), None)
         missing = "does not run" if name in left_out else NOT_MEASURED
         times.append(missing if found is None else f"{1e3 * found['step']['median']:.2f}")
-    prune = result["settings"]["config"]["prune"]
     saving = step_saving(result)
     return [
-        f"{result['model']}, batch {result['batch']}, {f'`{prune}`' if isinstance(prune, str) else prune}",
+        step_label(result),
         *times,
         NOT_MEASURED if saving is None else f"**{100 * saving:+.1f} %**{over_peers(result)}",
         predicted_saving(result),
     ]
+
+
+def step_label(result: Result) -> str:
+    """Model, batch size, and what is pruned how."""
+    config = result["settings"]["config"]
+    prune = f"`{config['prune']}`" if isinstance(config["prune"], str) else str(config["prune"])
+    dense = [f", {name} dense" for name in PASSES if config.get(name) == "dense"]
+    return f"{result['model']}, batch {result['batch']}, {prune}{''.join(dense)}"
 
 
 def over_peers(result: Result) -> str:
@@ -187,7 +195,7 @@ def step_claims(result: Result) -> list[str]:
         return []
     has_compiled = any(c["compiled"] and not c["sdgp"] for c in result["contenders"])
     against = "" if has_compiled else f" (eager; compiled: {NOT_MEASURED})"
-    return [f"{result['model']}, batch {result['batch']}: {100 * saving:+.1f} %{against}"]
+    return [f"{step_label(result)}: {100 * saving:+.1f} %{against}"]
 
 
 STEP_TIME = Section(

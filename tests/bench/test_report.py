@@ -116,7 +116,7 @@ def test_summary_says_what_there_is_and_what_there_is_not(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     text = report.SECTIONS["summary"](tmp_path)
     assert text.count("| not measured yet |") == 1  # convergence
-    assert "| resnet9, batch 512: +20.0 % (eager; compiled: not measured yet) | A GPU |" in text
+    assert "| resnet9, batch 512, `mvue`: +20.0 % (eager; compiled: not measured yet) | A GPU |" in text
     assert "`mvue`: 1.50 ×; `auto` prunes 1 of 1 layers: 1.50 ×" in text
     assert "| dgrad, 1 shapes: 1.50 × cuBLAS (dense), 1.25 × cuSPARSELt |" in text
     assert "mvue 3.50 ×" in text
@@ -173,6 +173,12 @@ def test_step_time_compares_with_the_fastest_dense_step(tmp_path):
     left_out = STEP["settings"] | {"left_out": {"SDGP, compiled": "no compiler"}}
     assert f"{head} does not run |" in build("step_time", tmp_path, STEP | {"settings": left_out})
     assert "result.json: A GPU, driver 580" in text
+
+
+def test_what_is_pruned_how_is_in_the_name():
+    config = {"prune": "magnitude", "grad_input": "sparse", "grad_weight": "dense"}
+    label = tables.step_label(STEP | {"settings": {"config": config}})
+    assert label == "resnet9, batch 512, `magnitude`, grad_weight dense"
 
 
 def test_emulated_steps_are_no_savings(tmp_path):
