@@ -34,8 +34,11 @@ import click
 import torch
 
 from bench import step_time
-from cutlass_ops import build_kernels
 from sdgp_accel.provenance import gpu_state, provenance
+
+# Not as part of its package, which would load an extension that may have to be built anew.
+sys.path.insert(0, str(Path(__file__).parent.parent / "cutlass_ops"))
+import build_kernels
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("sdgp_accel", "cutlass_ops", "bench", "tests")

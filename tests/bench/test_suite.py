@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,6 +207,18 @@ def test_dry_run_runs_nothing(small: Path) -> None:
     lines = result.output.splitlines()
     assert lines[0].split() == ["build", "10", "s", "0.2", "min"]
     assert "left out: takes about 5 s, 3 s are left" in lines[4]
+
+
+def test_it_starts_beside_an_extension_that_does_not_load(tmp_path: Path) -> None:
+    for folder in suite.SOURCES:
+        ignored = shutil.ignore_patterns("*.so", "__pycache__", "results")
+        shutil.copytree(suite.ROOT / folder, tmp_path / folder, ignore=ignored)
+    (tmp_path / "cutlass_ops" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
+    command = [sys.executable, "-m", "bench.suite", "--dry-run"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("build ")
 
 
 def test_unknown_names_are_refused(small: Path) -> None:
