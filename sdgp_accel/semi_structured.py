@@ -137,7 +137,7 @@ def compress_matrix(pruned: Tensor, axis: int, *, layout: str = ROW_MAJOR, k_ali
     t, c = pruned.shape
     k = pruned.shape[axis]
     padding = -k % k_align
-    padded = torch.nn.functional.pad(pruned, (0, padding) if axis == 1 else (0, 0, 0, padding))
+    padded = torch.cat([pruned, pruned.new_zeros((t, padding) if axis == 1 else (padding, c))], axis)
     outer, inner = (t, 1) if axis == 1 else (1, c)
     quads = padded.reshape(outer, (k + padding) // 4, 4, inner)
 

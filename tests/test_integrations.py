@@ -270,6 +270,7 @@ def test_switching_a_compiled_model_recompiles_it_once_for_each_state() -> None:
 
 
 def test_export_and_trace_see_the_dense_forward() -> None:
+    torch.compiler.reset()
     model = conv_net().eval()
     sdgp.accelerate_(model)
     expected = model(batch())
@@ -279,6 +280,9 @@ def test_export_and_trace_see_the_dense_forward() -> None:
 
 
 # --- several processes -----------------------------------------------------------------------------------------
+
+
+FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")  # not in torch 2.6
 
 
 def _ddp(rank: int, accelerate_first: bool) -> list[Tensor]:
@@ -347,12 +351,13 @@ def _worker(rank: int, folder: str) -> None:
         results = {
             "DDP, accelerated before": _ddp(rank, True),
             "DDP, accelerated after": _ddp(rank, False),
-            "FSDP2, accelerated before": _fsdp(rank, True),
-            "FSDP2, accelerated after": _fsdp(rank, False),
             "wrapped": _refuse_wrapped(rank),
             "drawn": _draw(rank),
             "tensor parallel": _tensor_parallel(rank),
         }
+        if FSDP2_ON_CPU:
+            results["FSDP2, accelerated before"] = _fsdp(rank, True)
+            results["FSDP2, accelerated after"] = _fsdp(rank, False)
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -372,6 +377,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     order: str, wrapper: str, two_processes: list[dict[str, Any]]
 ) -> None:
     """The prune function sums within a sample, and 4 samples per rank make whole groups of 4 positions."""
+    if wrapper == "FSDP2" and not FSDP2_ON_CPU:
+        pytest.skip(f"torch {torch.__version__} has no FSDP2 on CPUs")
     model = conv_net()
     sdgp.accelerate_(model, RESCALE)
     expected = gradients(model, model(batch(8)).square().sum() / 2)  # the wrappers average over ranks

@@ -303,6 +303,10 @@ def test_nothing_waits_for_a_gpu(function: str, scope: str) -> None:
     # A fake CUDA tensor has no values: looking at one from the host raises.
     with FakeTensorMode():
         x = torch.empty(8, 64, 7, 7, device="cuda")
+        try:
+            x[0]
+        except RuntimeError:
+            pytest.skip(f"torch {torch.__version__} needs a CUDA driver to index a fake CUDA tensor")
         for n, m in ((2, 4), (3, 5), (16, 32)):
             pruned = prune(x, SDGPConfig(prune=function, n=n, m=m, scope=scope), 1)  # type: ignore[arg-type]
             assert pruned.shape == x.shape

@@ -93,8 +93,8 @@ def test_dense_passes_and_frozen_weights() -> None:
 def test_a_backend_that_is_slightly_wrong_fails(pass_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(reference.ReferenceBackend, pass_name)
 
-    def wrong(self: Any, operand: Tensor, other: Tensor, geometry: Any) -> Tensor:
-        return right(self, operand, other, geometry) * (1 + 3e-4)
+    def wrong(self: Any, operand: Tensor, other: Tensor, geometry: Any, tiling: Any = None) -> Tensor:
+        return right(self, operand, other, geometry, tiling) * (1 + 3e-4)
 
     monkeypatch.setattr(reference.ReferenceBackend, pass_name, wrong)
     report = sdgp.validate(model(), batch(), sdgp.SDGPConfig(prune="magnitude"))
@@ -212,7 +212,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {check["pass_name"] for check in data["checks"]} == {"dgrad", "wgrad"}
     assert data["swap"]["swapped"] > 0
 
-    monkeypatch.setattr(reference.ReferenceBackend, "wgrad", lambda self, dy, x, geometry: (dy.T @ x) * 1.01)
+    monkeypatch.setattr(reference.ReferenceBackend, "wgrad", lambda self, dy, x, geometry, tiling: (dy.T @ x) * 1.01)
     result = CliRunner().invoke(
         main, ["validate", "digits", "--device", "cpu", "--batch", "2", "--layers", "head", "--draws", "0"]
     )
