@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(32 * kRows)
 }  // namespace sdgp
 
 extern "C" int64_t sdgp_bias_partial_rows(int64_t t, int64_t c) {
-  return sdgp::cover_matrix(t, c, 0, 0).position_blocks;
+  return sdgp::cover_matrix(t, c, 0).position_blocks;
 }
 
 extern "C" int sdgp_sum_bias_partials(const float* partials, int64_t t, int64_t c, float* bias, void* stream) {

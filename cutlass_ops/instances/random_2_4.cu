@@ -1,4 +1,4 @@
 #include "sdgp/prune_compress_launch.cuh"
 
-SDGP_PRUNE_COMPRESS(sdgp_random_2_4_f16, __half, Random, 2, 4)
-SDGP_PRUNE_COMPRESS(sdgp_random_2_4_bf16, __nv_bfloat16, Random, 2, 4)
+SDGP_SAMPLE_COMPRESS(sdgp_random_2_4_f16, __half, RandomQuad)
+SDGP_SAMPLE_COMPRESS(sdgp_random_2_4_bf16, __nv_bfloat16, RandomQuad)

@@ -21,7 +21,7 @@ __device__ __forceinline__ float reciprocal(float x) {
 
 // x / weight, for a 16-bit x of at least 2^-100 in magnitude and a weight of k / 2^24 in (0, 1].
 __device__ __forceinline__ float quotient(float x, float weight) {
-  const float inverse = reciprocal(weight);
+  const float inverse = approximate_reciprocal(weight);
   const float guess = __fmul_rn(x, inverse);
   return __fmaf_rn(__fmaf_rn(-weight, guess, x), inverse, guess);
 }

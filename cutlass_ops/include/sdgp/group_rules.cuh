@@ -94,7 +94,6 @@ __device__ __forceinline__ float rescale_factor(float total, float kept, float e
 enum class Packing {
   kFromPruned,  // prune, then pack what is not zero
   kPair,        // pack(x, parameters): a pair of quads
-  kSingle,      // quad_rules.cuh: one quad at a time
 };
 
 template <typename Element, int N, int M>
@@ -200,7 +199,7 @@ struct RescaleMagnitude {
 template <typename Element, int N, int M>
 struct Random {
   static constexpr bool kIsRandom = true;
-  static constexpr Packing kPacking = N == 2 && M == 4 ? Packing::kSingle : Packing::kFromPruned;
+  static constexpr Packing kPacking = Packing::kFromPruned;
 
   static __device__ __forceinline__ void prune(uint32_t (&x)[M], const GroupPair& groups,
                                                const RuleParameters& parameters) {
@@ -237,7 +236,7 @@ struct Random {
 template <typename Element, int N, int M>
 struct Mvue {
   static constexpr bool kIsRandom = true;
-  static constexpr Packing kPacking = N == 2 && M == 4 ? Packing::kSingle : Packing::kFromPruned;
+  static constexpr Packing kPacking = Packing::kFromPruned;
   static constexpr int kUnit = 1 << 24;  // probabilities and uniforms are integers in units of 2^-24
 
   static __device__ __forceinline__ void prune(uint32_t (&x)[M], const GroupPair& groups,

@@ -58,4 +58,54 @@ __device__ __forceinline__ uint4 philox(const Stream& stream, uint64_t group, ui
   return counter;
 }
 
+// The same for block 0 of groups that share the upper half of their indices, as those of one thread's tile do: what
+// their counters have in common goes through the first two rounds once. The values are opaque to the compiler, which
+// would rather add up the round keys for every few groups than keep them in registers.
+struct RoundKeys {
+  uint32_t key0[kPhiloxRounds], key1[kPhiloxRounds];
+
+  __device__ __forceinline__ explicit RoundKeys(const Stream& stream) {
+#pragma unroll
+    for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+      key0[round] = opaque(key0_of(stream, round)), key1[round] = opaque(key1_of(stream, round));
+    }
+  }
+
+  static __device__ __forceinline__ uint32_t opaque(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+  }
+};
+
+class TilePhilox {
+ public:
+  __device__ __forceinline__ TilePhilox(const Stream& stream, const RoundKeys& keys, uint64_t group) : keys_(keys) {
+    const WideProduct offset = multiply_wide(stream.offset, 0xCD9E8D57u);
+    const uint32_t upper = static_cast<uint32_t>(group >> 32) & 0xffffffu;
+    const WideProduct next = multiply_wide(offset.high ^ upper ^ keys.key0[0], 0xD2511F53u);
+    first_ = RoundKeys::opaque(stream.rank_and_pass ^ keys.key1[0]);
+    second0_ = RoundKeys::opaque(offset.low ^ keys.key0[1]);
+    second1_ = RoundKeys::opaque(next.high ^ keys.key1[1]);
+    third_ = RoundKeys::opaque(next.low ^ keys.key1[2]);
+  }
+
+  // lower: the lower half of the group's index.
+  __device__ __forceinline__ uint4 operator()(uint32_t lower) const {
+    const WideProduct first = multiply_wide(lower, 0xD2511F53u);
+    const WideProduct second = multiply_wide(first.high ^ first_, 0xCD9E8D57u);
+    const WideProduct third0 = multiply_wide(second.high ^ second0_, 0xD2511F53u);
+    const WideProduct third1 = multiply_wide(first.low ^ second1_, 0xCD9E8D57u);
+    uint4 counter = {third1.high ^ second.low ^ keys_.key0[2], third1.low, third0.high ^ third_, third0.low};
+#pragma unroll
+    for (uint32_t round = 3; round < kPhiloxRounds; ++round) {
+      philox_round(counter, keys_.key0[round], keys_.key1[round]);
+    }
+    return counter;
+  }
+
+ private:
+  const RoundKeys& keys_;
+  uint32_t first_, second0_, second1_, third_;
+};
+
 }  // namespace sdgp

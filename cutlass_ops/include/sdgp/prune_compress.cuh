@@ -17,9 +17,7 @@
 
 #include "sdgp/group_rules.cuh"
 #include "sdgp/metadata.cuh"
-#include "sdgp/prune_compress_api.h"
-#include "sdgp/prune_compress_cover.h"
-#include "sdgp/quad_rules.cuh"
+#include "sdgp/tile_io.cuh"
 
 namespace sdgp {
 
@@ -102,48 +100,8 @@ __device__ __forceinline__ void prune_and_pack(uint32_t (&x)[M], const GroupPair
   }
 }
 
-// The rule for single quads that belongs to a rule.
-template <typename Rule>
-struct QuadRule;
-template <typename Element>
-struct QuadRule<Random<Element, 2, 4>> : RandomQuad<Element> {};
-template <typename Element>
-struct QuadRule<Mvue<Element, 2, 4>> : MvueQuad<Element> {};
-
-// Each thread's own column of shared memory for the quads on their way into and out of `compress_quads`.
-using QuadSlots = uint4[4][kBlockThreads];
-
-// Four pairs of quads: x01, x23 in, values and nibble out. The groups of pair r have the indices first_group + r *
-// stride and the next; length_of(quad): how many elements exist, all of them where `whole`. A loop, because eight
-// copies of the rule overflow the instruction cache; and hence through shared memory, because registers cannot be
-// indexed.
-template <typename Rule, typename LengthOf>
-__device__ __forceinline__ void compress_quads(const uint32_t (&x01)[8], const uint32_t (&x23)[8], uint64_t first_group,
-                                               uint64_t stride, bool whole, const LengthOf& length_of,
-                                               const Stream& stream, QuadSlots& slots, PackedQuad (&packed)[8]) {
-#pragma unroll
-  for (int r = 0; r < 4; ++r) slots[r][threadIdx.x] = {x01[2 * r], x23[2 * r], x01[2 * r + 1], x23[2 * r + 1]};
-#pragma unroll 1
-  for (int r = 0; r < 4; ++r, first_group += stride) {
-    const uint4 x = slots[r][threadIdx.x];
-    const uint4 words[2] = {philox(stream, first_group, 0), philox(stream, first_group + 1, 0)};
-    bool regular[2] = {whole, whole};
-    PackedQuad result[2] = {QuadRule<Rule>::compress(x.x, x.y, words[0], regular[0]),
-                            QuadRule<Rule>::compress(x.z, x.w, words[1], regular[1])};
-    if (!regular[0]) result[0] = QuadRule<Rule>::compress_any(x.x, x.y, words[0], length_of(2 * r));
-    if (!regular[1]) result[1] = QuadRule<Rule>::compress_any(x.z, x.w, words[1], length_of(2 * r + 1));
-    slots[r][threadIdx.x] = {result[0].values, result[0].nibble, result[1].values, result[1].nibble};
-  }
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const uint4 pair = slots[r][threadIdx.x];
-    packed[2 * r] = {pair.x, pair.y}, packed[2 * r + 1] = {pair.z, pair.w};
-  }
-}
-
 // The in-register part, for this kernel and for the epilogues of kernels that produce dY. x[r][p] holds channels 2p
-// (low half) and 2p + 1 (high half) of position r; kRows and kChannels are multiples of M. slots: of the block, for the
-// rules that are packed as Packing::kSingle, else null.
+// (low half) and 2p + 1 (high half) of position r; kRows and kChannels are multiples of M.
 
 // Groups along channels. values[r][j]: the two kept of quad j of position r; metadata[r]: 4 bits per quad.
 // first_group: index of the group that starts at x[0][0]; a position has groups_per_row groups.
@@ -151,55 +109,35 @@ template <typename Rule, int M, int kRows, int kChannels, typename Scope>
 __device__ __forceinline__ void compress_along_channels(const uint32_t (&x)[kRows][kChannels / 2], uint64_t first_group,
                                                         uint64_t groups_per_row, int channels_left,
                                                         const RuleParameters& parameters, const Scope& scope,
-                                                        QuadSlots* slots, uint32_t (&values)[kRows][kChannels / 4],
+                                                        uint32_t (&values)[kRows][kChannels / 4],
                                                         uint32_t (&metadata)[kRows]) {
-  if constexpr (Rule::kPacking == Packing::kSingle) {
-    static_assert(kRows == 4 && kChannels == 8);
-    uint32_t x01[8], x23[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x01[i] = x[i / 2][i % 2 * 2], x23[i] = x[i / 2][i % 2 * 2 + 1];
-    PackedQuad packed[8];
-    compress_quads<Rule>(
-        x01, x23, first_group, groups_per_row, channels_left >= 8, [&](int i) { return channels_left - 4 * (i % 2); },
-        parameters.stream, *slots, packed);
+  for (int r = 0; r < kRows; r += 2) {
+    uint32_t nibbles = 0;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      metadata[r] = 0;
+    for (int g = 0; g < kChannels / M; ++g) {
+      uint32_t group[M];  // low half: position r, high half: position r + 1
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        values[r][j] = packed[2 * r + j].values;
-        metadata[r] |= packed[2 * r + j].nibble << (4 * j);
+      for (int i = 0; i < M; i += 2) {
+        group[i] = zip_low(x[r][(g * M + i) / 2], x[r + 1][(g * M + i) / 2]);
+        group[i + 1] = zip_high(x[r][(g * M + i) / 2], x[r + 1][(g * M + i) / 2]);
+      }
+      const uint64_t index = first_group + static_cast<uint64_t>(r) * groups_per_row + g;
+      const int length = channels_left - g * M;
+      PackedQuads packed[M / 4];
+      prune_and_pack<Rule, M, Scope::kScales>(
+          group, {{index, index + groups_per_row}, {length, length}}, parameters,
+          [&] { scope.scale_along_channels(group, r, g * M); }, packed);
+#pragma unroll
+      for (int quad = 0; quad < M / 4; ++quad) {
+        const int j = g * (M / 4) + quad;
+        values[r][j] = zip_low(packed[quad].low, packed[quad].high);
+        values[r + 1][j] = zip_high(packed[quad].low, packed[quad].high);
+        nibbles |= packed[quad].nibbles << (4 * j);
       }
     }
-  } else {
-#pragma unroll
-    for (int r = 0; r < kRows; r += 2) {
-      uint32_t nibbles = 0;
-#pragma unroll
-      for (int g = 0; g < kChannels / M; ++g) {
-        uint32_t group[M];  // low half: position r, high half: position r + 1
-#pragma unroll
-        for (int i = 0; i < M; i += 2) {
-          group[i] = zip_low(x[r][(g * M + i) / 2], x[r + 1][(g * M + i) / 2]);
-          group[i + 1] = zip_high(x[r][(g * M + i) / 2], x[r + 1][(g * M + i) / 2]);
-        }
-        const uint64_t index = first_group + static_cast<uint64_t>(r) * groups_per_row + g;
-        const int length = channels_left - g * M;
-        PackedQuads packed[M / 4];
-        prune_and_pack<Rule, M, Scope::kScales>(
-            group, {{index, index + groups_per_row}, {length, length}}, parameters,
-            [&] { scope.scale_along_channels(group, r, g * M); }, packed);
-#pragma unroll
-        for (int quad = 0; quad < M / 4; ++quad) {
-          const int j = g * (M / 4) + quad;
-          values[r][j] = zip_low(packed[quad].low, packed[quad].high);
-          values[r + 1][j] = zip_high(packed[quad].low, packed[quad].high);
-          nibbles |= packed[quad].nibbles << (4 * j);
-        }
-      }
-      metadata[r] = nibbles & 0xffffu;
-      metadata[r + 1] = nibbles >> 16;
-    }
+    metadata[r] = nibbles & 0xffffu;
+    metadata[r + 1] = nibbles >> 16;
   }
 }
 
@@ -209,108 +147,32 @@ template <typename Rule, int M, int kRows, int kChannels, typename Scope>
 __device__ __forceinline__ void compress_along_positions(const uint32_t (&x)[kRows][kChannels / 2],
                                                          uint64_t first_group, uint64_t groups_per_row,
                                                          int64_t positions_left, const RuleParameters& parameters,
-                                                         const Scope& scope, QuadSlots* slots,
+                                                         const Scope& scope,
                                                          uint32_t (&values)[kRows / 2][kChannels / 2],
                                                          uint32_t (&metadata)[kChannels / 2]) {
-  if constexpr (Rule::kPacking == Packing::kSingle) {
-    static_assert(kRows == 4 && kChannels == 8);
-    uint32_t x01[8], x23[8];
 #pragma unroll
-    for (int p = 0; p < 4; ++p) {
-      x01[2 * p] = zip_low(x[0][p], x[1][p]), x01[2 * p + 1] = zip_high(x[0][p], x[1][p]);
-      x23[2 * p] = zip_low(x[2][p], x[3][p]), x23[2 * p + 1] = zip_high(x[2][p], x[3][p]);
-    }
-    PackedQuad packed[8];
-    compress_quads<Rule>(
-        x01, x23, first_group, 2, positions_left >= 4, [&](int) { return static_cast<int>(positions_left); },
-        parameters.stream, *slots, packed);
+  for (int p = 0; p < kChannels / 2; ++p) {
+    metadata[p] = 0;
 #pragma unroll
-    for (int p = 0; p < kChannels / 2; ++p) {
-      values[0][p] = zip_low(packed[2 * p].values, packed[2 * p + 1].values);
-      values[1][p] = zip_high(packed[2 * p].values, packed[2 * p + 1].values);
-      metadata[p] = packed[2 * p].nibble | packed[2 * p + 1].nibble << 16;
-    }
-  } else {
+    for (int g = 0; g < kRows / M; ++g) {
+      uint32_t group[M];
 #pragma unroll
-    for (int p = 0; p < kChannels / 2; ++p) {
-      metadata[p] = 0;
+      for (int i = 0; i < M; ++i) group[i] = x[g * M + i][p];
+      const uint64_t index = first_group + static_cast<uint64_t>(g) * groups_per_row + 2 * p;
+      const int length = static_cast<int>(positions_left < kRows ? positions_left : kRows) - g * M;
+      PackedQuads packed[M / 4];
+      prune_and_pack<Rule, M, Scope::kScales>(
+          group, {{index, index + 1}, {length, length}}, parameters,
+          [&] { scope.scale_along_positions(group, g * M, 2 * p); }, packed);
 #pragma unroll
-      for (int g = 0; g < kRows / M; ++g) {
-        uint32_t group[M];
-#pragma unroll
-        for (int i = 0; i < M; ++i) group[i] = x[g * M + i][p];
-        const uint64_t index = first_group + static_cast<uint64_t>(g) * groups_per_row + 2 * p;
-        const int length = static_cast<int>(positions_left < kRows ? positions_left : kRows) - g * M;
-        PackedQuads packed[M / 4];
-        prune_and_pack<Rule, M, Scope::kScales>(
-            group, {{index, index + 1}, {length, length}}, parameters,
-            [&] { scope.scale_along_positions(group, g * M, 2 * p); }, packed);
-#pragma unroll
-        for (int quad = 0; quad < M / 4; ++quad) {
-          const int j = g * (M / 4) + quad;
-          values[2 * j][p] = packed[quad].low;
-          values[2 * j + 1][p] = packed[quad].high;
-          metadata[p] |= packed[quad].nibbles << (4 * j);
-        }
+      for (int quad = 0; quad < M / 4; ++quad) {
+        const int j = g * (M / 4) + quad;
+        values[2 * j][p] = packed[quad].low;
+        values[2 * j + 1][p] = packed[quad].high;
+        metadata[p] |= packed[quad].nibbles << (4 * j);
       }
     }
   }
-}
-
-// The 8 channels from `channel` on of one position; channels that do not exist are +0.
-__device__ __forceinline__ uint4 load_channels(const uint16_t* row, int64_t channel, int64_t channels, bool vector) {
-  if (vector) return channel < channels ? __ldg(reinterpret_cast<const uint4*>(row + channel)) : uint4{};
-  uint32_t pairs[4] = {};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (channel + i < channels) pairs[i / 2] |= static_cast<uint32_t>(row[channel + i]) << (16 * (i & 1));
-  }
-  return {pairs[0], pairs[1], pairs[2], pairs[3]};
-}
-
-// Stores 8 channels of one row of a [.., c] output.
-__device__ __forceinline__ void store_channels(uint16_t* row, int64_t channel, int64_t channels, bool vector,
-                                               uint4 pairs) {
-  if (vector) {
-    if (channel < channels) *reinterpret_cast<uint4*>(row + channel) = pairs;
-    return;
-  }
-  const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (channel + i < channels) row[channel + i] = static_cast<uint16_t>(words[i / 2] >> (16 * (i & 1)));
-  }
-}
-
-// The thread's place in dY.
-struct Place {
-  int lane, block_row, rows_per_block;
-  int64_t channel_block, position_block;
-  int64_t channel, position;  // the first ones of its tile
-
-  __device__ __forceinline__ explicit Place(const Cover& cover)
-      : lane(static_cast<int>(threadIdx.x) % cover.lanes),
-        block_row(static_cast<int>(threadIdx.x) / cover.lanes),
-        rows_per_block(kBlockThreads / cover.lanes) {
-    position_block = blockIdx.x / cover.channel_blocks;
-    channel_block = blockIdx.x - position_block * cover.channel_blocks;
-    channel = (channel_block * cover.lanes + lane) * kTileChannels;
-    position = (position_block * rows_per_block + block_row) * kTilePositions;
-  }
-};
-
-// Rows `row` .. row + kRows - 1, 8 channels each; what does not exist is +0.
-template <int kRows>
-__device__ __forceinline__ void load_rows(const uint16_t* dy, int64_t t, int64_t c, int64_t row_stride, bool vector,
-                                          int64_t row, int64_t channel, uint4 (&rows)[kRows]) {
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    rows[r] = row + r < t ? load_channels(dy + (row + r) * row_stride, channel, c, vector) : uint4{};
-  }
-}
-
-__device__ __forceinline__ bool can_load_vectors(const void* dy, int64_t c, int64_t row_stride) {
-  return (reinterpret_cast<uintptr_t>(dy) % 16 | row_stride % 8 | c % 8) == 0;
 }
 
 template <int kRows>
@@ -323,31 +185,16 @@ __device__ __forceinline__ void unpack_rows(const uint4 (&rows)[kRows], uint32_t
 template <typename Rule, int M, int kRows, int kChannels, typename Scope>
 __device__ __forceinline__ void emit_dgrad(const SdgpPruneCompress& problem, const uint32_t (&x)[kRows][kChannels / 2],
                                            int64_t row, int64_t channel, const RuleParameters& parameters,
-                                           const Scope& scope, QuadSlots* slots) {
+                                           const Scope& scope) {
   const uint64_t groups_per_row = static_cast<uint64_t>((problem.c + M - 1) / M);
   const uint64_t first_group = static_cast<uint64_t>(row) * groups_per_row + static_cast<uint64_t>(channel / M);
   const int channels_left = static_cast<int>(max(min(problem.c - channel, int64_t{kChannels}), int64_t{0}));
   uint32_t values[kRows][kChannels / 4], metadata[kRows];
   compress_along_channels<Rule, M, kRows, kChannels>(x, first_group, groups_per_row, channels_left, parameters, scope,
-                                                     slots, values, metadata);
+                                                     values, metadata);
+  DgradRows<kChannels> rows(problem, row, channel);
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (row + r >= problem.t) break;
-    const int64_t offset = (row + r) * problem.dgrad_k + channel;
-    auto* value_row = static_cast<uint32_t*>(problem.dgrad_values) + offset / 4;
-    int64_t metadata_byte = offset / 8;
-    if (problem.metadata_layout != SDGP_LAYOUT_ROW_MAJOR) {
-      metadata_byte = tiled_word(problem.metadata_layout, row + r, channel / 16, problem.t) * 2 + channel / 8 % 2;
-    }
-    auto* metadata_row = static_cast<uint8_t*>(problem.dgrad_metadata) + metadata_byte;
-    if constexpr (kChannels == 8) {
-      *reinterpret_cast<uint2*>(value_row) = {values[r][0], values[r][1]};
-      *metadata_row = static_cast<uint8_t>(metadata[r]);
-    } else {
-      *reinterpret_cast<uint4*>(value_row) = {values[r][0], values[r][1], values[r][2], values[r][3]};
-      *reinterpret_cast<uint16_t*>(metadata_row) = static_cast<uint16_t>(metadata[r]);
-    }
-  }
+  for (int r = 0; r < kRows; ++r) rows.store(values[r], metadata[r]);
 }
 
 // Lanes 2i and 2i + 1 hold the two halves of 16-channel groups at the same 16 positions. They swap so that the even
@@ -370,14 +217,10 @@ __global__ void __launch_bounds__(kBlockThreads)
     prune_compress_kernel(const __grid_constant__ SdgpPruneCompress problem, const __grid_constant__ Cover cover) {
   constexpr int kRows = M, kChannels = kTileChannels;  // in registers at a time
   __shared__ float bias_sums[kBlockThreads][kChannels];
-  QuadSlots* slots = nullptr;
-  if constexpr (Rule::kPacking == Packing::kSingle) {
-    __shared__ QuadSlots block_slots;
-    slots = &block_slots;
-  }
 
   const Place place(cover);
   const int64_t c = problem.c, t = problem.t, channel = place.channel, position = place.position;
+  const int64_t padded_c = (c + 15) / 16 * 16;
   const bool vector_loads = can_load_vectors(problem.dy, c, problem.row_stride);
   const bool vector_stores = c % 8 == 0;
   const auto* dy = static_cast<const uint16_t*>(problem.dy);
@@ -425,7 +268,7 @@ __global__ void __launch_bounds__(kBlockThreads)
         const int64_t first_row = row + (odd ? 8 : 0), first_channel = channel - (odd ? 8 : 0);
         uint32_t wide[8][8];
         widen(x, odd, wide);
-        if (first_row < t && first_channel < problem.dgrad_k) {
+        if (first_row < t && first_channel < c) {
           if constexpr (kWide) {
             WideScope<Element, 8> scope{problem.dgrad_scale + first_channel * channel_step,
                                         {},
@@ -433,12 +276,12 @@ __global__ void __launch_bounds__(kBlockThreads)
                                         static_cast<int>(min(c - first_channel, int64_t{16}))};
 #pragma unroll
             for (int r = 0; r < 8; ++r) scope.offsets[r] = odd ? sample_offsets[r + 8] : sample_offsets[r];
-            emit_dgrad<Rule, M, 8, 16>(problem, wide, first_row, first_channel, dgrad_parameters, scope, slots);
+            emit_dgrad<Rule, M, 8, 16>(problem, wide, first_row, first_channel, dgrad_parameters, scope);
           } else {
-            emit_dgrad<Rule, M, 8, 16>(problem, wide, first_row, first_channel, dgrad_parameters, GroupScope{}, slots);
+            emit_dgrad<Rule, M, 8, 16>(problem, wide, first_row, first_channel, dgrad_parameters, GroupScope{});
           }
         }
-      } else if (row < t && channel < problem.dgrad_k) {
+      } else if (row < t && channel < padded_c) {
         if constexpr (kWide) {
           WideScope<Element, kRows> scope{problem.dgrad_scale + channel * channel_step,
                                           {},
@@ -446,9 +289,9 @@ __global__ void __launch_bounds__(kBlockThreads)
                                           static_cast<int>(min(c - channel, int64_t{8}))};
 #pragma unroll
           for (int r = 0; r < kRows; ++r) scope.offsets[r] = sample_offsets[r];
-          emit_dgrad<Rule, M, kRows, kChannels>(problem, x, row, channel, dgrad_parameters, scope, slots);
+          emit_dgrad<Rule, M, kRows, kChannels>(problem, x, row, channel, dgrad_parameters, scope);
         } else {
-          emit_dgrad<Rule, M, kRows, kChannels>(problem, x, row, channel, dgrad_parameters, GroupScope{}, slots);
+          emit_dgrad<Rule, M, kRows, kChannels>(problem, x, row, channel, dgrad_parameters, GroupScope{});
         }
       }
     }
@@ -465,10 +308,10 @@ __global__ void __launch_bounds__(kBlockThreads)
 #pragma unroll
         for (int r = 0; r < kRows; ++r) scope.offsets[r] = sample_offsets[r];
         compress_along_positions<Rule, M, kRows, kChannels>(x, first_group, groups_per_row, t - row, wgrad_parameters,
-                                                            scope, slots, values, metadata);
+                                                            scope, values, metadata);
       } else {
         compress_along_positions<Rule, M, kRows, kChannels>(x, first_group, groups_per_row, t - row, wgrad_parameters,
-                                                            GroupScope{}, slots, values, metadata);
+                                                            GroupScope{}, values, metadata);
       }
 #pragma unroll
       for (int v = 0; v < kRows / 2; ++v) {
@@ -480,35 +323,11 @@ __global__ void __launch_bounds__(kBlockThreads)
     }
   }
 
+  if (problem.dgrad_values != nullptr) pad_dgrad(problem, cover, place, padded_c);
   if (problem.wgrad_values != nullptr && position < problem.wgrad_k) {
-    auto* words = static_cast<uint16_t*>(problem.wgrad_metadata);
-    if (problem.metadata_layout == SDGP_LAYOUT_ROW_MAJOR) {
-      store_channels(words + position / 16 * c, channel, c, vector_stores,
-                     {wgrad_metadata[0], wgrad_metadata[1], wgrad_metadata[2], wgrad_metadata[3]});
-    } else {
-#pragma unroll
-      for (int e = 0; e < kChannels; ++e) {
-        if (channel + e >= c) break;
-        words[tiled_word(problem.metadata_layout, channel + e, position / 16, c)] =
-            static_cast<uint16_t>(wgrad_metadata[e / 2] >> (16 * (e & 1)));
-      }
-    }
+    store_wgrad_metadata(problem, position, channel, wgrad_metadata);
   }
-
-  // Sums of the block's positions, added up in a fixed order.
-  const int64_t block_positions = place.rows_per_block * kTilePositions;
-  if (problem.bias != nullptr && place.position_block * block_positions < t) {
-#pragma unroll
-    for (int e = 0; e < kChannels; ++e) bias_sums[threadIdx.x][e] = bias[e];
-    __syncthreads();
-    for (int e = static_cast<int>(threadIdx.x); e < cover.lanes * kChannels; e += kBlockThreads) {
-      const int64_t target = place.channel_block * cover.lanes * kChannels + e;
-      if (target >= c) continue;
-      float sum = 0.0f;
-      for (int r = 0; r < place.rows_per_block; ++r) sum += bias_sums[r * cover.lanes + e / kChannels][e % kChannels];
-      problem.bias_partials[place.position_block * c + target] = sum;
-    }
-  }
+  if (problem.bias != nullptr) store_bias_partials(problem, cover, place, bias, bias_sums);
 }
 
 }  // namespace sdgp

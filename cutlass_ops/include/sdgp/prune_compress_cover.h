@@ -12,21 +12,21 @@ constexpr int kTileChannels = 8;  // per thread
 
 // Blocks of `lanes` threads along channels times kBlockThreads / lanes along positions; channels run fastest.
 struct Cover {
-  int lanes;
-  int64_t channel_blocks, position_blocks;
+  int lane_bits, lanes;
+  unsigned channel_blocks;
+  int64_t position_blocks;
 };
 
 // 32 lanes give the longest runs of memory; a narrow layer takes fewer, so that at most 1 in 16 is idle. Never 1:
-// groups of 16 channels are shared by two lanes. Operands padded beyond the next multiple of 16 only add blocks at the
-// end.
-inline Cover cover_matrix(int64_t t, int64_t c, int64_t dgrad_k, int64_t wgrad_k) {
+// groups of 16 channels are shared by two lanes.
+inline Cover cover_matrix(int64_t t, int64_t c, int64_t wgrad_k) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t tiles = ceil_div(c, 16) * 2;
-  int64_t lanes = 32;
-  while (lanes > 2 && ceil_div(tiles, lanes) * lanes * 16 > tiles * 17) lanes /= 2;
-  const int64_t positions = t > wgrad_k ? t : wgrad_k, channels = c > dgrad_k ? c : dgrad_k;
-  return {static_cast<int>(lanes), ceil_div(channels, lanes * kTileChannels),
-          ceil_div(positions, kBlockThreads / lanes * kTilePositions)};
+  int lane_bits = 5;
+  while (lane_bits > 1 && (ceil_div(tiles, 1 << lane_bits) << lane_bits) * 16 > tiles * 17) --lane_bits;
+  const int64_t positions = t > wgrad_k ? t : wgrad_k;
+  return {lane_bits, 1 << lane_bits, static_cast<unsigned>(ceil_div(tiles, 1 << lane_bits)),
+          ceil_div(positions, (kBlockThreads >> lane_bits) * kTilePositions)};
 }
 
 }  // namespace sdgp

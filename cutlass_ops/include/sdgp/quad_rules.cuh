@@ -1,16 +1,15 @@
-// mvue and random with 2:4, written for throughput: one group per call, straight-line except where noted. Same bits as
-// the rules in group_rules.cuh, to which they defer for the rare group that they cannot take.
+// mvue and random with 2:4, written for throughput: straight-line code without branches, four groups in flight. Same
+// bits as the rules in group_rules.cuh, to which they defer for the rare group that they cannot take.
 //
 // What makes mvue, the default, short, and most of it work for the FMA pipe:
 //  - A capped element is given the weight 1, so that two elements are always sampled, by the points u and 1 + u. In
 //    shifted coordinates (R - 1) all running sums are multiples of 2^-24 in [-1, 1], which float32 holds exactly.
+//  - No weight exceeds 1, so that u falls on element 0, 1 or 2 and 1 + u on element 1, 2 or 3: four comparisons.
 //  - floor to a multiple of 2^-24 is an addition: p - 1 rounded down, because [-1, -1/2] has just that spacing and
 //    above it the difference is exact.
+//  - Where rounding makes a difference to that (a weight of 1 + 2^-24, a second round of capping), it is one of a few
+//    units of 2^-24 at the ends of [0, 1): it is enough to keep u away from there.
 //  - Divisions are those of division.cuh, and only the kept values are divided.
-//
-// A group still takes 181 instructions, of which Philox is 36 (17 wide multiplications): arithmetic, not memory, is
-// what limits mvue. On an H100, 92 per group and direction would hide behind the memory traffic of both operands;
-// measured, both take 3.2 times as long as a copy of dY (bench/results/kernels-NVIDIA_H100_80GB_HBM3.json).
 #pragma once
 
 #include "sdgp/division.cuh"
@@ -19,39 +18,40 @@
 
 namespace sdgp {
 
-// One compressed quad: the kept values in index order (low half first) and idx0 | idx1 << 2.
+// One compressed quad: the kept values in index order (low half first) and, in the top four bits of `code`,
+// idx0 | idx1 << 2. (What else `code` holds comes from how it is made.)
 struct PackedQuad {
-  uint32_t values, nibble;
+  uint32_t values, code;
 };
+
+// word * 16 + the nibble of a quad.
+__device__ __forceinline__ uint32_t append_nibble(uint32_t word, const PackedQuad& quad) {
+  return __funnelshift_l(quad.code, word, 4);
+}
 
 // Packs the quad in the low halves of x.
 __device__ __forceinline__ PackedQuad pack_single(const uint32_t (&x)[4]) {
   const PackedQuads packed = pack_pruned(x);
-  return {zip_low(packed.low, packed.high), packed.nibbles & 0xfu};
+  return {zip_low(packed.low, packed.high), packed.nibbles << 28};
 }
 
-// At most two of the four are non-zero.
-__device__ __forceinline__ bool has_few_nonzeros(uint32_t x01, uint32_t x23) {
-  // Top bit of each half: non-zero; then each to a byte of 8 equal bits.
-  const uint32_t first = (x01 & 0x7fff7fffu) + 0x7fff7fffu, second = (x23 & 0x7fff7fffu) + 0x7fff7fffu;
-  return __popc(permute(first, second, 0xfdb9)) <= 2 * 8;
-}
-
-template <typename Element>
+template <typename Type>
 struct MvueQuad {
-  // Where every step below is exact and nothing saturates: sums up to 2^14 (fp16: x / weight stays finite) or 2^30, and
-  // for the wide exponents of bf16 free sums from 2^-70 and sampled values from 2^-100 on.
+  using Element = Type;
+  static constexpr bool kNeedsLength = false;  // elements that do not exist are zeros, which are never sampled
+
+  // Where every step below is exact and nothing saturates: sums up to 2^14 (fp16: x / weight stays finite) or 2^30;
+  // free sums that are not lost in the whole sum, and for the wide exponents of bf16 from 2^-70 on.
   static constexpr bool kIsHalf = ElementTraits<Element>::kInfinity == 0x7c00;
   static constexpr float kLargestSum = kIsHalf ? 0x1p14f : 0x1p30f;
-  static constexpr float kSmallestFreeSum = 0x1p-70f;
-  static constexpr float kSmallestSample = 0x1p-100f;
+  static constexpr float kSmallestFreeSum = kIsHalf ? 0x1p-30f : 0x1p-70f;
+  static constexpr uint32_t kEdge = 1u << 14;  // of u, as a random word: 64 units of 2^-24
 
-  // x01, x23: the group's elements 0, 1 and 2, 3; words: its random words. Clears `regular` where only
-  // `compress_any` gives the result: NaN, inf, extreme exponents, and values so unequal that a second round of capping
-  // finds something.
+  // x01, x23: the group's elements 0, 1 and 2, 3; word: its random word. Clears `regular` where only `compress_any`
+  // gives the result: fewer than two non-zeros, NaN, inf, extreme exponents, one value that dwarfs the others, a last
+  // value of a few units of 2^-24, u at an edge.
   static __device__ __forceinline__ PackedQuad compress(uint32_t x01, uint32_t x23, const uint4& words, bool& regular) {
     using Traits = ElementTraits<Element>;
-    if (has_few_nonzeros(x01, x23)) return pack_single({x01, x01 >> 16, x23, x23 >> 16});
     const float a[4] = {fabsf(Traits::to_float(x01 & 0xffffu)), fabsf(Traits::to_float(x01 >> 16)),
                         fabsf(Traits::to_float(x23 & 0xffffu)), fabsf(Traits::to_float(x23 >> 16))};
     const float sum = __fadd_rn(__fadd_rn(__fadd_rn(a[0], a[1]), a[2]), a[3]);
@@ -65,55 +65,44 @@ struct MvueQuad {
       free[i] = __saturatef(__fmaf_rn(__fmul_rn(inverse, a[i]), -0x1p25f, 0x1p24f));
       size[i] = __fmul_rn(free[i], a[i]);
     }
-    // What is left of the 2 for the free elements, and their probabilities (the same ones where nothing was capped).
-    const float free01 = __fadd_rn(free[0], free[1]), free23 = __fadd_rn(free[2], free[3]);
-    const float remaining = __fadd_rn(__fadd_rn(free01, free23), -2.0f);
+    // The free elements share 2, or 1 beside a capped one, and have these probabilities (the same ones where nothing
+    // was capped). Two capped ones leave a free sum that is lost in the sum.
     const float free_sum = __fadd_rn(__fadd_rn(__fadd_rn(size[0], size[1]), size[2]), size[3]);
-    if constexpr (!kIsHalf) regular &= free_sum >= kSmallestFreeSum;
-    const float factor = __fmul_rn(remaining, reciprocal(free_sum));
+    regular &= free_sum > __fmaf_rn(sum, 0x1p-20f, kSmallestFreeSum);
+    const float factor = __fmul_rn(free_sum < sum ? 1.0f : 2.0f, reciprocal(free_sum));
     float p[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      p[i] = __fmul_rn(factor, size[i]);
-      regular &= !(p[i] >= 1.0f);
-    }
+    for (int i = 0; i < 4; ++i) p[i] = __fmul_rn(factor, size[i]);
 
     // Running sums less 1: after elements 0, 1, 2 (after element 3: 1). From the last free non-zero on they are what
     // the capped elements after it leave.
-    const float step1 = __fadd_rd(p[1], -free[1]), step2 = __fadd_rd(p[2], -free[2]);
     const float running0 = __fadd_rd(p[0], -free[0]);
-    const float weight0 = __fadd_rn(running0, 1.0f);
-    float running1 = __fadd_rn(weight0, step1);
-    float running2 = __fadd_rn(running1, __fadd_rn(step2, 1.0f));
+    const float weight0 = __fadd_rn(running0, 1.0f), weight2 = __fadd_rn(__fadd_rd(p[2], -free[2]), 1.0f);
+    float running1 = __fadd_rn(weight0, __fadd_rd(p[1], -free[1]));
+    float running2 = __fadd_ru(running1, weight2);  // exact up to 1, and what exceeds it stays visible
     const bool more_after_2 = size[3] > 0.0f;
     const bool more_after_1 = size[2] > 0.0f || more_after_2;
-    running1 = fminf(more_after_1 ? running1 : 2.0f, __fadd_rn(free23, -1.0f));
-    running2 = fminf(more_after_2 ? running2 : 2.0f, free[3]);
+    if (!more_after_2) running2 = free[3];
+    if (!more_after_1) running1 = __fadd_rn(running2, -weight2);
+    regular &= running2 <= 1.0f;
+    regular &= running1 <= running2;
 
-    // The element under each of the two points.
+    // The elements under the two points.
+    regular &= words.x + kEdge >= 2 * kEdge;
     const float unit = static_cast<float>(words.x >> 8);
     const float point0 = __fmaf_rn(unit, 0x1p-24f, -1.0f), point1 = __fmul_rn(unit, 0x1p-24f);
-    const float weight1 = __fadd_rn(running1, -running0), weight2 = __fadd_rn(running2, -running1);
-    const float weight3 = __fadd_rn(1.0f, -running2);
-    float kept_weight0 = weight0, kept_weight1 = weight0;
-    // Bits 0..15: the byte selector of both elements; bits 16..19: the nibble.
-    uint32_t code = 0x1010;
-    constexpr uint32_t kNext0 = 0x10022, kNext1 = 0x42200;
-    if (point0 >= running0) kept_weight0 = weight1, code += kNext0;
-    if (point0 >= running1) kept_weight0 = weight2, code += kNext0;
-    if (point0 >= running2) kept_weight0 = weight3, code += kNext0;
-    if (point1 >= running0) kept_weight1 = weight1, code += kNext1;
-    if (point1 >= running1) kept_weight1 = weight2, code += kNext1;
-    if (point1 >= running2) kept_weight1 = weight3, code += kNext1;
-    regular &= kept_weight0 <= 1.0f;  // beyond 1, rounding has put both points on one element
+    float kept_weight0 = weight0, kept_weight1 = __fadd_rn(running1, -running0);
+    // Bits 0..15: the byte selector of both elements.
+    uint32_t code = 0x40003210;
+    constexpr uint32_t kNext0 = 0x10000022, kNext1 = 0x40002200;
+    if (point0 >= running0) kept_weight0 = kept_weight1, code += kNext0;
+    if (point0 >= running1) kept_weight0 = __fadd_rn(running2, -running1), code += kNext0;
+    if (point1 >= running1) kept_weight1 = __fadd_rn(running2, -running1), code += kNext1;
+    if (point1 >= running2) kept_weight1 = __fadd_rn(1.0f, -running2), code += kNext1;
 
     const uint32_t kept = permute(x01, x23, code);
     const float kept0 = Traits::to_float(kept & 0xffffu), kept1 = Traits::to_float(kept >> 16);
-    if constexpr (!kIsHalf) {
-      regular &= fabsf(kept0) >= kSmallestSample;
-      regular &= fabsf(kept1) >= kSmallestSample;
-    }
-    return {pack_floats<Element>(quotient(kept0, kept_weight0), quotient(kept1, kept_weight1)), code >> 16};
+    return {pack_floats<Element>(quotient(kept0, kept_weight0), quotient(kept1, kept_weight1)), code};
   }
 
   static __device__ __forceinline__ PackedQuad compress_any(uint32_t x01, uint32_t x23, const uint4& words, int) {
@@ -123,28 +112,26 @@ struct MvueQuad {
   }
 };
 
-template <typename Element>
+template <typename Type>
 struct RandomQuad {
+  using Element = Type;
+  static constexpr bool kNeedsLength = true;
+
+  // x01, x23: the group's elements 0, 1 and 2, 3; words: their random keys. Clears `regular` where only `compress_any`
+  // gives the result: NaN or inf, which change what is kept, and a kept zero, which has to be at the lowest free index.
   static __device__ __forceinline__ PackedQuad compress(uint32_t x01, uint32_t x23, const uint4& words, bool& regular) {
-    const bool beats01 = words.x >= words.y, beats02 = words.x >= words.z, beats03 = words.x >= words.w;
-    const bool beats12 = words.y >= words.z, beats13 = words.y >= words.w, beats23 = words.z >= words.w;
-    const bool keep0 = (beats01 && beats02) || (beats01 && beats03) || (beats02 && beats03);
-    const bool keep1 = (!beats01 && beats12) || (!beats01 && beats13) || (beats12 && beats13);
-    const bool keep2 = (!beats02 && !beats12) || (!beats02 && beats23) || (!beats12 && beats23);
-    // Bits 0..15: the byte selector of both elements; bits 16..19: the nibble.
-    const uint32_t code0 = keep1 ? 0x43210u : keep2 ? 0x85410u : 0xc7610u;
-    const uint32_t code12 = keep2 ? 0x95432u : 0xd7632u;
-    const uint32_t code = keep0 ? code0 : keep1 ? code12 : 0xe7654u;
+    // The larger of each pair, unless both of one pair beat both of the other. Bits 0..15: the byte selector.
+    uint32_t code = 0x80005410;
+    if (words.x < words.y) code += 0x10000022;
+    if (words.z < words.w) code += 0x40002200;
+    if (min(words.x, words.y) >= max(words.z, words.w)) code = 0x40003210;
+    if (min(words.z, words.w) > max(words.x, words.y)) code = 0xe0007654;
     const uint32_t kept = permute(x01, x23, code);
-    // A NaN or inf changes what is kept; a kept zero has to be stored at the lowest free index.
     constexpr uint32_t kToTopBit = (0x8000 - ElementTraits<Element>::kInfinity) * 0x10001;
     const uint32_t not_finite = ((x01 & 0x7fff7fffu) + kToTopBit) | ((x23 & 0x7fff7fffu) + kToTopBit);
-    regular &= (not_finite & 0x80008000u) == 0;
-    if ((((kept & 0x7fff7fffu) + 0x7fff7fffu) & 0x80008000u) != 0x80008000u) {
-      const bool keep3 = !(keep0 && keep1) && !(keep0 && keep2) && !(keep1 && keep2);
-      return pack_single({keep0 ? x01 : 0, keep1 ? x01 >> 16 : 0, keep2 ? x23 : 0, keep3 ? x23 >> 16 : 0});
-    }
-    return {kept, code >> 16};
+    const uint32_t nonzero = (kept & 0x7fff7fffu) + 0x7fff7fffu;
+    regular &= ((not_finite | ~nonzero) & 0x80008000u) == 0;
+    return {kept, code};
   }
 
   static __device__ __forceinline__ PackedQuad compress_any(uint32_t x01, uint32_t x23, const uint4& words,

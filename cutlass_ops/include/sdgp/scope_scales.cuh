@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(256)
 
 template <typename Element, int N, int M>
 int launch_scope_scales(const SdgpScopeScales& problem) {
-  Cover cover = cover_matrix(problem.t, problem.c, 0, 0);
+  Cover cover = cover_matrix(problem.t, problem.c, 0);
   cover.position_blocks = (cover.position_blocks + kScopeSteps - 1) / kScopeSteps;
   const int64_t blocks = cover.channel_blocks * cover.position_blocks;
   const int64_t scopes = problem.positions_per_sample == 0 ? 1 : problem.t / problem.positions_per_sample * problem.c;

@@ -1,0 +1,150 @@
+// How the prune+compress kernels read dY and write the operands, for the tile of one thread: 16 positions x 8 channels.
+#pragma once
+
+#include "sdgp/metadata.cuh"
+#include "sdgp/prune_compress_api.h"
+#include "sdgp/prune_compress_cover.h"
+
+namespace sdgp {
+
+// The 8 channels from `channel` on of one position; channels that do not exist are +0.
+__device__ __forceinline__ uint4 load_channels(const uint16_t* row, int64_t channel, int64_t channels, bool vector) {
+  if (vector) return channel < channels ? __ldg(reinterpret_cast<const uint4*>(row + channel)) : uint4{};
+  uint32_t pairs[4] = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (channel + i < channels) pairs[i / 2] |= static_cast<uint32_t>(row[channel + i]) << (16 * (i & 1));
+  }
+  return {pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+// Stores 8 channels of one row of a [.., c] output.
+__device__ __forceinline__ void store_channels(uint16_t* row, int64_t channel, int64_t channels, bool vector,
+                                               uint4 pairs) {
+  if (vector) {
+    if (channel < channels) *reinterpret_cast<uint4*>(row + channel) = pairs;
+    return;
+  }
+  const uint32_t words[4] = {pairs.x, pairs.y, pairs.z, pairs.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (channel + i < channels) row[channel + i] = static_cast<uint16_t>(words[i / 2] >> (16 * (i & 1)));
+  }
+}
+
+// The thread's place in dY.
+struct Place {
+  int lane, block_row, rows_per_block;
+  int64_t channel_block, position_block;
+  int64_t channel, position;  // the first ones of its tile
+
+  __device__ __forceinline__ explicit Place(const Cover& cover)
+      : lane(static_cast<int>(threadIdx.x) & (cover.lanes - 1)),
+        block_row(static_cast<int>(threadIdx.x) >> cover.lane_bits),
+        rows_per_block(kBlockThreads >> cover.lane_bits) {
+    const unsigned row_of_blocks = blockIdx.x / cover.channel_blocks;
+    position_block = row_of_blocks;
+    channel_block = blockIdx.x - row_of_blocks * cover.channel_blocks;
+    channel = (channel_block * cover.lanes + lane) * kTileChannels;
+    position = (position_block * rows_per_block + block_row) * kTilePositions;
+  }
+};
+
+// Rows `row` .. row + kRows - 1, 8 channels each; what does not exist is +0.
+template <int kRows>
+__device__ __forceinline__ void load_rows(const uint16_t* dy, int64_t t, int64_t c, int64_t row_stride, bool vector,
+                                          int64_t row, int64_t channel, uint4 (&rows)[kRows]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    rows[r] = row + r < t ? load_channels(dy + (row + r) * row_stride, channel, c, vector) : uint4{};
+  }
+}
+
+__device__ __forceinline__ bool can_load_vectors(const void* dy, int64_t c, int64_t row_stride) {
+  return (reinterpret_cast<uintptr_t>(dy) % 16 | row_stride % 8 | c % 8) == 0;
+}
+
+// Where the dgrad operand's rows of kChannels (8 or 16) go, from one position to the next.
+template <int kChannels>
+class DgradRows {
+ public:
+  __device__ __forceinline__ DgradRows(const SdgpPruneCompress& problem, int64_t row, int64_t channel)
+      : problem_(problem),
+        values_(static_cast<uint8_t*>(problem.dgrad_values) + row * problem.dgrad_k + channel),
+        metadata_(static_cast<uint8_t*>(problem.dgrad_metadata) + (row * problem.dgrad_k + channel) / 8),
+        row_(row),
+        channel_(channel) {}
+
+  // values: two kept of each quad; metadata: 4 bits per quad. Rows beyond the last are not written.
+  __device__ __forceinline__ void store(const uint32_t (&values)[kChannels / 4], uint32_t metadata) {
+    if (row_ < problem_.t) {
+      if constexpr (kChannels == 8) {
+        *reinterpret_cast<uint2*>(values_) = {values[0], values[1]};
+        *metadata_of_row() = static_cast<uint8_t>(metadata);
+      } else {
+        *reinterpret_cast<uint4*>(values_) = {values[0], values[1], values[2], values[3]};
+        *reinterpret_cast<uint16_t*>(metadata_of_row()) = static_cast<uint16_t>(metadata);
+      }
+    }
+    ++row_, values_ += problem_.dgrad_k, metadata_ += problem_.dgrad_k / 8;
+  }
+
+ private:
+  __device__ __forceinline__ uint8_t* metadata_of_row() const {
+    if (problem_.metadata_layout == SDGP_LAYOUT_ROW_MAJOR) return metadata_;
+    return static_cast<uint8_t*>(problem_.dgrad_metadata) +
+           tiled_word(problem_.metadata_layout, row_, channel_ / 16, problem_.t) * 2 + channel_ / 8 % 2;
+  }
+
+  const SdgpPruneCompress& problem_;
+  uint8_t *values_, *metadata_;  // of the current row; metadata in row-major order
+  int64_t row_, channel_;
+};
+
+// The dgrad operand from channel `first`, a multiple of 8, on: zeros with a legal nibble.
+__device__ __forceinline__ void pad_dgrad(const SdgpPruneCompress& problem, const Cover& cover, const Place& place,
+                                          int64_t first) {
+  if (place.channel_block != cover.channel_blocks - 1) return;
+  for (int64_t channel = first + place.lane * kTileChannels; channel < problem.dgrad_k;
+       channel += cover.lanes * kTileChannels) {
+    DgradRows<kTileChannels> rows(problem, place.position, channel);
+    for (int r = 0; r < kTilePositions; ++r) rows.store({0, 0}, 0x44);
+  }
+}
+
+// metadata[p]: the wgrad operand's words of channels 2p and 2p + 1 for the 16 positions from `position` on.
+__device__ __forceinline__ void store_wgrad_metadata(const SdgpPruneCompress& problem, int64_t position,
+                                                     int64_t channel, const uint32_t (&metadata)[kTileChannels / 2]) {
+  const int64_t c = problem.c;
+  auto* words = static_cast<uint16_t*>(problem.wgrad_metadata);
+  if (problem.metadata_layout == SDGP_LAYOUT_ROW_MAJOR) {
+    store_channels(words + position / 16 * c, channel, c, c % 8 == 0,
+                   {metadata[0], metadata[1], metadata[2], metadata[3]});
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kTileChannels; ++e) {
+    if (channel + e >= c) break;
+    words[tiled_word(problem.metadata_layout, channel + e, position / 16, c)] =
+        static_cast<uint16_t>(metadata[e / 2] >> (16 * (e & 1)));
+  }
+}
+
+// bias: a thread's sums over its positions. All threads of the block take part; sums are added up in a fixed order.
+__device__ __forceinline__ void store_bias_partials(const SdgpPruneCompress& problem, const Cover& cover,
+                                                    const Place& place, const float (&bias)[kTileChannels],
+                                                    float (&sums)[kBlockThreads][kTileChannels]) {
+  if (place.position_block * place.rows_per_block * kTilePositions >= problem.t) return;
+#pragma unroll
+  for (int e = 0; e < kTileChannels; ++e) sums[threadIdx.x][e] = bias[e];
+  __syncthreads();
+  for (int e = static_cast<int>(threadIdx.x); e < cover.lanes * kTileChannels; e += kBlockThreads) {
+    const int64_t target = place.channel_block * cover.lanes * kTileChannels + e;
+    if (target >= problem.c) continue;
+    float sum = 0.0f;
+    for (int r = 0; r < place.rows_per_block; ++r) sum += sums[r * cover.lanes + e / kTileChannels][e % kTileChannels];
+    problem.bias_partials[place.position_block * problem.c + target] = sum;
+  }
+}
+
+}  // namespace sdgp
