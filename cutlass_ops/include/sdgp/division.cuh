@@ -19,7 +19,10 @@ __device__ __forceinline__ float reciprocal(float x) {
   return __fmaf_rn(guess, __fmaf_rn(-x, guess, 1.0f), guess);
 }
 
-// x / weight, for a 16-bit x of at least 2^-100 in magnitude and a weight of k / 2^24 in (0, 1].
+// x / weight, for a 16-bit x of at least 2^-100 in magnitude and a weight of k / 2^24 in (0, 1]: once rounded to 16
+// bits it is the correctly rounded quotient. (Before that one in 20 million is off in float32's last bit, none of them
+// next to a boundary of the 16-bit types: all pairs of mantissas were tried, with reciprocals that are off by up to one
+// unit.)
 __device__ __forceinline__ float quotient(float x, float weight) {
   const float inverse = approximate_reciprocal(weight);
   const float guess = __fmul_rn(x, inverse);
