@@ -49,6 +49,7 @@ TAIL_LINES = 15
 DONE = "done before, with these sources on this GPU"
 
 PYTEST = "{python} -m pytest -q -p no:cacheprovider"
+TESTING = ("pytest", "pytest_timeout")
 
 
 class Case(NamedTuple):
@@ -79,7 +80,7 @@ def sanitize(tool: str, name: str, tests: str, seconds: float, arch: str = "") -
     Each tensor has an allocation of its own: inside torch's large blocks no access is out of bounds.
     """
     command = f"env PYTORCH_NO_CUDA_MEMORY_CACHING=1 {{sanitizer}} --tool {tool} --kernel-name kns=sdgp"
-    return Case(f"{tool}-{name}", f"{command} --error-exitcode 1 {PYTEST} {tests}", seconds, ("pytest",), arch)
+    return Case(f"{tool}-{name}", f"{command} --error-exitcode 1 {PYTEST} {tests}", seconds, TESTING, arch)
 
 
 PRUNE, SM90, SM80 = (f"tests/kernels/test_{name}.py" for name in ("prune_compress", "sm90_sparse", "sm80_sparse"))
@@ -89,15 +90,15 @@ SMALL = f"{PRUNE} -k any_shape"
 # Most valuable first: does it work, what does a layer and the smallest whole model gain, then the rest.
 CASES = (
     Case("build", "{python} cutlass_ops/build_kernels.py", 90),
-    Case("tests-prune", f"{PYTEST} {PRUNE}", 60, ("pytest",)),
-    Case("tests-sm90", f"{PYTEST} {SM90}", 30, ("pytest",), "90a"),
-    Case("tests-sm80", f"{PYTEST} {SM80}", 30, ("pytest",)),
+    Case("tests-prune", f"{PYTEST} {PRUNE}", 60, TESTING),
+    Case("tests-sm90", f"{PYTEST} {SM90}", 30, TESTING, "90a"),
+    Case("tests-sm80", f"{PYTEST} {SM80}", 30, TESTING),
     Case("layers-mvue", "{python} -m bench.layers --prune mvue --json {result}", 120),
     step("resnet9", 110),
     Case("kernels", "{python} -m bench.kernels --json {result}", 40),
     Case("gemm", "{python} -m bench.gemm --json {result}", 120),
-    Case("tests-kernels", f"{PYTEST} {OTHERS}", 120, ("pytest",)),
-    Case("tests-layers", f"{PYTEST} tests/test_layers_cuda.py", 60, ("pytest",)),
+    Case("tests-kernels", f"{PYTEST} {OTHERS}", 120, TESTING),
+    Case("tests-layers", f"{PYTEST} tests/test_layers_cuda.py", 60, TESTING),
     step("vit_large", 240, "timm"),
     Case("layers-rescale_magnitude", "{python} -m bench.layers --prune rescale_magnitude --json {result}", 120),
     sanitize("memcheck", "prune", SMALL, 60),

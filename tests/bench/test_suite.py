@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -149,6 +150,29 @@ def test_a_process_that_overruns_ends_with_all_it_started(tmp_path: Path) -> Non
     while stat.exists() and stat.read_text().split(")")[1].split()[0] != "Z" and time.monotonic() < deadline:
         time.sleep(0.05)  # an orphan that nobody waits for may stay as a zombie
     assert not stat.exists() or stat.read_text().split(")")[1].split()[0] == "Z"
+
+
+def test_an_interrupted_suite_stops_what_it_started(tmp_path: Path) -> None:
+    child = tmp_path / "child.py"
+    child.write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
+    program = (
+        "from pathlib import Path; from bench import suite;"
+        "suite.find_machine = lambda: suite.Machine('Made-up GPU', '90a', {});"
+        f"suite.CASES = (suite.Case('build', '{{python}} {child}', 100),);"
+        f"suite.main(['--out', '{tmp_path / 'out'}'])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(suite.ROOT), "PYTHONUNBUFFERED": "1"}
+    running = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    logs: list[Path] = []
+    while not (logs and logs[0].read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        logs = list(tmp_path.glob("out/*/build.log"))
+    running.terminate()
+    running.communicate(timeout=30)
+    assert running.returncode == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(logs[0].read_text()), 0)
 
 
 @pytest.fixture
