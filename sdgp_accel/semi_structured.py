@@ -18,7 +18,7 @@ than two non-zeros: a zero is stored at the lowest free index. What the bits of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,7 @@ from sdgp_accel.pruning import check_values, prune
 ROW_MAJOR = "row_major"
 
 
-@dataclass(frozen=True)
-class SparseOperand:
+class SparseOperand(NamedTuple):
     """A matrix [T, C] with at most two non-zeros in each aligned group of 4 along `axis`, compressed along it.
 
     values, metadata: see the table above. Metadata in a layout other than ``"row_major"`` is one-dimensional.

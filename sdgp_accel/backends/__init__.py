@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -187,10 +187,14 @@ def decide_conv2d(
 
 
 def _tuned(decision: Decision, dtype: torch.dtype, device: torch.device, deterministic: bool) -> Decision:
-    """With ``backend="auto"``, only the passes that the kernels make faster stay pruned."""
+    """With ``backend="auto"``, only the passes that the kernels make faster stay pruned. Chooses tilings."""
     geometry, backend, plan = decision.geometry, decision.backend, decision.plan
-    if backend is None or backend.name != KERNELS or plan.backend != "auto":
+    if backend is None:
         return decision
+    listed = [backend.tilings(geometry, name, dtype, device) for name in get_args(Pass)]
+    best = Tilings(*(next(iter(tilings), None) for tilings in listed))
+    if backend.name != KERNELS or plan.backend != "auto":
+        return decision._replace(tilings=best)
     from sdgp_accel import tuning  # not needed where nothing is measured
 
     tuned = tuning.tune(backend, plan, geometry, dtype, device, deterministic)
@@ -200,8 +204,9 @@ def _tuned(decision: Decision, dtype: torch.dtype, device: torch.device, determi
     )
     if not plan.prunes:
         return Decision(geometry, None, plan, False, tuned.reason, times=tuned.times)
-    # Another rank's GPU may have tilings that this one has not.
-    tilings = tuning.find_tilings(tuned, backend, geometry, dtype, device) or Tilings()
+    # Predicted choices name no tilings, and another rank's GPU may have some that this one has not.
+    timed = tuning.find_tilings(tuned, backend, geometry, dtype, device) or Tilings()
+    tilings = Tilings(timed.dgrad or best.dgrad, timed.wgrad or best.wgrad)
     reason = tuned.reason + _conversions(geometry)
     return Decision(geometry, backend, plan, plan.draws, reason, tilings, tuned.times)
 

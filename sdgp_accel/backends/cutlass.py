@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import cutlass_ops
-from sdgp_accel.backends import BUILD_COMMAND, Needs, Operands, check_out, dense, tiles
+from sdgp_accel.backends import BUILD_COMMAND, CACHED_DECISIONS, Needs, Operands, check_out, dense, tiles
 from sdgp_accel.backends.tiles import TILE_K, Product, Tiling, rank_tilings
 from sdgp_accel.config import Pass, PruneSpec
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
@@ -98,16 +98,17 @@ class CutlassBackend:
         self, dy2d: Tensor, plan: LayerPlan, rng: Rng | None, positions_per_sample: int, needs: Needs
     ) -> Operands:
         """One pass over dY [T, C] for both operands and the bias gradient, two where their rules differ."""
-        specs = (plan.grad_input if needs.dgrad else None, plan.grad_weight if needs.wgrad else None)
+        for_dgrad = plan.grad_input if needs.dgrad else None
+        for_wgrad = plan.grad_weight if needs.wgrad else None
         with _on_device(dy2d.device):
-            if specs[0] is not None and specs[1] is not None and specs[0] != specs[1]:
-                dgrad, _, bias = _prune_compress(dy2d, specs[0], True, False, needs.bias, rng, positions_per_sample)
-                _, wgrad, _ = _prune_compress(dy2d, specs[1], False, True, False, rng, positions_per_sample)
+            if for_dgrad is not None and for_wgrad is not None and for_dgrad != for_wgrad:
+                dgrad, _, bias = _prune_compress(dy2d, for_dgrad, True, False, needs.bias, rng, positions_per_sample)
+                _, wgrad, _ = _prune_compress(dy2d, for_wgrad, False, True, False, rng, positions_per_sample)
                 return Operands(dgrad, wgrad, bias)
-            spec = specs[0] or specs[1]
+            spec = for_dgrad or for_wgrad
             assert spec is not None
-            wanted = (specs[0] is not None, specs[1] is not None)
-            return Operands(*_prune_compress(dy2d, spec, *wanted, needs.bias, rng, positions_per_sample))
+            wanted = (for_dgrad is not None, for_wgrad is not None, needs.bias)
+            return Operands(*_prune_compress(dy2d, spec, *wanted, rng, positions_per_sample))
 
     def tilings(
         self, geometry: Geometry, pass_name: Pass, dtype: torch.dtype, device: torch.device
@@ -119,16 +120,13 @@ class CutlassBackend:
 
     def dgrad(self, operand: SparseOperand, weight: Tensor, geometry: Geometry, tiling: Tiling | None = None) -> Tensor:
         """dX on sparse tensor cores, or dense on the decompressed operand."""
-        if _too_large(geometry):
+        weight = _channels_innermost(weight)
+        launch = _launch(geometry, "dgrad", weight, tiling, weight.dtype, False)
+        if launch is None:
             return dense.dgrad(dense.layer_view(operand.decompress(), geometry), weight, geometry)
-        with _on_device(weight.device):
-            if isinstance(geometry, LinearGeometry) or _is_pointwise(geometry):
-                b = weight.reshape(geometry.out_channels, geometry.in_channels).contiguous()
-                out = b.new_empty((operand.shape[0], geometry.in_channels))
-                return _as_input(_gemm("dgrad", operand, b, out, geometry, tiling), geometry)
-            b = _kernel_view(weight).contiguous()
-            out = b.new_empty((geometry.batch, geometry.height, geometry.width, geometry.in_channels))
-            return _as_input(_conv("dgrad", operand, b, out, geometry, tiling), geometry)
+        dx = _empty(launch.shape, weight)
+        launch.run(operand, weight, dx)
+        return dx if launch.final else dx.contiguous()
 
     def wgrad(
         self,
@@ -145,16 +143,20 @@ class CutlassBackend:
         others their result is copied or added.
         """
         check_out(out, accumulate, x, geometry)
-        if _too_large(geometry):
+        x = _channels_innermost(x)
+        direct = out is not None and _channels_innermost(out) is out and out.data_ptr() % 16 == 0
+        dtype = x.dtype if out is None else out.dtype
+        launch = _launch(geometry, "wgrad", x, tiling, dtype, accumulate and direct)
+        if launch is None:
             return dense.wgrad_into(dense.layer_view(operand.decompress(), geometry), x, geometry, out, accumulate)
-        with _on_device(x.device):
-            if out is None:
-                dw = _sparse_wgrad(operand, x, geometry, tiling, _new_weight(x, geometry), False)
-                return dw if isinstance(geometry, LinearGeometry) or geometry.channels_last else dw.contiguous()
-            if _kernel_view(out).is_contiguous() and out.data_ptr() % 16 == 0:
-                return _sparse_wgrad(operand, x, geometry, tiling, out, accumulate)
-            dw = _sparse_wgrad(operand, x, geometry, tiling, _new_weight(out, geometry), False)
+        if out is not None and direct:
+            launch.run(operand, x, out)
+            return out
+        dw = _empty(launch.shape, x if out is None else out)
+        launch.run(operand, x, dw)
+        if out is not None:
             return out.add_(dw) if accumulate else out.copy_(dw)
+        return dw if launch.final else dw.contiguous()
 
 
 def _too_large(geometry: Geometry) -> str | None:
@@ -183,51 +185,82 @@ def _tma_can_reach(geometry: Geometry) -> bool:
     return max(*geometry.padding, *filter_reach) <= MAX_REACH and max(geometry.stride) <= MAX_STRIDE
 
 
+class Sweep(NamedTuple):
+    """What is the same in every prune+compress of one shape: the launch but for addresses, and what to allocate."""
+
+    launch: functools.partial[None]
+    dgrad_shapes: tuple[tuple[int, int], tuple[int, int]] | None  # of values and metadata
+    wgrad_shapes: tuple[tuple[int, int], tuple[int, int]] | None
+    partials_shape: tuple[int, int] | None  # of the bias gradient's partial sums
+
+
+@functools.lru_cache(maxsize=CACHED_DECISIONS)
+def _sweep(
+    kernels: Any, spec: PruneSpec, t: int, c: int, dtype: torch.dtype, dgrad: bool, wgrad: bool, bias: bool
+) -> Sweep:
+    dgrad_k, wgrad_k = (-(-size // TILE_K) * TILE_K for size in (c, t))
+    launch = functools.partial(
+        kernels.prune_compress, function=spec.function, n=spec.n, m=spec.m, eps=spec.eps, dtype=DTYPE_NAMES[dtype],
+        t=t, c=c, dgrad_k=dgrad_k if dgrad else 0, wgrad_k=wgrad_k if wgrad else 0,
+    )  # fmt: skip
+    return Sweep(
+        launch,
+        ((t, dgrad_k // 2), (t, dgrad_k // 16)) if dgrad else None,
+        ((wgrad_k // 2, c), (wgrad_k // 16, c)) if wgrad else None,
+        (kernels.bias_partial_rows(t, c), c) if bias else None,
+    )
+
+
 def _prune_compress(
     dy: Tensor, spec: PruneSpec, dgrad: bool, wgrad: bool, bias: bool, rng: Rng | None, positions_per_sample: int
 ) -> tuple[SparseOperand | None, SparseOperand | None, Tensor | None]:
-    if dy.stride(1) != 1 or dy.stride(0) < dy.shape[1]:
-        dy = dy.contiguous()
     t, c = dy.shape
-    arguments: dict[str, Any] = {"n": spec.n, "m": spec.m, "dtype": DTYPE_NAMES[dy.dtype], "dy": dy.data_ptr()}
-    arguments |= {"t": t, "c": c, "row_stride": dy.stride(0), "stream": _stream(dy.device)}
+    row_stride, column_stride = dy.stride()
+    if column_stride != 1 or row_stride < c:
+        dy, row_stride = dy.contiguous(), c
+    dtype, stream = dy.dtype, _stream(dy.device)
+    sweep = _sweep(cutlass_ops.kernels(), spec, t, c, dtype, dgrad, wgrad, bias)
+    arguments: dict[str, int] = {"dy": dy.data_ptr(), "row_stride": row_stride, "stream": stream}
     # What pointers in `arguments` point at has to live until the launch.
-    keep: list[Tensor] = []
+    scales = partials = for_dgrad = for_wgrad = db = None
     if spec.function == "rescale_magnitude" and spec.scope != "group":
-        samples = positions_per_sample if spec.scope == "sample_channel" else 0
-        keep = _scope_scales(dy, arguments, samples, spec.eps)
-        arguments |= {"dgrad_scale": keep[0].data_ptr(), "wgrad_scale": keep[1].data_ptr()}
-        arguments["positions_per_sample"] = samples
-    if spec.is_random:
+        arguments["positions_per_sample"] = samples = positions_per_sample if spec.scope == "sample_channel" else 0
+        scales = _scope_scales(dy, spec, row_stride, samples, stream)
+        arguments["dgrad_scale"], arguments["wgrad_scale"] = scales[0].data_ptr(), scales[1].data_ptr()
+    elif spec.is_random:
         assert rng is not None
-        arguments |= {"seed": rng.seed.data_ptr(), "rank": rng.rank}
+        arguments["seed"], arguments["rank"] = rng.seed.data_ptr(), rng.rank
+    if sweep.dgrad_shapes is not None:
+        values = dy.new_empty(sweep.dgrad_shapes[0])
+        metadata = dy.new_empty(sweep.dgrad_shapes[1], dtype=torch.int16)
+        arguments["dgrad_values"], arguments["dgrad_metadata"] = values.data_ptr(), metadata.data_ptr()
+        for_dgrad = SparseOperand(values, metadata, 1, (t, c))
+    if sweep.wgrad_shapes is not None:
+        values = dy.new_empty(sweep.wgrad_shapes[0])
+        metadata = dy.new_empty(sweep.wgrad_shapes[1], dtype=torch.int16)
+        arguments["wgrad_values"], arguments["wgrad_metadata"] = values.data_ptr(), metadata.data_ptr()
+        for_wgrad = SparseOperand(values, metadata, 0, (t, c))
+    if sweep.partials_shape is not None:
+        db, partials = (dy.new_empty(size, dtype=torch.float32) for size in (c, sweep.partials_shape))
+        arguments["bias"], arguments["bias_partials"] = db.data_ptr(), partials.data_ptr()
+    sweep.launch(**arguments)
+    return for_dgrad, for_wgrad, None if db is None else db.to(dtype)
 
-    operands: list[SparseOperand | None] = [None, None]
-    for axis, name, wanted in ((1, "dgrad", dgrad), (0, "wgrad", wgrad)):
-        if wanted:
-            k = -(-dy.shape[axis] // TILE_K) * TILE_K
-            values = dy.new_empty((t, k // 2) if axis == 1 else (k // 2, c))
-            metadata = dy.new_empty((t, k // 16) if axis == 1 else (k // 16, c), dtype=torch.int16)
-            arguments |= {f"{name}_values": values.data_ptr(), f"{name}_metadata": metadata.data_ptr(), f"{name}_k": k}
-            operands[1 - axis] = SparseOperand(values, metadata, axis, (t, c))
-    db = dy.new_empty(c, dtype=torch.float32) if bias else None
-    if db is not None:
-        keep.append(dy.new_empty((cutlass_ops.kernels().bias_partial_rows(t, c), c), dtype=torch.float32))
-        arguments |= {"bias": db.data_ptr(), "bias_partials": keep[-1].data_ptr()}
-    cutlass_ops.kernels().prune_compress(function=spec.function, eps=spec.eps, **arguments)
-    return operands[0], operands[1], None if db is None else db.to(dy.dtype)
 
-
-def _scope_scales(dy: Tensor, arguments: dict[str, Any], positions_per_sample: int, eps: float) -> list[Tensor]:
+def _scope_scales(
+    dy: Tensor, spec: PruneSpec, row_stride: int, positions_per_sample: int, stream: int
+) -> tuple[Tensor, Tensor]:
     """The factors of both passes, float32 [samples, C], or [1] for the whole tensor (positions_per_sample = 0)."""
-    scopes = dy.shape[0] // positions_per_sample * dy.shape[1] if positions_per_sample else 1
+    t, c = dy.shape
+    scopes = t // positions_per_sample * c if positions_per_sample else 1
     sums = dy.new_zeros((3, scopes), dtype=torch.float64)
-    scales = [dy.new_empty(scopes, dtype=torch.float32) for _ in range(2)]
+    for_dgrad, for_wgrad = (dy.new_empty(scopes, dtype=torch.float32) for _ in range(2))
     cutlass_ops.kernels().scope_scales(
-        positions_per_sample=positions_per_sample, eps=eps, sums=sums.data_ptr(), dgrad_scale=scales[0].data_ptr(),
-        wgrad_scale=scales[1].data_ptr(), **arguments,
+        n=spec.n, m=spec.m, eps=spec.eps, dtype=DTYPE_NAMES[dy.dtype], dy=dy.data_ptr(), t=t, c=c,
+        row_stride=row_stride, positions_per_sample=positions_per_sample, sums=sums.data_ptr(),
+        dgrad_scale=for_dgrad.data_ptr(), wgrad_scale=for_wgrad.data_ptr(), stream=stream,
     )  # fmt: skip
-    return scales
+    return for_dgrad, for_wgrad
 
 
 def rank(geometry: Geometry, product: Product, gpu: Device, family: tiles.Family | None = None) -> tuple[Tiling, ...]:
@@ -235,13 +268,6 @@ def rank(geometry: Geometry, product: Product, gpu: Device, family: tiles.Family
     m, n, k = _product_size(geometry, product)
     gathering = isinstance(geometry, Conv2dGeometry) and not _is_pointwise(geometry)
     return rank_tilings(family or _family(geometry, product, gpu), product, m, n, k, gpu.multiprocessors, gathering)
-
-
-def _tiling_for(b: Tensor, geometry: Geometry, product: Product, tiling: Tiling | None) -> Tiling:
-    """`tiling`, by default the best predicted; where `b` does not begin at a multiple of 16 bytes, one that may."""
-    if b.data_ptr() % 16:
-        return rank(geometry, product, device_facts(b.device), tiles.SM80_ANY)[0]
-    return tiling or rank(geometry, product, device_facts(b.device))[0]
 
 
 def _product_size(geometry: Geometry, product: Product) -> tuple[int, int, int]:
@@ -258,108 +284,112 @@ def _product_size(geometry: Geometry, product: Product) -> tuple[int, int, int]:
     return (inputs, c_in, c_out * met) if product == "dgrad" else (c_out, c_in * taps, geometry.positions)
 
 
-def _sparse_wgrad(
-    operand: SparseOperand, x: Tensor, geometry: Geometry, tiling: Tiling | None, out: Tensor, accumulate: bool
-) -> Tensor:
-    """dW in `out`, which has the kernels' layout."""
-    b = _kernel_view(x).contiguous()
-    if isinstance(geometry, LinearGeometry) or _is_pointwise(geometry):
-        return _gemm("wgrad", operand, b.view(-1, geometry.in_channels), out, geometry, tiling, accumulate)
-    return _conv("wgrad", operand, b, out, geometry, tiling, accumulate)
+class Launch(NamedTuple):
+    """What is the same in every product of one shape: the launch but for addresses, and what to allocate.
+
+    shape: of the result; a convolution's is channels_last. final: False where the layer wants it contiguous.
+    """
+
+    kernel: functools.partial[None]
+    splits: int
+    elements: int
+    shape: tuple[int, ...]
+    final: bool
+
+    def run(self, operand: SparseOperand, b: Tensor, out: Tensor) -> None:
+        """Multiply to (or add to) `out`; `b`: the weight or x. Both in one block, channels innermost."""
+        device, workspace, address = b.device, None, 0
+        if self.splits > 1:
+            workspace = b.new_empty((self.splits, self.elements), dtype=torch.float32)
+            address = workspace.data_ptr()
+        values = operand.values
+        with _on_device(device):
+            self.kernel(
+                values=values.data_ptr(), metadata=operand.metadata.data_ptr(), b=b.data_ptr(), out=out.data_ptr(),
+                workspace=address, padded_k=values.shape[operand.axis] * 2, stream=_stream(device),
+            )  # fmt: skip
 
 
-def _gemm(
-    product: Product,
-    operand: SparseOperand,
-    b: Tensor,
-    out: Tensor,
+def _launch(
+    geometry: Geometry, product: Product, b: Tensor, tiling: Tiling | None, out_dtype: torch.dtype, accumulate: bool
+) -> Launch | None:
+    """With `tiling`, by default the best predicted; None where there is no sparse product."""
+    device = b.device
+    if tiling is None or b.data_ptr() % 16:
+        if _too_large(geometry):
+            return None
+        # Where `b` does not begin at a multiple of 16 bytes, one that may.
+        tiling = rank(geometry, product, device_facts(device), tiles.SM80_ANY if b.data_ptr() % 16 else None)[0]
+    return _planned_launch(cutlass_ops.kernels(), geometry, product, b.dtype, device, tiling, out_dtype, accumulate)
+
+
+@functools.lru_cache(maxsize=CACHED_DECISIONS)
+def _planned_launch(
+    kernels: Any,
     geometry: Geometry,
-    tiling: Tiling | None,
-    accumulate: bool = False,
-) -> Tensor:
-    """operand [m, k] x b [k, n], to (or added to) `out`: m n elements in one block, of b's dtype or float32."""
-    t, c = operand.shape
-    m, k = (t, c) if operand.axis == 1 else (c, t)
-    n = b.shape[1]
-    tiling = _tiling_for(b, geometry, product, tiling)
-    workspace = _workspace(out, tiling)
-    cutlass_ops.kernels().sparse_gemm(
-        f"sdgp_{tiling.family}_{product}_{DTYPE_NAMES[b.dtype]}_{tiling.tile}", m=m, n=n, k=k, accumulate=accumulate,
-        **_product_arguments(operand, b, out, workspace, tiling),
-    )  # fmt: skip
-    return out
-
-
-def _conv(
     product: Product,
-    operand: SparseOperand,
-    b: Tensor,
-    out: Tensor,
-    geometry: Conv2dGeometry,
-    tiling: Tiling | None,
-    accumulate: bool = False,
-) -> Tensor:
-    """dX [N, H, W, C_in] or dW [C_out, R, S, C_in], as `_gemm` does; b: the filter [C_out, R, S, C_in] or x NHWC."""
-    g = geometry
-    tiling = _tiling_for(b, geometry, product, tiling)
-    workspace = _workspace(out, tiling)
-    cutlass_ops.kernels().sparse_conv(
-        f"sdgp_{tiling.family}_conv_{product}_{DTYPE_NAMES[b.dtype]}_{tiling.tile}",
-        shape=(g.batch, g.height, g.width, g.in_channels, g.out_height, g.out_width, g.out_channels, *g.kernel),
-        window=(*g.stride, *g.padding, *g.dilation), accumulate=accumulate,
-        **_product_arguments(operand, b, out, workspace, tiling),
-    )  # fmt: skip
-    return out
-
-
-def _workspace(out: Tensor, tiling: Tiling) -> Tensor | None:
-    return out.new_empty((tiling.splits, out.numel()), dtype=torch.float32) if tiling.splits > 1 else None
-
-
-def _product_arguments(
-    operand: SparseOperand, b: Tensor, out: Tensor, workspace: Tensor | None, tiling: Tiling
-) -> dict[str, Any]:
-    return {
-        "values": operand.values.data_ptr(), "metadata": operand.metadata.data_ptr(), "b": b.data_ptr(),
-        "out": out.data_ptr(), "workspace": 0 if workspace is None else workspace.data_ptr(),
-        "padded_k": operand.values.shape[operand.axis] * 2, "splits": tiling.splits, "group_n": tiling.group_n,
-        "cluster_size": tiling.cluster_size, "out_is_float": out.dtype == torch.float32,
-        "sm_count": device_facts(b.device).multiprocessors, "stream": _stream(b.device),
+    dtype: torch.dtype,
+    device: torch.device,
+    tiling: Tiling,
+    out_dtype: torch.dtype,
+    accumulate: bool,
+) -> Launch:
+    arguments: dict[str, Any] = {
+        "splits": tiling.splits, "group_n": tiling.group_n, "cluster_size": tiling.cluster_size,
+        "sm_count": device_facts(device).multiprocessors, "out_is_float": out_dtype == torch.float32,
+        "accumulate": accumulate,
     }  # fmt: skip
+    c_in, c_out, positions = geometry.in_channels, geometry.out_channels, geometry.positions
+    instance = f"{product}_{DTYPE_NAMES[dtype]}_{tiling.tile}"
+    final = True
+    if isinstance(geometry, Conv2dGeometry):
+        g = geometry
+        shape: tuple[int, ...] = g.input_shape if product == "dgrad" else g.weight_shape
+        final = g.channels_last
+    else:
+        shape = (positions, c_in) if product == "dgrad" else geometry.weight_shape
+    if isinstance(geometry, LinearGeometry) or _is_pointwise(geometry):
+        m, k = (positions, c_out) if product == "dgrad" else (c_out, positions)
+        kernel = functools.partial(
+            kernels.sparse_gemm, f"sdgp_{tiling.family}_{instance}", m=m, n=c_in, k=k, **arguments
+        )
+    else:
+        kernel = functools.partial(
+            kernels.sparse_conv, f"sdgp_{tiling.family}_conv_{instance}",
+            shape=(g.batch, g.height, g.width, c_in, g.out_height, g.out_width, c_out, *g.kernel),
+            window=(*g.stride, *g.padding, *g.dilation), **arguments,
+        )  # fmt: skip
+    return Launch(kernel, tiling.splits, math.prod(shape), shape, final)
 
 
 def _is_pointwise(geometry: Conv2dGeometry) -> bool:
     return geometry.kernel == (1, 1) and geometry.stride == (1, 1) and geometry.padding == (0, 0)
 
 
-def _kernel_view(tensor: Tensor) -> Tensor:
-    """Channels innermost, as the kernels have them: [A, B, H, W] as [A, H, W, B]; a matrix as it is."""
-    return tensor if tensor.dim() == 2 else tensor.permute(0, 2, 3, 1)
+def _channels_innermost(tensor: Tensor) -> Tensor:
+    """In one block with the channels innermost, as the kernels have them; itself where it is so."""
+    return tensor.contiguous() if tensor.dim() == 2 else tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _new_weight(like: Tensor, geometry: Geometry) -> Tensor:
-    """A gradient of the weight's shape in the kernels' layout."""
-    if isinstance(geometry, LinearGeometry):
-        return like.new_empty(geometry.weight_shape)
-    shape = (geometry.out_channels, *geometry.kernel, geometry.in_channels)
-    return like.new_empty(shape).permute(0, 3, 1, 2)
-
-
-def _as_input(dx: Tensor, geometry: Geometry) -> Tensor:
-    """[T, C_in] for Linear, [N, C_in, H, W] in the layer's memory format for Conv2d."""
-    if isinstance(geometry, LinearGeometry):
-        return dx
-    result = dx.view(geometry.batch, geometry.height, geometry.width, -1).permute(0, 3, 1, 2)
-    return result if geometry.channels_last else result.contiguous()
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A matrix or a channels_last tensor of the dtype of `like`."""
+    if len(shape) == 2:
+        return like.new_empty(shape)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+    # What torch.cuda.current_stream(device).cuda_stream is, without making an object of it.
+    stream: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return stream
+
+
+_HERE = contextlib.nullcontext()
 
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Kernels are launched on the current device, which autograd sets but a direct call may not have."""
-    return contextlib.nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+    return _HERE if torch.cuda.current_device() == device.index else torch.cuda.device(device)
 
 
 BACKEND = CutlassBackend()

@@ -101,7 +101,7 @@ def test_auto_prunes_what_gains_and_launches_it_the_fastest_way(
     assert decision.plan.grad_input is not None
     assert decision.plan.grad_weight is None
     assert decision.reason == "measured: backward 6.700 ms, dense 8.000 ms"
-    assert decision.tilings == Tilings("better", None)
+    assert decision.tilings.dgrad == "better"
     assert decision.times is not None
     assert decision.times._asdict() == SPARSE_DGRAD
 
@@ -132,7 +132,7 @@ def test_naming_the_kernels_measures_nothing(kernels: FakeKernels, monkeypatch: 
     decision = decide(SDGPConfig(backend="cutlass"))
     assert decision.backend is kernels
     assert decision.plan.grad_weight is not None
-    assert decision.tilings == Tilings(None, None)
+    assert decision.tilings == Tilings("predicted", "predicted")
 
 
 def test_short_memory_means_dense_and_is_not_remembered(
@@ -202,10 +202,10 @@ def test_a_tiling_that_is_no_more_is_measured_again(remembering: FakeKernels, mo
     decide()
     next_process()
     remembering.listed = ("new",)
-    assert decide().tilings == Tilings("new", None)
+    assert decide().tilings.dgrad == "new"
     assert len(measured) == 2
     next_process()
-    assert decide().tilings == Tilings("new", None)
+    assert decide().tilings.dgrad == "new"
     assert len(measured) == 2
 
 
@@ -250,5 +250,5 @@ def test_deterministic_algorithms_time_nothing(remembering: FakeKernels, monkeyp
         predicted = decide(deterministic=True)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert (predicted.reason, predicted.tilings) == ("predicted", Tilings(None, None))
+    assert (predicted.reason, predicted.tilings) == ("predicted", Tilings("predicted", "predicted"))
     assert decide() is timed  # what was measured is not touched
