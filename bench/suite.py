@@ -100,6 +100,7 @@ CASES = (
     Case("tests-kernels", f"{PYTEST} {OTHERS}", 120, TESTING),
     Case("tests-layers", f"{PYTEST} tests/test_layers_cuda.py", 60, TESTING),
     step("vit_large", 240, "timm"),
+    Case("overhead", "{python} -m bench.overhead --json {result}", 30),
     Case("layers-rescale_magnitude", "{python} -m bench.layers --prune rescale_magnitude --json {result}", 120),
     sanitize("memcheck", "prune", SMALL, 60),
     sanitize("memcheck", "sm90", SM90, 60, "90a"),
