@@ -207,7 +207,7 @@ def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     """Cast as autocast would. Inside the autograd function, where gradients are off, autocast would put an
     untracked copy of the weight into its cache, and the next dense use of that weight would lose its gradient.
     """
-    device_type = input.device.type
+    device_type = ops.device_type(input)
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device_type)
