@@ -21,7 +21,7 @@ from sdgp_accel.tuning.record import BackwardTimes
 ROUNDS, LEAST_ROUNDS = 9, 3
 WARM_UP_ROUNDS = 3  # the first call of a cuDNN convolution may search for its algorithm
 BUDGET_MS = 5.0  # per candidate, beyond the warm-up and the least number of rounds
-TILINGS = 4  # of each pass, the most promising ones
+TILINGS = 6  # of each pass, the most promising ones
 
 # GPU cycles of waiting, about 2 ms, in which the host launches a whole round: otherwise the first candidates of a round
 # would be timed with the launch latency of an idle GPU, which a training step does not see.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import cutlass_ops
+from cutlass_ops import build_kernels
 from sdgp_accel import SDGPConfig
 from sdgp_accel.backends import cutlass, dense, tiles
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
@@ -98,6 +99,17 @@ def test_candidates_are_different_tiles_best_first(hopper, geometry, pass_name):
 
 
 LARGE = LinearGeometry(1 << 31, 64, 64)
+
+
+@pytest.mark.parametrize("family", [tiles.SM90, tiles.SM80, tiles.SM80_SMALL, tiles.SM80_ANY], ids=lambda f: f.name)
+def test_every_candidate_has_been_written(family):
+    sources = {path.stem for path in build_kernels.INSTANCES.glob("*.cu")}
+    listed = {
+        f"{tiling.family}_{'conv_' if is_conv else ''}{product}_{dtype}_{tiling.tile}"
+        for is_conv in (False, True) for product in ("dgrad", "wgrad") for dtype in ("f16", "bf16")
+        for tiling in tiles.rank_tilings(family, product, 512, 512, 512, 132, is_conv)
+    }  # fmt: skip
+    assert listed <= sources
 
 
 def test_there_is_nothing_to_list_without_sparse_products(hopper):
