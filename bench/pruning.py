@@ -4,7 +4,8 @@
     python bench/pruning.py --quick             only 2:4
 
 Each prune call is timed right next to a clone, in one process, and the median of the ratios of such pairs is
-reported: on a shared machine both sides of a pair meet the same weather. Results go to bench/results/.
+reported: on a shared machine both sides of a pair meet the same weather. Results go to bench/results/. On a busy
+machine let nothing else run meanwhile: ``chrt --rr 1 python bench/pruning.py`` (Linux, as root); the file says so.
 """
 
 from __future__ import annotations
@@ -133,6 +134,8 @@ def main(device: str, dtype: str, repeats: int, threads: int | None, quick: bool
             "limit": limit(label.split(",")[0], n, m),
             "milliseconds": 1e3 * statistics.median(a for a, _ in pairs),
             "clone_milliseconds": 1e3 * statistics.median(b for _, b in pairs),
+            "best_milliseconds": 1e3 * min(a for a, _ in pairs),
+            "best_clone_milliseconds": 1e3 * min(b for _, b in pairs),
             "peak_extra_per_input": extra_peak(call, device) / size,
         }
         rows.append(row)
@@ -156,6 +159,7 @@ def main(device: str, dtype: str, repeats: int, threads: int | None, quick: bool
             {
                 "provenance": provenance(torch.device(device)),
                 "clock": clock(device).__name__,
+                "real_time": os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),
                 "shape": SHAPE,
                 "rows": rows,
             },
