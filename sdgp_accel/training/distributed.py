@@ -78,8 +78,9 @@ def join_world(device: str | None = None) -> Iterator[World]:
         dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), place)
-        if ours:
-            dist.barrier()  # a process that leaves first takes the connections of the others with it
+        # Also in a group that stays: the script may end next, and a process that ends first takes the connections of
+        # the others with it.
+        dist.barrier()
     finally:
         if ours:
             dist.destroy_process_group()
