@@ -19,8 +19,8 @@ from sdgp_accel.group_rules import Scratch
 
 Item = TypeVar("Item")
 
-# So many at least: then the scratch of all threads together (about 6 times the values of a piece each) is little more
-# than the tensor itself, however many threads there are.
+# So many at least where there are more than two threads: then the scratch of all threads together (about 6 times the
+# values of a piece each) is no more than the tensor itself, however many threads there are.
 PIECES_PER_THREAD = 8
 
 
@@ -32,10 +32,10 @@ def is_plain_cpu(x: Tensor) -> bool:
 def for_each(items: Sequence[Item], work: Callable[[Item, Scratch], None], x: Tensor) -> None:
     """``work(item, scratch)`` for all `items`, in any order, a scratch for each thread.
 
-    x: what is worked on. Threads are used where it is on a CPU (`is_plain_cpu`) and the items are more than a few;
+    x: what is worked on. Threads are used where it is on a CPU (`is_plain_cpu`) and there is more than one item;
         meanwhile torch's number of threads is 1 in each of them.
     """
-    threads = min(torch.get_num_threads(), len(items) // PIECES_PER_THREAD)
+    threads = min(torch.get_num_threads(), len(items), max(2, len(items) // PIECES_PER_THREAD))
     if threads < 2 or not is_plain_cpu(x):
         scratch = Scratch(x.device)
         for item in items:

@@ -26,7 +26,9 @@ BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: 
 _INF_BITS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000, torch.float64: 0x7FF0 << 48}
 UNIT = 1 << 24  # probabilities and uniforms are integers in units of 2^-24
 SMALLEST_SUM = 2.0**-100
-SLAB_BYTES = 1 << 24
+# Memory reserved at a time; what is not written to stays virtual. More than the 32 MiB up to which glibc's malloc may
+# take it from its heap, where it would stay after its release.
+SLAB_BYTES = 1 << 26
 
 # The first `count` random words of each group, one after the other: int64 tensors [b] of 32-bit values, to consume.
 Words = Callable[[int], Iterator[Tensor]]
@@ -87,7 +89,7 @@ class Scratch:
 
     def _allocate(self, size: int) -> Tensor:
         aligned = -(-size // 4096) * 4096
-        if aligned < SLAB_BYTES // 256:
+        if aligned < 1 << 16:
             return torch.empty(size, dtype=torch.uint8)
         if self._slab.numel() < aligned:
             self._slab = in_huge_pages(torch.empty(max(aligned, SLAB_BYTES), dtype=torch.uint8))

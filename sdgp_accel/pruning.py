@@ -25,7 +25,7 @@ from sdgp_accel.philox import GroupWords, Rng, data_parallel_rank, draw
 # values), but threads that start many short operations wait for each other (Python's lock): on two cores of an EPYC
 # with 32 MiB of last-level cache, mvue on 13 million values takes 131 ms with 2^19, 116 ms with 2^20.
 CPU_PIECE = 1 << 20
-SMALLEST_CPU_PIECE = 1 << 16
+SMALLEST_CPU_PIECE = 1 << 18
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
