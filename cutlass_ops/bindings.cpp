@@ -175,7 +175,7 @@ void scope_scales(int n, int m, const std::string& dtype, int64_t dy, int64_t t,
     throw py::value_error("positions_per_sample must divide t = " + std::to_string(t) + "; got " +
                           std::to_string(positions_per_sample));
   }
-  check_pointer("sums", sums, 8);
+  if (sdgp_scope_workspace(t, c, positions_per_sample) > 0) check_pointer("sums", sums, 8);
   if (dgrad_scale != 0) check_pointer("dgrad_scale", dgrad_scale, 4);
   if (wgrad_scale != 0) check_pointer("wgrad_scale", wgrad_scale, 4);
   const SdgpScopeScales problem{pointer<const void>(dy),
@@ -313,9 +313,11 @@ PYBIND11_MODULE(_C, module) {
              "Prune dY [t, c] and compress it along both axes; SdgpPruneCompress in prune_compress_api.h.");
   module.def("bias_partial_rows", &sdgp_bias_partial_rows, py::arg("t"), py::arg("c"),
              "Rows of the workspace bias_partials, float32 [rows, c].");
+  module.def("scope_workspace", &sdgp_scope_workspace, py::arg("t"), py::arg("c"), py::arg("positions_per_sample"),
+             "Values of the workspace `sums` of scope_scales, float64; it may be null where that is 0.");
   module.def("scope_scales", &scope_scales, py::kw_only(), py::arg("n"), py::arg("m"), py::arg("dtype"), py::arg("dy"),
              py::arg("t"), py::arg("c"), py::arg("row_stride"), py::arg("positions_per_sample"), py::arg("eps"),
-             py::arg("sums"), py::arg("dgrad_scale") = 0, py::arg("wgrad_scale") = 0, py::arg("stream") = 0,
+             py::arg("sums") = 0, py::arg("dgrad_scale") = 0, py::arg("wgrad_scale") = 0, py::arg("stream") = 0,
              "The factors of rescale_magnitude over a scope wider than a group; SdgpScopeScales there.");
   module.def("sparse_gemm", &sparse_gemm, py::arg("name"), py::kw_only(), py::arg("values"), py::arg("metadata"),
              py::arg("b"), py::arg("out"), py::arg("workspace") = 0, py::arg("m"), py::arg("n"), py::arg("k"),

@@ -253,7 +253,7 @@ def _scope_scales(
     """The factors of both passes, float32 [samples, C], or [1] for the whole tensor (positions_per_sample = 0)."""
     t, c = dy.shape
     scopes = t // positions_per_sample * c if positions_per_sample else 1
-    sums = dy.new_zeros((3, scopes), dtype=torch.float64)
+    sums = dy.new_empty(cutlass_ops.kernels().scope_workspace(t, c, positions_per_sample), dtype=torch.float64)
     for_dgrad, for_wgrad = (dy.new_empty(scopes, dtype=torch.float32) for _ in range(2))
     cutlass_ops.kernels().scope_scales(
         n=spec.n, m=spec.m, eps=spec.eps, dtype=DTYPE_NAMES[dy.dtype], dy=dy.data_ptr(), t=t, c=c,

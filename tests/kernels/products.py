@@ -128,6 +128,10 @@ class SimulatedKernels:
         rows: int = self._extension.bias_partial_rows(t, c)
         return rows
 
+    def scope_workspace(self, t: int, c: int, positions_per_sample: int) -> int:
+        size: int = self._extension.scope_workspace(t, c, positions_per_sample)
+        return size
+
     def prune_compress(self, **arguments: Any) -> None:
         t, c = arguments["t"], arguments["c"]
         per_sample = arguments.get("positions_per_sample", 0)
@@ -146,8 +150,8 @@ class SimulatedKernels:
         t, c, per_sample = (arguments[name] for name in ("t", "c", "positions_per_sample"))
         scopes = t // per_sample * c if per_sample else 1
         sizes = {
-            "dy": 2 * ((t - 1) * arguments["row_stride"] + c), "sums": 24 * scopes, "dgrad_scale": 4 * scopes,
-            "wgrad_scale": 4 * scopes,
+            "dy": 2 * ((t - 1) * arguments["row_stride"] + c), "sums": 8 * self.scope_workspace(t, c, per_sample),
+            "dgrad_scale": 4 * scopes, "wgrad_scale": 4 * scopes,
         }  # fmt: skip
         with self._visible(sizes, arguments):
             self._extension.scope_scales(**arguments)

@@ -16,7 +16,7 @@ from sdgp_accel.semi_structured import SparseOperand, compress_matrix
 
 DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 PATTERNS = ((2, 4), (1, 4), (2, 8), (1, 8), (2, 16), (1, 16))
-KINDS = ("normal", "many zeros", "wide", "ties", "huge", "not finite")
+KINDS = ("normal", "many zeros", "wide", "ties", "huge", "dwarfed", "not finite")
 
 
 class Outputs(NamedTuple):
@@ -35,6 +35,11 @@ def make_gradient(kind, t, c, dtype, pad=0):
         x *= torch.exp2(torch.randint(low, high, x.shape).float())
     if kind == "ties":
         x = torch.randint(-2, 3, x.shape) * torch.exp2(torch.randint(-24, 1, x.shape).float())
+    if kind == "dwarfed":  # of four channels, one is at least as large as two others together, one a few 2^-24 of that
+        a, b = torch.rand(2, t, -(-(c + pad) // 4)) + 0.5
+        large, tiny = (a + b) * torch.randint_like(a, 1, 4), (a + b) * torch.randint_like(a, 9) * 2.0**-24
+        quads = torch.stack((a, b, large, tiny), -1)
+        x = quads.gather(-1, torch.rand_like(quads).argsort(-1)).flatten(1)[:, : c + pad] * x.sign()
     if kind == "huge":
         x *= torch.finfo(dtype).max
     x = x.to(dtype) + 0  # no -0: which of several zeros is stored is free
@@ -73,7 +78,7 @@ def run(
     if spec.scope != "group" and spec.function == "rescale_magnitude":
         samples = positions_per_sample if spec.scope == "sample_channel" else 0
         scopes = t // samples * c if samples else 1
-        keep = [engine.put(torch.zeros(3, scopes, dtype=torch.float64))]
+        keep = [engine.empty(engine.kernels.scope_workspace(t, c, samples), dtype=torch.float64)]
         keep += [engine.empty(scopes, dtype=torch.float32) for _ in range(2)]
         scales = {"dgrad_scale": keep[1].data_ptr(), "wgrad_scale": keep[2].data_ptr(), "positions_per_sample": samples}
         with engine.launching():
@@ -154,13 +159,22 @@ def test_layouts_of_cutlass(engine, layout):
 @pytest.mark.parametrize("m", [4, 8, 16])
 def test_sample_channel_scope(engine, m, positions_per_sample):
     """Samples that end inside groups, tiles and steps."""
-    x = make_gradient("many zeros", 36, 24, torch.float16)
+    dtype = torch.float16 if m == 8 else torch.bfloat16
+    x = make_gradient("many zeros", 36, 24, dtype)
     check(engine, x, PruneSpec("rescale_magnitude", 2, m, "sample_channel", 1e-4), positions_per_sample)
 
 
 @pytest.mark.parametrize("kind", ["normal", "not finite"])
 def test_tensor_scope(engine, kind):
-    check(engine, make_gradient(kind, 40, 24, torch.float16), PruneSpec("rescale_magnitude", 2, 4, "tensor"))
+    for dtype in DTYPES:
+        check(engine, make_gradient(kind, 40, 24, dtype), PruneSpec("rescale_magnitude", 2, 4, "tensor"))
+
+
+def test_scopes_of_several_parts(engine):
+    """Samples of more rows than one block takes, channels that no vector load takes."""
+    x = make_gradient("many zeros", 520, 9, torch.bfloat16)
+    for scope in ("sample_channel", "tensor"):
+        check(engine, x, PruneSpec("rescale_magnitude", 2, 4, scope), 260)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (70, 40)])

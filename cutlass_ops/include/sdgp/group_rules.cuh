@@ -107,17 +107,22 @@ struct Magnitude {
     return pack_kept(x, keep);
   }
 
-  static __device__ __forceinline__ void prune(uint32_t (&x)[M], const GroupPair&, const RuleParameters&) {
+  // keep[i]: the masks of what is kept of element i.
+  static __device__ __forceinline__ void keep(const uint32_t (&x)[M], uint32_t (&keep)[M]) {
     if constexpr (N == 2 && M == 4) {
-      uint32_t keep[4];
       two_largest_of_four<Element>(x, keep);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] &= keep[i];
     } else {
       const uint32_t keep0 = largest_magnitudes<Element, N, M, 0>(x), keep1 = largest_magnitudes<Element, N, M, 1>(x);
 #pragma unroll
-      for (int i = 0; i < M; ++i) x[i] &= (keep0 >> i & 1 ? 0xffffu : 0u) | (keep1 >> i & 1 ? 0xffff0000u : 0u);
+      for (int i = 0; i < M; ++i) keep[i] = (keep0 >> i & 1 ? 0xffffu : 0u) | (keep1 >> i & 1 ? 0xffff0000u : 0u);
     }
+  }
+
+  static __device__ __forceinline__ void prune(uint32_t (&x)[M], const GroupPair&, const RuleParameters&) {
+    uint32_t masks[M];
+    keep(x, masks);
+#pragma unroll
+    for (int i = 0; i < M; ++i) x[i] &= masks[i];
   }
 };
 
@@ -273,45 +278,65 @@ struct Mvue {
 #pragma unroll
     for (int i = 0; i < M; ++i) size[i] = __fmul_rn(fabsf(value[i]), normaliser);
 
-    // The N rounds of capping, then the probabilities of what is left; a capped element has size 0.
+    // At most N rounds of capping, then the probabilities of what is left; a capped element has size 0. A loop that
+    // ends where nothing more is capped, which with large M is nearly always at once.
     float probability[M];
     uint32_t capped = 0;
     int remaining = N;
-#pragma unroll
-    for (int round = 0; round <= N; ++round) {
+#pragma unroll 1
+    for (int round = 0;; ++round) {
       float total = 0.0f;
 #pragma unroll
       for (int i = 0; i < M; ++i) total = __fadd_rn(total, size[i]);
       const float factor = __fdiv_rn(static_cast<float>(remaining), fmaxf(total, 0x1p-100f));
+      uint32_t reached = 0;
 #pragma unroll
       for (int i = 0; i < M; ++i) {
         probability[i] = __fmul_rn(factor, size[i]);
-        if (round < N && probability[i] >= 1.0f) {
-          capped |= 1u << i;
-          size[i] = 0.0f;
-          --remaining;
-        }
+        if (probability[i] >= 1.0f) reached |= 1u << i;
+      }
+      if (reached == 0 || round == N) break;
+      capped |= reached;
+      remaining -= __popc(reached);
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+        if (reached >> i & 1) size[i] = 0.0f;
       }
     }
 
-    // Systematic sampling on integer running sums; from the last free non-zero on, the sum is the limit exactly.
+    // Systematic sampling on integer running sums; from the last free non-zero on, the sum is the limit exactly. Only
+    // what is sampled is divided: at most N elements, found as bits of `hits`.
     int last = -1;
 #pragma unroll
     for (int i = 0; i < M; ++i) {
       if (value[i] != 0.0f && !(capped >> i & 1)) last = i;
     }
     const int limit = remaining * kUnit, shift = kUnit - 1 - uniform;
-    int running = 0;
+    int running = 0, weights[N] = {};
+    uint32_t hits = 0;
+    float sampled[N] = {};
 #pragma unroll
     for (int i = 0; i < M; ++i) {
       const int next = i >= last ? limit : min(running + static_cast<int>(probability[i] * kUnit), limit);
-      const int weight = next - running;
-      const bool hit = (next + shift) >> 24 != (running + shift) >> 24;
+      if ((next + shift) >> 24 != (running + shift) >> 24) {
+        if constexpr (N == 2) weights[1] = weights[0], sampled[1] = sampled[0];
+        weights[0] = next - running, sampled[0] = value[i];
+        hits |= 1u << i;
+      }
       running = next;
+    }
+    uint32_t estimates[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      const float estimate = __fdiv_rn(sampled[n], __fmul_rn(static_cast<float>(max(weights[n], 1)), 0x1p-24f));
+      estimates[n] = Traits::from_float(fminf(fmaxf(estimate, -Traits::kLargest), Traits::kLargest));
+    }
+    const uint32_t last_hit = hits == 0 ? 0u : 0x80000000u >> __clz(static_cast<int>(hits));
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
       if (capped >> i & 1) continue;
-      const float estimate = __fdiv_rn(value[i], __fmul_rn(static_cast<float>(weight), 0x1p-24f));
-      const float saturated = fminf(fmaxf(estimate, -Traits::kLargest), Traits::kLargest);
-      replace_half<kHalf>(x[i], hit ? Traits::from_float(saturated) : 0u);
+      const uint32_t estimate = last_hit >> i & 1 ? estimates[0] : estimates[N - 1];
+      replace_half<kHalf>(x[i], hits >> i & 1 ? estimate : 0u);
     }
   }
 };

@@ -15,100 +15,133 @@
 // whose packed form (values 0, metadata 0x4) is the operands' padding.
 #pragma once
 
+#include <climits>
+
 #include "sdgp/group_rules.cuh"
 #include "sdgp/metadata.cuh"
 #include "sdgp/tile_io.cuh"
 
 namespace sdgp {
 
-// The scope of one group: the rule itself has scaled its values.
-struct GroupScope {
-  static constexpr bool kScales = false;
-  template <int M>
-  __device__ __forceinline__ void scale_along_channels(uint32_t (&)[M], int, int) const {}
-  template <int M>
-  __device__ __forceinline__ void scale_along_positions(uint32_t (&)[M], int, int) const {}
-};
-
-// A larger scope: kept values are multiplied by a factor of their sample and channel. factors: of this thread's first
-// channel; offsets[r]: from there to the sample of row r; channel_step is 0 where a single factor serves all.
-template <typename Element, int kRows>
-struct WideScope {
-  static constexpr bool kScales = true;
-  const float* factors;
-  int64_t offsets[kRows];
-  int channel_step, channels_left;
-
-  __device__ __forceinline__ float at(int row, int channel) const {
-    return channel < channels_left ? __ldg(factors + offsets[row] + channel * channel_step) : 1.0f;
-  }
-
-  __device__ __forceinline__ static void scale(uint32_t& pair, float factor0, float factor1) {
-    pair = scale_nonzero<Element>(pair & 0xffffu, factor0) | scale_nonzero<Element>(pair >> 16, factor1) << 16;
-  }
-
-  // Halves are rows `row` and `row + 1`, elements are channels.
-  template <int M>
-  __device__ __forceinline__ void scale_along_channels(uint32_t (&group)[M], int row, int channel) const {
-#pragma unroll
-    for (int i = 0; i < M; ++i) scale(group[i], at(row, channel + i), at(row + 1, channel + i));
-  }
-
-  // Halves are channels `channel` and `channel + 1`, elements are rows.
-  template <int M>
-  __device__ __forceinline__ void scale_along_positions(uint32_t (&group)[M], int row, int channel) const {
-#pragma unroll
-    for (int i = 0; i < M; ++i) scale(group[i], at(row + i, channel), at(row + i, channel + 1));
-  }
-};
-
-// Which sample the rows of a thread belong to, row by row.
-struct SampleWalk {
-  int64_t offset, stride;         // of the current row's sample in a table [samples, c], and from sample to sample
-  int64_t left, rows_per_sample;  // rows left in this sample
-  int64_t rows_left;              // rows left in dY: beyond its end the walk stands still
+// Which sample the rows of a tile belong to, row by row.
+class SampleWalk {
+ public:
+  // offset of the current row's sample in a table [samples, c], 0 where one sample is everything.
+  int64_t offset;
 
   __device__ __forceinline__ SampleWalk(int64_t row, int64_t t, int64_t c, int64_t positions_per_sample)
-      : stride(positions_per_sample == 0 ? 0 : c),
-        rows_per_sample(positions_per_sample == 0 ? INT64_MAX : positions_per_sample),
-        rows_left(t - row) {
-    const int64_t sample = row / rows_per_sample;
-    offset = rows_left > 0 ? sample * stride : 0;
-    left = rows_per_sample - (row - sample * rows_per_sample);
+      : offset(0),
+        stride_(c),
+        left_(INT_MAX),
+        rows_per_sample_(static_cast<int>(min(positions_per_sample, int64_t{INT_MAX}))),
+        rows_left_(static_cast<int>(min(t - row, int64_t{INT_MAX}))) {
+    if (positions_per_sample == 0 || rows_left_ <= 0) return;
+    const int64_t sample = row / positions_per_sample;
+    offset = sample * c;
+    left_ = static_cast<int>(min((sample + 1) * positions_per_sample - row, int64_t{INT_MAX}));
   }
 
+  // Beyond the last row of dY it stands still.
   __device__ __forceinline__ void next() {
-    --rows_left;
-    if (--left == 0 && rows_left > 0) offset += stride, left = rows_per_sample;
+    --rows_left_;
+    if (--left_ == 0 && rows_left_ > 0) offset += stride_, left_ = rows_per_sample_;
   }
+
+ private:
+  int64_t stride_;
+  int left_, rows_per_sample_, rows_left_;  // left_: rows left in the sample
 };
 
-// Prunes a pair of groups, scales it, and packs its quads.
-template <typename Rule, int M, bool kScales, typename Scale>
-__device__ __forceinline__ void prune_and_pack(uint32_t (&x)[M], const GroupPair& groups,
-                                               const RuleParameters& parameters, const Scale& scale,
-                                               PackedQuads (&packed)[M / 4]) {
-  if constexpr (Rule::kPacking == Packing::kPair && !kScales) {
+// rescale_magnitude over more than one group: one factor per sample and channel, or a single one, for kChannels
+// channels from `channel` on. They are loaded for every step anew: from the L1 cache, which costs less than registers.
+template <typename Element, int kChannels>
+class ScopeFactors {
+ public:
+  __device__ __forceinline__ ScopeFactors(const float* table, int64_t channel, int64_t c, bool is_single)
+      : table_(table + (is_single ? 0 : channel)),
+        channels_left_(static_cast<int>(min(c - channel, int64_t{kChannels}))),
+        is_single_(is_single),
+        is_vector_(c % 4 == 0 && reinterpret_cast<uintptr_t>(table) % 16 == 0) {}
+
+  // scaled = x times the factors of the sample at `offset`, rounded.
+  __device__ __forceinline__ void scale_row(const uint32_t (&x)[kChannels / 2], int64_t offset,
+                                            uint32_t (&scaled)[kChannels / 2]) {
+    using Traits = ElementTraits<Element>;
+    if (offset != loaded_) load(offset);
+#pragma unroll
+    for (int p = 0; p < kChannels / 2; ++p) {
+      // The sum with +0 turns -0 into +0 and nothing else; a factor that is not finite turns zeros into NaN.
+      scaled[p] = pack_floats<Element>(__fmaf_rn(Traits::to_float(x[p] & 0xffffu), factors_[2 * p], 0.0f),
+                                       __fmaf_rn(Traits::to_float(x[p] >> 16), factors_[2 * p + 1], 0.0f));
+      if (!is_finite_) scaled[p] &= nonzero_mask(x[p]);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load(int64_t offset) {
+    loaded_ = offset;
+    is_finite_ = true;
+#pragma unroll
+    for (int e = 0; e < kChannels; e += 4) {
+      float4 four{1.0f, 1.0f, 1.0f, 1.0f};
+      if (is_single_) {
+        four.x = four.y = four.z = four.w = __ldg(table_);
+      } else if (is_vector_ && e < channels_left_) {
+        four = __ldg(reinterpret_cast<const float4*>(table_ + offset + e));
+      } else if (!is_vector_) {
+        if (e < channels_left_) four.x = __ldg(table_ + offset + e);
+        if (e + 1 < channels_left_) four.y = __ldg(table_ + offset + e + 1);
+        if (e + 2 < channels_left_) four.z = __ldg(table_ + offset + e + 2);
+        if (e + 3 < channels_left_) four.w = __ldg(table_ + offset + e + 3);
+      }
+      factors_[e] = four.x, factors_[e + 1] = four.y, factors_[e + 2] = four.z, factors_[e + 3] = four.w;
+      is_finite_ = is_finite_ && isfinite(four.x) && isfinite(four.y) && isfinite(four.z) && isfinite(four.w);
+    }
+  }
+
+  const float* table_;
+  int64_t loaded_ = -1;
+  int channels_left_;
+  bool is_single_, is_vector_, is_finite_ = true;
+  float factors_[kChannels];
+};
+
+// Prunes a pair of groups and packs its quads. kIsScaled: the kept values are those of `scaled`.
+template <typename Rule, int M, bool kIsScaled>
+__device__ __forceinline__ void prune_and_pack(uint32_t (&x)[M], uint32_t (&scaled)[M], const GroupPair& groups,
+                                               const RuleParameters& parameters, PackedQuads (&packed)[M / 4]) {
+  if constexpr (kIsScaled) {
+    uint32_t keep[M];
+    Rule::keep(x, keep);
+    if constexpr (Rule::kPacking == Packing::kPair) {
+      packed[0] = pack_kept(scaled, keep);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < M; ++i) x[i] = scaled[i] & keep[i];
+  } else if constexpr (Rule::kPacking == Packing::kPair) {
     packed[0] = Rule::pack(x, parameters);
+    return;
   } else {
     Rule::prune(x, groups, parameters);
-    scale();
+  }
 #pragma unroll
-    for (int quad = 0; quad < M / 4; ++quad) {
-      packed[quad] = pack_pruned({x[4 * quad], x[4 * quad + 1], x[4 * quad + 2], x[4 * quad + 3]});
-    }
+  for (int quad = 0; quad < M / 4; ++quad) {
+    packed[quad] = pack_pruned({x[4 * quad], x[4 * quad + 1], x[4 * quad + 2], x[4 * quad + 3]});
   }
 }
 
 // The in-register part, for this kernel and for the epilogues of kernels that produce dY. x[r][p] holds channels 2p
-// (low half) and 2p + 1 (high half) of position r; kRows and kChannels are multiples of M.
+// (low half) and 2p + 1 (high half) of position r; kRows and kChannels are multiples of M. kIsScaled: x decides what is
+// kept, the values come from `scaled`; otherwise that is x, too.
 
 // Groups along channels. values[r][j]: the two kept of quad j of position r; metadata[r]: 4 bits per quad.
 // first_group: index of the group that starts at x[0][0]; a position has groups_per_row groups.
-template <typename Rule, int M, int kRows, int kChannels, typename Scope>
-__device__ __forceinline__ void compress_along_channels(const uint32_t (&x)[kRows][kChannels / 2], uint64_t first_group,
-                                                        uint64_t groups_per_row, int channels_left,
-                                                        const RuleParameters& parameters, const Scope& scope,
+template <typename Rule, int M, int kRows, int kChannels, bool kIsScaled>
+__device__ __forceinline__ void compress_along_channels(const uint32_t (&x)[kRows][kChannels / 2],
+                                                        const uint32_t (&scaled)[kRows][kChannels / 2],
+                                                        uint64_t first_group, uint64_t groups_per_row,
+                                                        int channels_left, const RuleParameters& parameters,
                                                         uint32_t (&values)[kRows][kChannels / 4],
                                                         uint32_t (&metadata)[kRows]) {
 #pragma unroll
@@ -116,18 +149,19 @@ __device__ __forceinline__ void compress_along_channels(const uint32_t (&x)[kRow
     uint32_t nibbles = 0;
 #pragma unroll
     for (int g = 0; g < kChannels / M; ++g) {
-      uint32_t group[M];  // low half: position r, high half: position r + 1
+      uint32_t group[M], scaled_group[M];  // low half: position r, high half: position r + 1
 #pragma unroll
       for (int i = 0; i < M; i += 2) {
-        group[i] = zip_low(x[r][(g * M + i) / 2], x[r + 1][(g * M + i) / 2]);
-        group[i + 1] = zip_high(x[r][(g * M + i) / 2], x[r + 1][(g * M + i) / 2]);
+        const int p = (g * M + i) / 2;
+        group[i] = zip_low(x[r][p], x[r + 1][p]), group[i + 1] = zip_high(x[r][p], x[r + 1][p]);
+        scaled_group[i] = zip_low(scaled[r][p], scaled[r + 1][p]);
+        scaled_group[i + 1] = zip_high(scaled[r][p], scaled[r + 1][p]);
       }
       const uint64_t index = first_group + static_cast<uint64_t>(r) * groups_per_row + g;
       const int length = channels_left - g * M;
       PackedQuads packed[M / 4];
-      prune_and_pack<Rule, M, Scope::kScales>(
-          group, {{index, index + groups_per_row}, {length, length}}, parameters,
-          [&] { scope.scale_along_channels(group, r, g * M); }, packed);
+      prune_and_pack<Rule, M, kIsScaled>(group, scaled_group, {{index, index + groups_per_row}, {length, length}},
+                                         parameters, packed);
 #pragma unroll
       for (int quad = 0; quad < M / 4; ++quad) {
         const int j = g * (M / 4) + quad;
@@ -143,11 +177,11 @@ __device__ __forceinline__ void compress_along_channels(const uint32_t (&x)[kRow
 
 // Groups along positions. values[v][p]: the v-th kept value of channels 2p and 2p + 1; metadata[p]: 4 bits per quad of
 // each channel, from bit 0 of its half on. first_group: index of the group that starts at x[0][0].
-template <typename Rule, int M, int kRows, int kChannels, typename Scope>
+template <typename Rule, int M, int kRows, int kChannels, bool kIsScaled>
 __device__ __forceinline__ void compress_along_positions(const uint32_t (&x)[kRows][kChannels / 2],
+                                                         const uint32_t (&scaled)[kRows][kChannels / 2],
                                                          uint64_t first_group, uint64_t groups_per_row,
                                                          int64_t positions_left, const RuleParameters& parameters,
-                                                         const Scope& scope,
                                                          uint32_t (&values)[kRows / 2][kChannels / 2],
                                                          uint32_t (&metadata)[kChannels / 2]) {
 #pragma unroll
@@ -155,15 +189,14 @@ __device__ __forceinline__ void compress_along_positions(const uint32_t (&x)[kRo
     metadata[p] = 0;
 #pragma unroll
     for (int g = 0; g < kRows / M; ++g) {
-      uint32_t group[M];
+      uint32_t group[M], scaled_group[M];
 #pragma unroll
-      for (int i = 0; i < M; ++i) group[i] = x[g * M + i][p];
+      for (int i = 0; i < M; ++i) group[i] = x[g * M + i][p], scaled_group[i] = scaled[g * M + i][p];
       const uint64_t index = first_group + static_cast<uint64_t>(g) * groups_per_row + 2 * p;
       const int length = static_cast<int>(positions_left < kRows ? positions_left : kRows) - g * M;
       PackedQuads packed[M / 4];
-      prune_and_pack<Rule, M, Scope::kScales>(
-          group, {{index, index + 1}, {length, length}}, parameters,
-          [&] { scope.scale_along_positions(group, g * M, 2 * p); }, packed);
+      prune_and_pack<Rule, M, kIsScaled>(group, scaled_group, {{index, index + 1}, {length, length}}, parameters,
+                                         packed);
 #pragma unroll
       for (int quad = 0; quad < M / 4; ++quad) {
         const int j = g * (M / 4) + quad;
@@ -182,19 +215,30 @@ __device__ __forceinline__ void unpack_rows(const uint4 (&rows)[kRows], uint32_t
 }
 
 // Compresses kRows x kChannels values along channels and stores them; the dgrad side of the kernel.
-template <typename Rule, int M, int kRows, int kChannels, typename Scope>
+template <typename Rule, int M, int kRows, int kChannels, bool kIsScaled>
 __device__ __forceinline__ void emit_dgrad(const SdgpPruneCompress& problem, const uint32_t (&x)[kRows][kChannels / 2],
-                                           int64_t row, int64_t channel, const RuleParameters& parameters,
-                                           const Scope& scope) {
+                                           const uint32_t (&scaled)[kRows][kChannels / 2], int64_t row, int64_t channel,
+                                           const RuleParameters& parameters) {
   const uint64_t groups_per_row = static_cast<uint64_t>((problem.c + M - 1) / M);
   const uint64_t first_group = static_cast<uint64_t>(row) * groups_per_row + static_cast<uint64_t>(channel / M);
   const int channels_left = static_cast<int>(max(min(problem.c - channel, int64_t{kChannels}), int64_t{0}));
   uint32_t values[kRows][kChannels / 4], metadata[kRows];
-  compress_along_channels<Rule, M, kRows, kChannels>(x, first_group, groups_per_row, channels_left, parameters, scope,
-                                                     values, metadata);
+  compress_along_channels<Rule, M, kRows, kChannels, kIsScaled>(x, scaled, first_group, groups_per_row, channels_left,
+                                                                parameters, values, metadata);
   DgradRows<kChannels> rows(problem, row, channel);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) rows.store(values[r], metadata[r]);
+}
+
+template <typename Element, int kRows, int kChannels>
+__device__ __forceinline__ void scale_rows(const uint32_t (&x)[kRows][kChannels / 2], SampleWalk& walk,
+                                           ScopeFactors<Element, kChannels>& factors,
+                                           uint32_t (&scaled)[kRows][kChannels / 2]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    factors.scale_row(x[r], walk.offset, scaled[r]);
+    walk.next();
+  }
 }
 
 // Lanes 2i and 2i + 1 hold the two halves of 16-channel groups at the same 16 positions. They swap so that the even
@@ -212,8 +256,8 @@ __device__ __forceinline__ void widen(const uint32_t (&x)[16][4], bool odd, uint
   }
 }
 
-template <typename Element, typename Rule, int M, bool kWide>
-__global__ void __launch_bounds__(kBlockThreads)
+template <typename Element, typename Rule, int M, bool kIsScaled>
+__global__ void __launch_bounds__(kBlockThreads, M == 4 ? (kIsScaled ? 3 : 4) : 1)
     prune_compress_kernel(const __grid_constant__ SdgpPruneCompress problem, const __grid_constant__ Cover cover) {
   constexpr int kRows = M, kChannels = kTileChannels;  // in registers at a time
   __shared__ float bias_sums[kBlockThreads][kChannels];
@@ -230,7 +274,8 @@ __global__ void __launch_bounds__(kBlockThreads)
     dgrad_parameters.stream = load_stream(problem.seed, problem.rank, 0);
     wgrad_parameters.stream = load_stream(problem.seed, problem.rank, 1);
   }
-  SampleWalk walk(position, t, c, kWide ? problem.positions_per_sample : 0);
+  const bool is_single = problem.positions_per_sample == 0;
+  SampleWalk dgrad_walk(position, t, c, kIsScaled ? problem.positions_per_sample : 0), wgrad_walk = dgrad_walk;
 
   uint4 next[kRows];
   uint32_t wgrad_metadata[kChannels / 2] = {};
@@ -255,13 +300,6 @@ __global__ void __launch_bounds__(kBlockThreads)
       }
     }
 
-    int64_t sample_offsets[kRows];
-    if constexpr (kWide) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) sample_offsets[r] = walk.offset, walk.next();
-    }
-    const int channel_step = problem.positions_per_sample == 0 ? 0 : 1;
-
     if (problem.dgrad_values != nullptr) {
       if constexpr (M == 16) {
         const bool odd = place.lane % 2 != 0;
@@ -269,29 +307,24 @@ __global__ void __launch_bounds__(kBlockThreads)
         uint32_t wide[8][8];
         widen(x, odd, wide);
         if (first_row < t && first_channel < c) {
-          if constexpr (kWide) {
-            WideScope<Element, 8> scope{problem.dgrad_scale + first_channel * channel_step,
-                                        {},
-                                        channel_step,
-                                        static_cast<int>(min(c - first_channel, int64_t{16}))};
-#pragma unroll
-            for (int r = 0; r < 8; ++r) scope.offsets[r] = odd ? sample_offsets[r + 8] : sample_offsets[r];
-            emit_dgrad<Rule, M, 8, 16>(problem, wide, first_row, first_channel, dgrad_parameters, scope);
+          if constexpr (kIsScaled) {
+            uint32_t scaled[8][8];
+            ScopeFactors<Element, 16> factors(problem.dgrad_scale, first_channel, c, is_single);
+            SampleWalk walk(first_row, t, c, problem.positions_per_sample);
+            scale_rows(wide, walk, factors, scaled);
+            emit_dgrad<Rule, M, 8, 16, true>(problem, wide, scaled, first_row, first_channel, dgrad_parameters);
           } else {
-            emit_dgrad<Rule, M, 8, 16>(problem, wide, first_row, first_channel, dgrad_parameters, GroupScope{});
+            emit_dgrad<Rule, M, 8, 16, false>(problem, wide, wide, first_row, first_channel, dgrad_parameters);
           }
         }
       } else if (row < t && channel < padded_c) {
-        if constexpr (kWide) {
-          WideScope<Element, kRows> scope{problem.dgrad_scale + channel * channel_step,
-                                          {},
-                                          channel_step,
-                                          static_cast<int>(min(c - channel, int64_t{8}))};
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) scope.offsets[r] = sample_offsets[r];
-          emit_dgrad<Rule, M, kRows, kChannels>(problem, x, row, channel, dgrad_parameters, scope);
+        if constexpr (kIsScaled) {
+          uint32_t scaled[kRows][kChannels / 2];
+          ScopeFactors<Element, kChannels> factors(problem.dgrad_scale, channel, c, is_single);
+          scale_rows(x, dgrad_walk, factors, scaled);
+          emit_dgrad<Rule, M, kRows, kChannels, true>(problem, x, scaled, row, channel, dgrad_parameters);
         } else {
-          emit_dgrad<Rule, M, kRows, kChannels>(problem, x, row, channel, dgrad_parameters, GroupScope{});
+          emit_dgrad<Rule, M, kRows, kChannels, false>(problem, x, x, row, channel, dgrad_parameters);
         }
       }
     }
@@ -300,18 +333,17 @@ __global__ void __launch_bounds__(kBlockThreads)
       uint32_t values[kRows / 2][kChannels / 2], metadata[kChannels / 2];
       const auto groups_per_row = static_cast<uint64_t>(c);
       const uint64_t first_group = static_cast<uint64_t>(row / M) * groups_per_row + static_cast<uint64_t>(channel);
-      if constexpr (kWide) {
-        WideScope<Element, kRows> scope{problem.wgrad_scale + channel * channel_step,
-                                        {},
-                                        channel_step,
-                                        static_cast<int>(min(c - channel, int64_t{8}))};
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) scope.offsets[r] = sample_offsets[r];
-        compress_along_positions<Rule, M, kRows, kChannels>(x, first_group, groups_per_row, t - row, wgrad_parameters,
-                                                            scope, values, metadata);
+      auto compress = [&](const uint32_t (&scaled)[kRows][kChannels / 2]) {
+        compress_along_positions<Rule, M, kRows, kChannels, kIsScaled>(x, scaled, first_group, groups_per_row, t - row,
+                                                                       wgrad_parameters, values, metadata);
+      };
+      if constexpr (kIsScaled) {
+        uint32_t scaled[kRows][kChannels / 2];
+        ScopeFactors<Element, kChannels> factors(problem.wgrad_scale, channel, c, is_single);
+        scale_rows(x, wgrad_walk, factors, scaled);
+        compress(scaled);
       } else {
-        compress_along_positions<Rule, M, kRows, kChannels>(x, first_group, groups_per_row, t - row, wgrad_parameters,
-                                                            GroupScope{}, values, metadata);
+        compress(x);
       }
 #pragma unroll
       for (int v = 0; v < kRows / 2; ++v) {

@@ -44,7 +44,7 @@ struct SdgpScopeScales {
   int64_t t, c, row_stride;
   int64_t positions_per_sample;  // 0: one factor for the whole tensor
   float eps;
-  double* sums;  // workspace [3, scopes], zeroed: |dy|, what dgrad keeps, what wgrad keeps; scopes = samples * c or 1
+  double* sums;  // workspace of sdgp_scope_workspace(t, c, positions_per_sample) values; null where it says 0
   float* dgrad_scale;  // [scopes], or null
   float* wgrad_scale;  // [scopes], or null
   void* stream;
@@ -57,6 +57,10 @@ typedef int SdgpScopeScalesFunction(const struct SdgpScopeScales*);
 // The two stages of the bias gradient.
 int64_t sdgp_bias_partial_rows(int64_t t, int64_t c);
 int sdgp_sum_bias_partials(const float* partials, int64_t t, int64_t c, float* bias, void* stream);
+
+// The last stage of the factors, and the float64 values that the first hands on to it.
+int64_t sdgp_scope_workspace(int64_t t, int64_t c, int64_t positions_per_sample);
+int sdgp_finish_scope_scales(const struct SdgpScopeScales* problem);
 
 #ifdef __cplusplus
 }

@@ -20,9 +20,9 @@ inline int launch_over_tiles(void (*kernel)(SdgpPruneCompress, Cover), const Sdg
   return sdgp_sum_bias_partials(problem.bias_partials, problem.t, problem.c, problem.bias, problem.stream);
 }
 
-template <typename Element, template <typename, int, int> typename Rule, int N, int M, bool kWide>
+template <typename Element, template <typename, int, int> typename Rule, int N, int M, bool kIsScaled>
 int launch_prune_compress(const SdgpPruneCompress& problem) {
-  return launch_over_tiles(prune_compress_kernel<Element, Rule<Element, N, M>, M, kWide>, problem);
+  return launch_over_tiles(prune_compress_kernel<Element, Rule<Element, N, M>, M, kIsScaled>, problem);
 }
 
 }  // namespace sdgp
