@@ -97,6 +97,16 @@ class SimEngine:
         finally:
             self.runtime.poison_shared = False
 
+    @contextmanager
+    def following_global_memory(self) -> Iterator[None]:
+        """Within: races between CTAs on global memory are faults (`global_races`)."""
+        races = self.runtime.memory.races
+        races.follows = True
+        try:
+            yield
+        finally:
+            races.follows = False
+
     def counters(self) -> Counters:
         """Traffic of all launches since the last call."""
         total = Counters()

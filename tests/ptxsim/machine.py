@@ -51,6 +51,7 @@ class Launcher:
         if len(_waves) > CACHED_WAVES:
             del _waves[next(iter(_waves))]
         wave.counters = Counters()
+        self.device.memory.races.begin(total // size)
         with np.errstate(all="ignore"):
             for first in range(0, total, ctas):
                 wave.start(first, min(ctas, total - first), grid, params)

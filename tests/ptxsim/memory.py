@@ -109,6 +109,9 @@ class GlobalMemory:
         self.live: dict[int, int] = {}
         self.top = GUARD
         self.bottom_of_permanent = arena_bytes
+        from .global_races import GlobalRaces  # it needs the classes above
+
+        self.races = GlobalRaces(self)
 
     def allocate(self, size: int, *, permanent: bool = False) -> int:
         """`size` uninitialised bytes, 256-byte aligned, between guard bytes; `permanent` ones cannot be freed."""

@@ -17,6 +17,7 @@ MISTAKES = [  # number in broken_sm90.cu, the fault, a part of its description
     ("missing_barrier_wait", 4, "shared-race", "a TMA load"),
     ("missing_proxy_fence", 5, "shared-race", "fence.proxy.async"),
     ("missing_wgmma_wait", 6, "shared-race", "the tensor cores"),
+    ("accumulator_before_wait", 8, "async-race", "wgmma.wait_group"),
     ("half_a_warpgroup", 7, "divergent-aligned", "of the warpgroup"),
 ]
 
@@ -59,6 +60,52 @@ def test_mistake_is_reported_by_name(hopper, library, name, mistake, kind, detai
     with pytest.raises(SimError) as caught:
         _run(hopper, library, mistake)
     assert caught.value.kind == kind
+    assert detail in caught.value.detail
+
+
+STORE, ADD, MIN, MAX = range(4)  # operations of tma_reduce.cu
+REDUCTIONS = {  # torch type -> CUtensorMapDataType
+    torch.int32: 3, torch.int64: 5, torch.float16: 6, torch.float32: 7, torch.float64: 8, torch.bfloat16: 9,
+}  # fmt: skip
+
+
+def _reduce(hopper, dtype: torch.dtype, operation: int, mistake: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix after TMA's operation with three tiles that reach beyond its end, and what it should be."""
+    from .engine import pointer
+
+    library = hopper.load(build_library(HERE / "kernels" / "tma_reduce.cu", arch="90a"))
+    width = 64 // dtype.itemsize
+    tiles = torch.randn(3, 8, width).mul(100).to(dtype)
+    before = torch.randn(13, 2 * width).mul(100).to(dtype)
+    row, column = 9, width + width // 2  # 4 rows and half of the columns are inside
+    matrix = hopper.put(before)
+    blocks = 1 if operation == STORE else 3
+    with hopper.checked():
+        arguments = (REDUCTIONS[dtype], dtype.itemsize, *before.shape, row, column, blocks, operation, mistake)
+        assert library.run(pointer(matrix), pointer(hopper.put(tiles)), *arguments) == 0
+    expected = before.clone()
+    inside = expected[row:, column:]
+    for tile in tiles[:blocks, : inside.shape[0], : inside.shape[1]]:
+        results = {STORE: tile, ADD: inside + tile, MIN: inside.minimum(tile), MAX: inside.maximum(tile)}
+        inside.copy_(results[operation])
+    return matrix, expected
+
+
+@pytest.mark.parametrize("operation", [STORE, ADD, MIN, MAX], ids=["store", "add", "min", "max"])
+@pytest.mark.parametrize("dtype", REDUCTIONS, ids=str)
+def test_tma_reduces_into_global_memory(hopper, dtype, operation):
+    result, expected = _reduce(hopper, dtype, operation)
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize(("mistake", "detail"), [(1, "fence.proxy.async"), (2, "a TMA store")])
+@pytest.mark.parametrize("operation", [STORE, ADD], ids=["store", "add"])
+def test_mistakes_around_tma_stores_are_reported(hopper, operation, mistake, detail):
+    from .faults import SimError
+
+    with pytest.raises(SimError) as caught:
+        _reduce(hopper, torch.float32, operation, mistake)
+    assert caught.value.kind == "shared-race"
     assert detail in caught.value.detail
 
 
@@ -136,7 +183,7 @@ def test_cutlass_convolution(hopper, collectives, stride, pad, dilation):
     p, q = ((x + 2 * pad - dilation * (r - 1) - 1) // stride + 1 for x in (h, w))
     dy, x = torch.randn(n, p, q, k).bfloat16(), torch.randn(n, h, w, c).bfloat16()
     ddy, dx, dw = hopper.put(dy), hopper.put(x), hopper.empty(k, r, s, c)
-    with hopper.checked(), hopper.poisoned_shared():
+    with hopper.checked(), hopper.poisoned_shared(), hopper.following_global_memory():
         assert lib.run(n, h, w, c, k, r, s, pad, stride, dilation, pointer(ddy), pointer(dx), pointer(dw)) == 0
 
     def wgrad(activations: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,10 @@ CASES = [
     ("store_conflict", 13, "shared-race"),
     ("sparse_mma", 14, "illegal-metadata"),
     ("endless", 15, "no-progress"),
+    ("overlapping_blocks", 16, "global-race"),
+    ("read_neighbour", 17, "global-race"),
+    ("last_block", 18, "global-race"),
+    ("count_arrivals", 19, "global-race"),
 ]
 N = 1024
 
@@ -38,7 +42,7 @@ def _launch(sim, broken, number: int, mistake: bool) -> None:
     from .engine import pointer
 
     x, y = sim.put(torch.randn(N)), sim.empty(N)
-    with sim.checked():
+    with sim.checked(), sim.following_global_memory():
         broken.run(number, pointer(x), pointer(y), N, mistake)
 
 

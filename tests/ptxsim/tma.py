@@ -10,10 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .memory import Bad
+from .numerics import bf16_to_f32, f32_to_bf16
 
 Array = NDArray[Any]
 MAGIC = 0x50545854
 _ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 8, 9: 2, 10: 4, 11: 4, 12: 4}
+# What reductions compute in, by CUtensorMapDataType; bfloat16 (9) has no NumPy type.
+_NUMBERS = {2: np.uint32, 3: np.int32, 4: np.uint64, 5: np.int64, 6: np.float16, 7: np.float32, 8: np.float64}
+_REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum}
 _UNITS = {0: 1, 1: 2, 2: 4, 3: 8}  # CU_TENSOR_MAP_SWIZZLE_* -> 16-byte units per swizzled row
 
 
@@ -24,7 +28,8 @@ class TensorMap:
     im2col: the box is (channels, pixels), `lower` and `upper` are the corners of the pixel box and `steps` its strides.
     """
 
-    element: int
+    element: int  # bytes
+    kind: int  # CUtensorMapDataType
     address: int
     extents: tuple[int, ...]
     strides: tuple[int, ...]
@@ -46,6 +51,7 @@ class TensorMap:
         *steps, is_im2col = struct.unpack_from("<6B", raw, 94)
         return cls(
             _ELEMENT_BYTES[kind],
+            kind,
             address,
             extents[:rank],
             strides[: rank - 1],
@@ -64,6 +70,17 @@ class TensorMap:
     @property
     def bytes(self) -> int:
         return int(np.prod(self.box)) * self.element
+
+    def reduce(self, name: str, old: Array, new: Array) -> Array | None:
+        """`name` of two arrays of bit patterns, rounded to the element's type; None where TMA has no such reduction."""
+        function = _REDUCTIONS.get(name)
+        if function is None or (self.kind != 9 and self.kind not in _NUMBERS):
+            return None
+        if self.kind == 9:
+            result: Array = f32_to_bf16(function(bf16_to_f32(old), bf16_to_f32(new)))
+            return result
+        number = _NUMBERS[self.kind]
+        return np.asarray(function(old.view(number), new.view(number))).view(old.dtype)
 
     def place(self, start: int) -> Array:
         """Shared addresses of the box's 16-byte units in order of the tensor, for a box at `start`."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .accumulators import InFlight
 from .faults import SimError
 from .memory import LIVE, READY, SHARED_BASE, Bad, Bytes, GlobalMemory
 from .program import Program, is_poll
@@ -73,6 +74,7 @@ class Wave:
         self.dynamic_shared = dynamic_shared
         self.mask = np.zeros(self.size, bool)
         self.exited = np.zeros(self.size, bool)
+        self.owner = np.zeros(self.size, np.int64)
         self.scratch = np.zeros(self.size, bool)  # predicate & mask of the instruction in flight
         self.carry = np.zeros(self.size, bool)  # the condition-code register
         self.counters = Counters()
@@ -84,6 +86,7 @@ class Wave:
         self._shared()
         self._special()
         self.mbarriers: dict[int, Mbarrier] = {}  # by byte offset in the wave's shared memory
+        self.in_flight = InFlight(self, program.accumulators)
         self.events = 0  # counts changes of mbarriers: what a stalled wait hopes for
         self.polls = {
             blk.index: hopper.poll(self, blk.instrs[0])
@@ -214,10 +217,12 @@ class Wave:
             self.special[f"%clusterid.{axis}"][:] = outer
             self.special[f"%nctaid.{axis}"][:] = extent
             self.special[f"%nclusterid.{axis}"][:] = extent // size
+        self.owner = cta // self.cluster  # each thread's CTA or cluster, counted over the grid
         self.shared.reset()
         self.shared.need = LIVE if self.device.poison_shared else READY
         self.exited[:] = (cta >= first + count) | (self.tid >= self.threads)
         self.mbarriers.clear()
+        self.in_flight.reset()
         self.events = 0
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..accumulators import is_copy, is_mma_async
 from ..ptx import Imm, Instr, Mem, Operand, PtxError, Reg, Sym, Vec
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Binder:
     def __init__(self, wave: Wave, instr: Instr) -> None:
         self.wave, self.instr = wave, instr
         self.mods, self.args = instr.mods, instr.operands
+        self.reads: list[str] = []  # registers, in the order in which the handler asks for them
+        self.writes: list[str] = []
 
     def unknown(self, why: str = "") -> PtxError:
         return PtxError(why or "not implemented")
@@ -78,6 +81,7 @@ class Binder:
         if not isinstance(operand, Reg):
             raise self.unknown(f"operand {operand} where a register is expected")
         if operand.name in self.wave.regs:
+            self.reads.append(operand.name)
             return self.wave.regs[operand.name]
         if operand.name in self.wave.special:
             return self.wave.special[operand.name]
@@ -111,6 +115,8 @@ class Binder:
         if isinstance(operand, Reg) and operand.name == "_":
             return np.zeros(self.wave.size, dtype)
         array = self.storage(operand)
+        if isinstance(operand, Reg) and operand.name in self.wave.regs:
+            self.writes.append(self.reads.pop())
         if array.itemsize == dtype.itemsize:
             return array.view(dtype)
         if array.itemsize > dtype.itemsize and dtype.kind in "iu":
@@ -225,13 +231,35 @@ def _fails(wave: Wave, instr: Instr, why: str) -> Make:
     return make
 
 
+def _guard(b: Binder, make: Make) -> Make:
+    """`make` for an instruction that may meet accumulators in flight."""
+    flight = b.wave.in_flight
+    reads, writes = flight.names.intersection(b.reads), flight.names.intersection(b.writes)
+    if is_mma_async(b.instr) or not (reads or writes):
+        return make
+    copied = next(iter(reads), None) if is_copy(b.instr) else None
+
+    def guarded(mask: Array | None) -> Closure:
+        inner = make(mask)
+
+        def run() -> None:
+            groups = flight.use(b.instr, set() if copied else reads, mask)
+            inner()
+            flight.write(writes, groups, copied)
+
+        return run
+
+    return guarded
+
+
 def compile_instr(wave: Wave, instr: Instr) -> tuple[Closure, Closure]:
     """Closures for "all threads active" and "threads of wave.mask active". What is not implemented fails when it
     is executed.
     """
     handler = OPS.get(instr.opcode)
     try:
-        make = handler(Binder(wave, instr)) if handler else _fails(wave, instr, "not implemented")
+        binder = Binder(wave, instr)
+        make = _guard(binder, handler(binder)) if handler else _fails(wave, instr, "not implemented")
     except (PtxError, KeyError, NotImplementedError) as error:
         make = _fails(wave, instr, str(error) or "not implemented")
     pred = instr.pred

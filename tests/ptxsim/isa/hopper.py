@@ -274,6 +274,12 @@ def _tensor_map(b: Binder, address: int, thread: int) -> TensorMap:
     return found
 
 
+def _follow(wave: Wave, thread: int, address: Array, width: int, *, write: bool, atomic: bool = False) -> None:
+    """Tells the detector of races on global memory of an access by TMA for `thread`."""
+    owner = np.full(address.size, wave.owner[thread])
+    wave.memory.races.access(address, owner, width, write=write, atomic=atomic)
+
+
 def _scalar(array: Array, thread: int) -> int:
     return int(np.broadcast_to(array, (thread + 1,) if array.ndim == 0 else array.shape)[thread])
 
@@ -303,6 +309,8 @@ def bulk(b: Binder) -> Make:
 
         return b.lanes(wait)
     if b.has("tile::gather4", "im2col_no_offs", "im2col::w"):
+        raise b.unknown()
+    if b.has("reduce") and not b.has("tensor"):
         raise b.unknown()
     if b.has("tensor"):
         first_space = next(m for m in b.mods if m.split("::")[0] in ("shared", "global"))
@@ -334,6 +342,7 @@ def _tma_load(b: Binder) -> Make:
             raise wave.fault("misaligned", f"TMA destination {inner} is not a multiple of 128", b.instr, thread)
         address, inside = tensor.elements([_scalar(c, thread) for c in coords], [_scalar(o, thread) for o in shifts])
         data = np.zeros(address.size, ELEMENT[tensor.element])
+        _follow(wave, thread, address[inside], tensor.element, write=False)
         data[inside] = wave.memory.load(address[inside], tensor.element)
         wave.counters.global_load += int(inside.sum()) * tensor.element
         wave.counters.async_copy += tensor.bytes
@@ -388,6 +397,7 @@ def _bulk_load(b: Binder) -> Make:
         if size % 16 or start % 16 or source % 16:
             raise Bad("misaligned", 0, "bulk copies need multiples of 16 bytes")
         steps = 16 * np.arange(size // 16)
+        _follow(wave, thread, source + steps, 16, write=False)
         data = wave.memory.load(source + steps, 16)
         wave.counters.global_load += size
         wave.counters.async_copy += size
@@ -399,8 +409,9 @@ def _bulk_load(b: Binder) -> Make:
 def _tma_store(b: Binder) -> Make:
     wave = b.wave
     target, source = _memory(b.args[0]), _memory(b.args[1])
-    if target.coords is None or b.has("reduce") or b.instr.opcode != "cp" or not b.has("bulk_group"):
+    if target.coords is None or not b.has("bulk_group"):
         raise b.unknown()
+    reduction = b.mods[b.mods.index("shared::cta") + 1] if b.has("reduce") else None
     map_at, come_from = b.address(target), b.address(source)
     coords = [b.src(c, np.int32) for c in vector(target.coords)]
 
@@ -412,6 +423,13 @@ def _tma_store(b: Binder) -> Make:
         raw = wave.shared.agent_read(offsets, 16, thread // wave.padded, TMA_STORE, np.array([thread // 32]))
         address, inside = tensor.elements([_scalar(c, thread) for c in coords], [])
         data = raw.view(ELEMENT[tensor.element])[inside]
+        _follow(wave, thread, address[inside], tensor.element, write=True, atomic=reduction is not None)
+        if reduction is not None:
+            reduced = tensor.reduce(reduction, wave.memory.load(address[inside], tensor.element), data)
+            if reduced is None:
+                raise wave.fault("unknown-opcode", f"{reduction} on tensors of type {tensor.kind}", b.instr, thread)
+            data = reduced
+            wave.counters.global_load += data.nbytes
         wave.memory.store(address[inside], tensor.element, data)
         wave.counters.global_store += data.nbytes
 

@@ -40,6 +40,8 @@ class Access:
     def __init__(self, b: Binder, space: str) -> None:
         self.b, self.space = b, space
         self.wave = b.wave
+        self.synchronises = b.has("acquire", "release", "volatile")
+        self.atomic = self.synchronises or b.has("relaxed")
 
     def load(self, address: Array, threads: Array, width: int) -> Array:
         try:
@@ -57,6 +59,7 @@ class Access:
         wave = self.wave
         if space == "global":
             wave.counters.global_load += threads.size * width
+            self._follow(address, threads, width, write=False)
             return wave.memory.load(address, width)
         if space == "shared":
             wave.counters.shared_load += threads.size * width
@@ -79,6 +82,7 @@ class Access:
         wave = self.wave
         if space == "global":
             wave.counters.global_store += threads.size * width
+            self._follow(address, threads, width, write=True)
             wave.memory.store(address, width, values)
         elif space == "shared":
             wave.counters.shared_store += threads.size * width
@@ -91,6 +95,12 @@ class Access:
                     self._store(part, address[lanes] - base, threads[lanes], width, values[lanes])
                 except Bad as bad:
                     raise Bad(bad.kind, int(lanes[bad.lane]), bad.detail) from None
+
+    def _follow(self, address: Array, threads: Array, width: int, *, write: bool) -> None:
+        races, owner = self.wave.memory.races, self.wave.owner[threads]
+        races.access(address, owner, width, write=write, atomic=self.atomic)
+        if self.synchronises:
+            races.synchronise(address, owner)
 
     def _local(self, address: Array, threads: Array, width: int) -> Array:
         size = self.wave.program.local_size
@@ -275,6 +285,10 @@ def atom(b: Binder) -> Make:
     def step(part: str, where: Array, threads: Array) -> None:
         if part == "shared":
             offsets = wave.shared.atomic_at(where, threads, width)
+        else:
+            wave.memory.races.access(where, wave.owner[threads], width, write=True, atomic=True)
+            if out is not None:
+                wave.memory.races.synchronise(where, wave.owner[threads])
         for lanes in _ranks(where if part == "global" else offsets):
             chosen = threads[lanes]
             if part == "shared":
@@ -307,7 +321,7 @@ def atom(b: Binder) -> Make:
 
 @op("cp")
 def cp(b: Binder) -> Make:
-    if b.mods[0] != "async":
+    if b.mods[0] not in ("async", "reduce"):
         raise b.unknown()
     if b.has("bulk"):
         return bulk(b)
@@ -360,6 +374,7 @@ def _copy(b: Binder) -> Make:
         wave.counters.async_copy += int(wanted.sum())
         if whole.size:
             try:
+                wave.memory.races.access(address[whole], wave.owner[threads[whole]], width, write=False)
                 values[whole] = wave.memory.load(address[whole], width)
             except Bad as bad:
                 raise Bad(bad.kind, int(whole[bad.lane]), bad.detail) from None

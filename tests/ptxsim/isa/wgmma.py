@@ -11,7 +11,7 @@ element (i, k) of an operand with i along M or N lies at
 and address bits 4-6 are xored with bits 7-9, as far as W reaches.
 
 The product is formed when the instruction issues, as in `tensor`; its shared-memory reads last until
-`wgmma.wait_group`, which is what the race detector sees. Reading accumulators before the wait is not detected.
+`wgmma.wait_group`, which is what the race detector sees, as its accumulators are its own until then (`accumulators`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from ..memory import Bad
 from ..numerics import f32_to_f16, odd_f64_to_f32
-from ..ptx import Imm, Vec
+from ..ptx import Imm, Reg, Vec
 from ..shared import TENSOR
 from .core import Array, Binder, Make, op, vector
 from .tensor import _a_index, _decoder, _metadata_source, check_nibbles
@@ -124,6 +124,7 @@ def wgmma(b: Binder) -> Make:
                 cta, agent = divmod(int(group), wave.padded // 128)
                 column = wave.shared.agent_column(cta, TENSOR + agent)
                 done = wave.shared.agent_clock[cta, TENSOR + agent] - 1 - pending.value
+                wave.in_flight.done[group] = max(wave.in_flight.done[group], done)
                 warps = slice(group * 4, group * 4 + 4)
                 wave.shared.known[warps, column] = np.maximum(wave.shared.known[warps, column], done)
 
@@ -140,7 +141,9 @@ def _mma_async(b: Binder) -> Make:
     if kind_a not in ("f16", "bf16") or kind_b != kind_a or out not in ("f32", "f16") or k != (32 if sparse else 16):
         raise b.unknown("shape or type")
     args = list(b.args)
-    registers = [b.dst(r, np.uint32) for r in vector(args.pop(0))]
+    accumulators = vector(args.pop(0))
+    registers = [b.dst(r, np.uint32) for r in accumulators]
+    names = [r.name for r in accumulators if isinstance(r, Reg)]
     a_arg, b_arg = args.pop(0), args.pop(0)
     from_registers = isinstance(a_arg, Vec)
     metadata = selector = None
@@ -200,6 +203,8 @@ def _mma_async(b: Binder) -> Make:
                 result = f32_to_f16(odd_f64_to_f32(total)).view(np.uint32)
             for i, register in enumerate(registers):
                 register[here] = result[:, i]
+            cta, warpgroup = divmod(int(group), wave.padded // 128)
+            wave.in_flight.issue(names, int(group), int(wave.shared.agent_clock[cta, TENSOR + warpgroup]))
 
     return b.masks(run)
 

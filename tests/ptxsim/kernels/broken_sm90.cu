@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-enum Mistake { kNone, kLostArrive, kWrongBytes, kWrongSwizzle, kNoBarrierWait, kNoProxyFence, kNoWgmmaWait, kHalfWarpgroup };
+enum Mistake { kNone, kLostArrive, kWrongBytes, kWrongSwizzle, kNoBarrierWait, kNoProxyFence, kNoWgmmaWait, kHalfWarpgroup, kEarlyRead };
 
 constexpr int kN = 64, kTileBytes = kN * kN * 2;
 
@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(128) product(const __nv_bfloat16* a, const __g
     for (int k = 0; k < 4; ++k)
       multiply(d, descriptor(a_at + 32 * k, mistake == kWrongSwizzle ? 2 : 1), descriptor(b_at + 32 * k, 1));
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    if (mistake == kEarlyRead) out[thread] = d[0];
     if (mistake != kNoWgmmaWait) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   }
   __syncthreads();
