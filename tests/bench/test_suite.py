@@ -118,9 +118,14 @@ def test_estimates_come_from_the_last_run_on_the_same_gpu(tmp_path: Path) -> Non
     ):
         path = run._replace(sources=sources).record_path
         path.parent.mkdir()
-        path.write_text(json.dumps({"cases": {"a": {"status": status, "seconds": seconds}}}))
+        entry = {"status": status, "seconds": seconds}
+        path.write_text(json.dumps({"cases": {"a": entry, "build": entry}}))
         os.utime(path, (1e9 - age, 1e9 - age))
     assert run.estimate(case) == 70
+    assert run.estimate(BUILD) == BUILD.seconds
+    limits: list[float] = []
+    list(suite.outcomes([case], run, 60, {}, False, lambda case, limit: limits.append(limit) or 0, lambda: 0.0))
+    assert limits == [suite.SLACK * 100 + suite.SLACK_SECONDS]
     assert run._replace(machine=MACHINE._replace(gpu="Another")).estimate(case) == 100
 
 
