@@ -108,9 +108,10 @@ std::string pattern_name(const std::string& prefix, int n, int m, const std::str
 
 void prune_compress(const std::string& function, int n, int m, const std::string& dtype, int64_t dy, int64_t t,
                     int64_t c, int64_t row_stride, int64_t dgrad_values, int64_t dgrad_metadata, int64_t dgrad_k,
-                    int64_t wgrad_values, int64_t wgrad_metadata, int64_t wgrad_k, int64_t bias, int64_t bias_partials,
-                    int64_t seed, uint32_t rank, float eps, int64_t dgrad_scale, int64_t wgrad_scale,
-                    int64_t positions_per_sample, const std::string& metadata_layout, int64_t stream) {
+                    int64_t wgrad_values, int64_t wgrad_metadata, int64_t wgrad_k, int64_t wgrad_pitch, int64_t bias,
+                    int64_t bias_partials, int64_t seed, uint32_t rank, float eps, int64_t dgrad_scale,
+                    int64_t wgrad_scale, int64_t positions_per_sample, const std::string& metadata_layout,
+                    int64_t stream) {
   check_matrix(dy, t, c, row_stride);
   const auto layout = std::find(kLayouts.begin(), kLayouts.end(), metadata_layout) - kLayouts.begin();
   if (layout == std::ssize(kLayouts))
@@ -127,7 +128,12 @@ void prune_compress(const std::string& function, int n, int m, const std::string
     check_pointer("wgrad_values", wgrad_values, 16);
     check_pointer("wgrad_metadata", wgrad_metadata, 16);
     check_padded("wgrad_k", wgrad_k, t, tile_k);
-    check_extent("c and wgrad_k", c, wgrad_k);
+    if (wgrad_pitch == 0) wgrad_pitch = c;
+    if (wgrad_pitch != c && wgrad_pitch != (c + 7) / 8 * 8) {
+      throw py::value_error("wgrad_pitch must be c = " + std::to_string(c) +
+                            ", or that padded to a multiple of 8; got " + std::to_string(wgrad_pitch));
+    }
+    check_extent("wgrad_pitch and wgrad_k", wgrad_pitch, wgrad_k);
   }
   if (bias != 0) {
     check_pointer("bias", bias, 4);
@@ -152,6 +158,7 @@ void prune_compress(const std::string& function, int n, int m, const std::string
                                   pointer<void>(wgrad_values),
                                   pointer<void>(wgrad_metadata),
                                   wgrad_k,
+                                  wgrad_pitch,
                                   pointer<float>(bias),
                                   pointer<float>(bias_partials),
                                   pointer<const int64_t>(seed),
@@ -231,7 +238,6 @@ void sparse_gemm(const std::string& name, int64_t values, int64_t metadata, int6
                 sm_count);
   check_size("m", m, 1);
   check_multiple("n", n, in_chunks(name) ? 8 : 1);
-  if (is_wgrad(name)) check_multiple("m", m, in_chunks(name) ? 8 : 1);
   check_padded("padded_k", padded_k, k);
   const SdgpSparseGemm problem{pointer<const void>(values),
                                pointer<const void>(metadata),
@@ -260,7 +266,6 @@ void sparse_conv(const std::string& name, int64_t values, int64_t metadata, int6
                 sm_count);
   for (const int32_t size : shape) check_size("shape", size, 1);
   check_multiple("c_in", shape[3], in_chunks(name) ? 8 : 1);
-  if (is_wgrad(name)) check_multiple("c_out", shape[6], in_chunks(name) ? 8 : 1);
   for (const int i : {0, 1, 4, 5}) check_size("stride and dilation", window[i], 1);
   const auto [batch, h, w, c_in, p, q, c_out, r, s] = shape;
   check_padded("padded_k", padded_k, is_wgrad(name) ? int64_t{batch} * p * q : c_out);
@@ -306,10 +311,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("prune_compress", &prune_compress, py::kw_only(), py::arg("function"), py::arg("n"), py::arg("m"),
              py::arg("dtype"), py::arg("dy"), py::arg("t"), py::arg("c"), py::arg("row_stride"),
              py::arg("dgrad_values") = 0, py::arg("dgrad_metadata") = 0, py::arg("dgrad_k") = 0,
-             py::arg("wgrad_values") = 0, py::arg("wgrad_metadata") = 0, py::arg("wgrad_k") = 0, py::arg("bias") = 0,
-             py::arg("bias_partials") = 0, py::arg("seed") = 0, py::arg("rank") = 0, py::arg("eps") = 0.0f,
-             py::arg("dgrad_scale") = 0, py::arg("wgrad_scale") = 0, py::arg("positions_per_sample") = 0,
-             py::arg("metadata_layout") = "row_major", py::arg("stream") = 0,
+             py::arg("wgrad_values") = 0, py::arg("wgrad_metadata") = 0, py::arg("wgrad_k") = 0,
+             py::arg("wgrad_pitch") = 0, py::arg("bias") = 0, py::arg("bias_partials") = 0, py::arg("seed") = 0,
+             py::arg("rank") = 0, py::arg("eps") = 0.0f, py::arg("dgrad_scale") = 0, py::arg("wgrad_scale") = 0,
+             py::arg("positions_per_sample") = 0, py::arg("metadata_layout") = "row_major", py::arg("stream") = 0,
              "Prune dY [t, c] and compress it along both axes; SdgpPruneCompress in prune_compress_api.h.");
   module.def("bias_partial_rows", &sdgp_bias_partial_rows, py::arg("t"), py::arg("c"),
              "Rows of the workspace bias_partials, float32 [rows, c].");

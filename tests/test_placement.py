@@ -32,9 +32,7 @@ def test_every_layer_has_a_place_and_every_dense_one_a_reason(arch):
     assert "3 input channels" in layers["stem"].reason
     assert "groups = 4" in layers["grouped"].reason
     assert layers["body"].dgrad.startswith("sm90" if arch == "90" else "sm80")
-    # 10 classes: rows of wgrad's operand are no multiple of 16 bytes.
-    assert layers["head"].dgrad.split()[0] == layers["body"].dgrad.split()[0]
-    assert "_any" in layers["head"].wgrad
+    assert layers["head"].wgrad.split()[0] == layers["body"].wgrad.split()[0]  # 10 classes are no obstacle
 
 
 def test_passes_that_stay_dense_are_dense():

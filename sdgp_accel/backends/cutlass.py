@@ -27,6 +27,7 @@ from sdgp_accel.semi_structured import SparseOperand
 DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 GROUP_SIZES = (4, 8, 16)
 HOPPER = (9, 0)
+CHUNK = 8  # 16-bit values in 16 bytes: the rows of wgrad's operand are padded to whole ones
 MAX_SIZE = (1 << 31) - 1024  # the products count positions and channels, rounded up to tiles, in 32 bits
 # TMA's im2col mode has 8 signed bits for the corners of a 4-D tensor's box and strides of at most 8 (CUDA driver API,
 # cuTensorMapEncodeIm2col); the corners go beyond padding and reach of the filter by less than a stride.
@@ -62,7 +63,7 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 
 class CutlassBackend:
-    """Operands are `SparseOperand`s in the layout ``"row_major"``."""
+    """Operands are `SparseOperand`s in the layout ``"row_major"``, wgrad's with rows padded to multiples of `CHUNK`."""
 
     name = "cutlass"
 
@@ -168,10 +169,9 @@ def _too_large(geometry: Geometry) -> str | None:
     return f"sparse products count rows and columns in 32 bits; got {largest}" if largest > MAX_SIZE else None
 
 
-def _family(geometry: Geometry, product: Product, gpu: Device) -> tiles.Family:
+def _family(geometry: Geometry, gpu: Device) -> tiles.Family:
     """The kernels that run this product on this GPU."""
-    # Rows of X, W and their gradients hold C_in values, those of wgrad's compressed operand C_out.
-    if geometry.in_channels % 8 or (product == "wgrad" and geometry.out_channels % 8):
+    if geometry.in_channels % 8:  # the length of the rows of X, W and their gradients
         return tiles.SM80_ANY
     if gpu.wgmma and _tma_can_reach(geometry):
         return tiles.SM90
@@ -199,14 +199,15 @@ def _sweep(
     kernels: Any, spec: PruneSpec, t: int, c: int, dtype: torch.dtype, dgrad: bool, wgrad: bool, bias: bool
 ) -> Sweep:
     dgrad_k, wgrad_k = (-(-size // TILE_K) * TILE_K for size in (c, t))
+    pitch = -(-c // CHUNK) * CHUNK
     launch = functools.partial(
         kernels.prune_compress, function=spec.function, n=spec.n, m=spec.m, eps=spec.eps, dtype=DTYPE_NAMES[dtype],
-        t=t, c=c, dgrad_k=dgrad_k if dgrad else 0, wgrad_k=wgrad_k if wgrad else 0,
+        t=t, c=c, dgrad_k=dgrad_k if dgrad else 0, wgrad_k=wgrad_k if wgrad else 0, wgrad_pitch=pitch if wgrad else 0,
     )  # fmt: skip
     return Sweep(
         launch,
         ((t, dgrad_k // 2), (t, dgrad_k // 16)) if dgrad else None,
-        ((wgrad_k // 2, c), (wgrad_k // 16, c)) if wgrad else None,
+        ((wgrad_k // 2, pitch), (wgrad_k // 16, pitch)) if wgrad else None,
         (kernels.bias_partial_rows(t, c), c) if bias else None,
     )
 
@@ -239,6 +240,8 @@ def _prune_compress(
         values = dy.new_empty(sweep.wgrad_shapes[0])
         metadata = dy.new_empty(sweep.wgrad_shapes[1], dtype=torch.int16)
         arguments["wgrad_values"], arguments["wgrad_metadata"] = values.data_ptr(), metadata.data_ptr()
+        if values.shape[1] != c:
+            values, metadata = values[:, :c], metadata[:, :c]
         for_wgrad = SparseOperand(values, metadata, 0, (t, c))
     if sweep.partials_shape is not None:
         db, partials = (dy.new_empty(size, dtype=torch.float32) for size in (c, sweep.partials_shape))
@@ -267,7 +270,7 @@ def rank(geometry: Geometry, product: Product, gpu: Device, family: tiles.Family
     """The tilings that run this product on this GPU, best predicted first. family: default the one that fits."""
     m, n, k = _product_size(geometry, product)
     gathering = isinstance(geometry, Conv2dGeometry) and not _is_pointwise(geometry)
-    return rank_tilings(family or _family(geometry, product, gpu), product, m, n, k, gpu.multiprocessors, gathering)
+    return rank_tilings(family or _family(geometry, gpu), product, m, n, k, gpu.multiprocessors, gathering)
 
 
 def _product_size(geometry: Geometry, product: Product) -> tuple[int, int, int]:

@@ -140,7 +140,7 @@ class SimulatedKernels:
             "dy": 2 * ((t - 1) * arguments["row_stride"] + c), "seed": 16, "bias": 4 * c,
             "bias_partials": 4 * c * self.bias_partial_rows(t, c), "dgrad_scale": scale, "wgrad_scale": scale,
         }  # fmt: skip
-        for name, rows in (("dgrad", t), ("wgrad", c)):
+        for name, rows in (("dgrad", t), ("wgrad", arguments.get("wgrad_pitch") or c)):
             stored = rows * arguments.get(f"{name}_k", 0)
             sizes |= {f"{name}_values": stored, f"{name}_metadata": stored // 8}
         with self._visible(sizes, arguments):
@@ -158,13 +158,14 @@ class SimulatedKernels:
 
     def sparse_gemm(self, name: str, **arguments: Any) -> None:
         m, n, k = (arguments[size] for size in "mnk")
-        with self._visible(self._product_sizes(m, m * n, k * n, arguments), arguments):
+        rows = m if "dgrad" in name else -(-m // 8) * 8
+        with self._visible(self._product_sizes(rows, m * n, k * n, arguments), arguments):
             self._engine.gemm(name.removeprefix("sdgp_"), **arguments)
 
     def sparse_conv(self, name: str, **arguments: Any) -> None:
         batch, h, w, c_in, p, q, c_out, r, s = arguments["shape"]
         x, weight = batch * h * w * c_in, c_out * r * s * c_in
-        sizes = (batch * p * q, x, weight) if "dgrad" in name else (c_out, weight, x)
+        sizes = (batch * p * q, x, weight) if "dgrad" in name else (-(-c_out // 8) * 8, weight, x)
         with self._visible(self._product_sizes(*sizes, arguments), arguments):
             self._engine.conv(name.removeprefix("sdgp_"), **arguments)
 
@@ -316,8 +317,10 @@ def assert_close(out: Tensor, exact: Tensor, magnitude: Tensor, k: int) -> None:
 
 
 def compressed(dy: Tensor, case: Case) -> SparseOperand:
-    """dY [T, C], pruned along the reduction axis of the case's pass, as that pass takes it."""
-    return compress_matrix(dy, 1 if is_dgrad(case) else 0, k_align=128)
+    """dY [T, C], pruned along the axis of the case's pass, as that pass takes it: wgrad's rows in whole chunks."""
+    if is_dgrad(case):
+        return compress_matrix(dy, 1, k_align=128)
+    return compress_matrix(torch.nn.functional.pad(dy, (0, -dy.shape[1] % 8)), 0, k_align=128)
 
 
 def output(engine: Engine, case: Case, shape: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -55,10 +55,11 @@ def new_seed():
 
 def run(
     engine, x, spec, seed, rank=0, positions_per_sample=1, k_align=16, dgrad=True, wgrad=True, bias=False,
-    layout="row_major",
+    layout="row_major", pitch=None,
 ):  # fmt: skip
-    """The kernel's outputs for the gradient x."""
+    """The kernel's outputs for the gradient x; wgrad's with rows of `pitch` channels, default those of x."""
     (t, c), device_x = x.shape, engine.put(x)
+    pitch = pitch or c
     common: dict[str, Any] = {"n": spec.n, "m": spec.m, "dtype": DTYPES[x.dtype], "dy": device_x.data_ptr()}
     common |= {"t": t, "c": c, "row_stride": device_x.stride(0)}
     arguments: dict[str, Any] = {}
@@ -67,12 +68,12 @@ def run(
     for axis, name, wanted in ((1, "dgrad", dgrad), (0, "wgrad", wgrad)):
         if wanted:
             k = -(-x.shape[axis] // k_align) * k_align
-            shapes = ((t, k // 2), (t, k // 16)) if axis == 1 else ((k // 2, c), (k // 16, c))
+            shapes = ((t, k // 2), (t, k // 16)) if axis == 1 else ((k // 2, pitch), (k // 16, pitch))
             values, metadata = engine.empty(*shapes[0], dtype=x.dtype), engine.empty(*shapes[1], dtype=torch.int16)
             if layout != "row_major":
                 padding = torch.full(shapes[1] if axis == 1 else shapes[1][::-1], 0x4444, dtype=torch.int16)
                 metadata = engine.put(LAYOUTS[layout].encode(padding))
-            operands[1 - axis] = SparseOperand(values, metadata, axis, (t, c))
+            operands[1 - axis] = SparseOperand(values, metadata, axis, (t, c if axis == 1 else pitch))
             arguments |= {f"{name}_values": values.data_ptr(), f"{name}_metadata": metadata.data_ptr(), f"{name}_k": k}
     keep = []
     if spec.scope != "group" and spec.function == "rescale_magnitude":
@@ -92,6 +93,7 @@ def run(
     with engine.launching():
         engine.kernels.prune_compress(
             function=spec.function, eps=spec.eps, seed=device_seed.data_ptr(), rank=rank, metadata_layout=layout,
+            wgrad_pitch=pitch,
             **common, **arguments,
         )  # fmt: skip
     return Outputs(*(o and SparseOperand(o.values.cpu(), o.metadata.cpu(), o.axis, o.shape) for o in operands), db)
@@ -111,6 +113,21 @@ def check(engine, x, spec, positions_per_sample=1, k_align=16, rank=3):
     outputs = run(engine, x, spec, seed, rank, positions_per_sample, k_align)
     for operand in outputs[:2]:
         assert_same(operand, x, spec, Rng(seed, rank, 1 - operand.axis), positions_per_sample, k_align)
+
+
+@pytest.mark.parametrize("scope", ["group", "sample_channel"])
+@pytest.mark.parametrize(("function", "m"), [(function, m) for function in FUNCTIONS for m in (4, 8)])
+def test_rows_of_wgrad_fill_whole_chunks(engine, function, m, scope):
+    if scope != "group" and function != "rescale_magnitude":
+        pytest.skip("no scope")
+    t, c, pitch = 3 * 21, 13, 16
+    x, seed, spec = make_gradient("normal", t, c, torch.bfloat16), new_seed(), PruneSpec(function, 2, m, scope)
+    operand = run(engine, x, spec, seed, positions_per_sample=21, dgrad=False, pitch=pitch).wgrad
+    inside = SparseOperand(operand.values[:, :c], operand.metadata[:, :c], 0, (t, c))
+    assert_same(inside, x, spec, Rng(seed, 0, 1), 21)
+    assert not operand.values[:, c:].any()
+    nibbles = torch.stack([operand.metadata[:, c:].int() >> shift & 15 for shift in (0, 4, 8, 12)])
+    assert (nibbles % 4 < nibbles // 4).all()
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -46,6 +46,7 @@ GEMM_CASES = [
     GemmCase("sm80_wgrad_bf16_128x128", 8, 8, 1),
     GemmCase("sm80_wgrad_f16_128x128", 200, 8, 150, float_out=True),
     GemmCase("sm80_wgrad_bf16_64x128", 72, 264, 700, splits=4),
+    GemmCase("sm80_wgrad_bf16_64x128", 77, 136, 333),  # channels of the gradient need no alignment
     GemmCase("sm80_wgrad_f16_64x128", 64, 128, 449, accumulate=True),
     GemmCase("sm80_wgrad_bf16_128x64_any", 131, 65, 451, splits=3),
     GemmCase("sm80_wgrad_f16_128x64_any", 10, 77, 66, splits=2, float_out=True, accumulate=True),
@@ -67,6 +68,7 @@ CONV_CASES = [
     ConvCase("sm80_conv_wgrad_f16_128x128", (2, 24, 7, 7), (72, 3, 3), float_out=True),
     ConvCase("sm80_conv_wgrad_f16_256x128", (1, 16, 14, 15), (136, 5, 5), stride=(2, 2), padding=(2, 2), splits=1),
     ConvCase("sm80_conv_wgrad_bf16_64x128", (2, 64, 12, 10), (64, 3, 3), splits=3, accumulate=True),
+    ConvCase("sm80_conv_wgrad_f16_64x128", (2, 16, 9, 7), (13, 3, 3)),
     ConvCase("sm80_conv_wgrad_f16_64x128", (1, 8, 19, 9), (72, 7, 7), stride=(2, 2), padding=(3, 3)),
     ConvCase("sm80_conv_wgrad_bf16_128x128", (2, 40, 9, 9), (16, 1, 1), stride=(2, 2), padding=(0, 0)),
     ConvCase("sm80_conv_wgrad_bf16_128x64_any", (2, 3, 10, 9), (20, 3, 3), stride=(2, 1), splits=2),

@@ -41,6 +41,7 @@ GEMM_CASES = [
     GemmCase("sm90_dgrad_bf16_256x64_pingpong", 1100, 136, 200, cluster_size=2),
     GemmCase("sm90_wgrad_bf16_256x128", 264, 136, 517, splits=3, cluster_size=2, float_out=True, accumulate=True),
     GemmCase("sm90_wgrad_bf16_256x128", 8, 8, 1),
+    GemmCase("sm90_wgrad_bf16_256x128", 261, 136, 333, splits=2),
     GemmCase("sm90_wgrad_f16_128x256", 136, 520, 323, splits=2, group_n=1),
     GemmCase("sm90_wgrad_f16_128x256", 200, 8, 150, cluster_size=2, float_out=True),
     GemmCase("sm90_wgrad_f16_64x256_pingpong", 64, 520, 1100, splits=5),
@@ -61,6 +62,7 @@ CONV_CASES = [
     ConvCase("sm90_conv_dgrad_bf16_256x64_pingpong", (9, 72, 15, 13), (200, 3, 5), (2, 2), (1, 2), cluster_size=2),
     ConvCase("sm90_conv_dgrad_bf16_256x64_pingpong", (2, 64, 12, 13), (136, 3, 3), (2, 3), (2, 3), (3, 2)),
     ConvCase("sm90_conv_wgrad_bf16_64x192_pingpong", (2, 64, 12, 13), (64, 3, 3), splits=3, accumulate=True),
+    ConvCase("sm90_conv_wgrad_bf16_128x256", (2, 24, 9, 8), (131, 3, 3), splits=2),
     ConvCase("sm90_conv_wgrad_bf16_128x256", (2, 72, 9, 8), (136, 3, 3), splits=2, cluster_size=2),
     ConvCase("sm90_conv_wgrad_bf16_128x256", (3, 8, 11, 6), (8, 2, 3), stride=(2, 1), padding=(1, 0), dilation=(2, 1)),
 ]

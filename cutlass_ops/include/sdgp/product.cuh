@@ -16,6 +16,10 @@ constexpr uint32_t kLegalMetadata = 0x4444;  // indices 0 and 1 in each of four 
 
 enum class Output : int { kElement, kFloat, kPartial };
 
+// Values from one row to the next of a wgrad operand of `m` channels: whole chunks of 16 bytes, the last one filled up
+// with zeros and legal metadata.
+__host__ __device__ inline int64_t operand_pitch(int64_t m) { return (m + 7) / 8 * 8; }
+
 // Metadata words outside the operand arrive in shared memory as 0, which is not legal; legal words are never 0.
 __device__ __forceinline__ uint32_t make_legal(uint32_t words) {
   if ((words & 0xffffu) == 0) words |= kLegalMetadata;

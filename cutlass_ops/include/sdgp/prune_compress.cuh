@@ -266,7 +266,6 @@ __global__ void __launch_bounds__(kBlockThreads, M == 4 ? (kIsScaled ? 3 : 4) : 
   const int64_t c = problem.c, t = problem.t, channel = place.channel, position = place.position;
   const int64_t padded_c = (c + 15) / 16 * 16;
   const bool vector_loads = can_load_vectors(problem.dy, c, problem.row_stride);
-  const bool vector_stores = c % 8 == 0;
   const auto* dy = static_cast<const uint16_t*>(problem.dy);
 
   RuleParameters dgrad_parameters{{}, problem.eps}, wgrad_parameters{{}, problem.eps};
@@ -347,8 +346,8 @@ __global__ void __launch_bounds__(kBlockThreads, M == 4 ? (kIsScaled ? 3 : 4) : 
       }
 #pragma unroll
       for (int v = 0; v < kRows / 2; ++v) {
-        store_channels(static_cast<uint16_t*>(problem.wgrad_values) + (row / 2 + v) * c, channel, c, vector_stores,
-                       {values[v][0], values[v][1], values[v][2], values[v][3]});
+        store_channels(static_cast<uint16_t*>(problem.wgrad_values) + (row / 2 + v) * problem.wgrad_pitch, channel,
+                       problem.wgrad_pitch, {values[v][0], values[v][1], values[v][2], values[v][3]});
       }
 #pragma unroll
       for (int p = 0; p < kChannels / 2; ++p) wgrad_metadata[p] |= metadata[p] << step;

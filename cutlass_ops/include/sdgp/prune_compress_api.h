@@ -9,17 +9,17 @@ extern "C" {
 
 // Prunes dY [t, c] along its channels (dgrad operand) and its positions (wgrad operand) and compresses both, in one
 // pass over dY. An output whose pointers are null is not computed. The operands' layout is in
-// sdgp_accel/semi_structured.py
-// ("row_major").
+// sdgp_accel/semi_structured.py ("row_major").
 struct SdgpPruneCompress {
   const void* dy;  // 16-bit, row_stride elements from one position to the next, channels contiguous
   int64_t t, c, row_stride;
   void* dgrad_values;    // [t, dgrad_k / 2]
   void* dgrad_metadata;  // 16-bit words [t, dgrad_k / 16]
   int64_t dgrad_k;       // c padded to a multiple of 16 or more
-  void* wgrad_values;    // [wgrad_k / 2, c]
-  void* wgrad_metadata;  // 16-bit words [wgrad_k / 16, c]
+  void* wgrad_values;    // [wgrad_k / 2, wgrad_pitch]
+  void* wgrad_metadata;  // 16-bit words [wgrad_k / 16, wgrad_pitch], in a tiled layout of c rows
   int64_t wgrad_k;       // t padded to a multiple of 16 or more
+  int64_t wgrad_pitch;   // c, or c padded to a multiple of 8: with zeros and legal metadata
   float* bias;           // [c]: sum of dy over its positions, in a fixed order; null: not wanted
   float* bias_partials;  // workspace [sdgp_bias_partial_rows(t, c), c]
   const int64_t* seed;   // device, [2]; for random and mvue
@@ -44,7 +44,7 @@ struct SdgpScopeScales {
   int64_t t, c, row_stride;
   int64_t positions_per_sample;  // 0: one factor for the whole tensor
   float eps;
-  double* sums;  // workspace of sdgp_scope_workspace(t, c, positions_per_sample) values; null where it says 0
+  double* sums;        // workspace of sdgp_scope_workspace(t, c, positions_per_sample) values; null where it says 0
   float* dgrad_scale;  // [scopes], or null
   float* wgrad_scale;  // [scopes], or null
   void* stream;

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 
   const Place place(cover);
   const int64_t c = problem.c, t = problem.t, channel = place.channel, position = place.position;
-  const bool vector_loads = can_load_vectors(problem.dy, c, problem.row_stride), vector_stores = c % 8 == 0;
+  const bool vector_loads = can_load_vectors(problem.dy, c, problem.row_stride);
   const auto* dy = static_cast<const uint16_t*>(problem.dy);
   auto fetch = [&](int step) {
 #pragma unroll
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   const bool has_dgrad = problem.dgrad_values != nullptr && channel < (c + 7) / 8 * 8;
   const bool has_wgrad = problem.wgrad_values != nullptr && channel < c;
   DgradRows<kTileChannels> dgrad_rows(problem, position, channel);
-  auto* wgrad_values = static_cast<uint16_t*>(problem.wgrad_values) + position / 2 * c;
+  auto* wgrad_values = static_cast<uint16_t*>(problem.wgrad_values) + position / 2 * problem.wgrad_pitch;
 
   uint32_t nibbles[kSteps] = {};  // of wgrad's quads, eight channels of a step in a word
   float bias[kTileChannels] = {};
@@ -165,13 +165,13 @@ __global__ void __launch_bounds__(kBlockThreads)
       }
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
-        store_channels(wgrad_values + v * c, channel, c, vector_stores, rows[v][threadIdx.x]);
+        store_channels(wgrad_values + v * problem.wgrad_pitch, channel, problem.wgrad_pitch, rows[v][threadIdx.x]);
       }
 #pragma unroll
       for (int s = 0; s + 1 < kSteps; ++s) nibbles[s] = nibbles[s + 1];
       nibbles[kSteps - 1] = word;
     }
-    wgrad_values += 2 * c;
+    wgrad_values += 2 * problem.wgrad_pitch;
     wgrad_group += static_cast<uint64_t>(c);
   }
 

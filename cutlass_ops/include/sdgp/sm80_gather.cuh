@@ -7,13 +7,15 @@
 //
 // A gather has parts (the residue classes of a strided dgrad, else one), each a product of its own, and a Loader, which
 // copies the tiles of one thread block to shared memory, one k tile after the other. A 16-bit matrix moves in chunks of
-// 8 values, 16 bytes: with cp.async where every row begins at a multiple of 16 bytes (Tile::kAligned), else value by
-// value. Chunks are swizzled, so that the 8 rows of a matrix of ldmatrix lie in different banks.
+// 8 values, 16 bytes: with cp.async where every row begins at a multiple of 16 bytes, as those of A always do and those
+// of B with Tile::kAligned, else value by value. Chunks are swizzled, so that the 8 rows of a matrix of ldmatrix lie in
+// different banks.
 #pragma once
 
 #include <climits>
 
 #include "sdgp/fast_division.cuh"
+#include "sdgp/product.cuh"
 #include "sdgp/sm80_ptx.cuh"
 
 namespace sdgp::sm80 {
@@ -53,8 +55,7 @@ __device__ __forceinline__ void copy_chunk(uint32_t target, const uint16_t* sour
   }
 }
 
-// ---- A
-// ---------------------------------------------------------------------------------------------------------------
+// ---- A ----------------------------------------
 
 // A with k contiguous: values [pixels, padded_k / 2], metadata [pixels, padded_k / 16]. Four threads copy the values of
 // a row, one of them its metadata. In shared memory: 64 bytes of values per row, chunk c of row r at c ^ (r / 2 % 4);
@@ -93,8 +94,9 @@ struct KMajorOperand {
   }
 };
 
-// A with m contiguous: values [padded_k / 2, m], metadata [padded_k / 16, m]. In shared memory: rows of kBlockM values,
-// chunk c of row r at c ^ (r % 8), and rows of kBlockM words, chunk c of row r at c ^ 2 r.
+// A with m contiguous: values [padded_k / 2, pitch], metadata [padded_k / 16, pitch], rows in whole chunks. In shared
+// memory: rows of kBlockM values, chunk c of row r at c ^ (r % 8), and rows of kBlockM words, chunk c of row r at c ^
+// 2r.
 template <typename Tile>
 struct MMajorOperand {
   static constexpr int kChunks = Tile::kBlockM / kChunk, kRowStep = Tile::kThreads / kChunks;
@@ -102,16 +104,16 @@ struct MMajorOperand {
   static_assert(kRowStep % 8 == 0 && kTileValues % kRowStep == 0);
 
   const uint16_t *values, *metadata;  // of this thread's chunk, in its first row of the k tile
-  int m, count;
+  int64_t pitch;
+  bool exists;
 
   __device__ __forceinline__ MMajorOperand(const void* all_values, const void* all_metadata, int m, int first_m,
                                            int k_tile)
-      : m(m) {
+      : pitch(operand_pitch(m)) {
     const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks, column = first_m + chunk * kChunk;
-    count = min(m - column, kChunk);
-    values = static_cast<const uint16_t*>(all_values) + (static_cast<int64_t>(k_tile) * kTileValues + row) * m + column;
-    metadata =
-        static_cast<const uint16_t*>(all_metadata) + (static_cast<int64_t>(k_tile) * kTileWords + row) * m + column;
+    exists = column < m;
+    values = static_cast<const uint16_t*>(all_values) + (int64_t{k_tile} * kTileValues + row) * pitch + column;
+    metadata = static_cast<const uint16_t*>(all_metadata) + (int64_t{k_tile} * kTileWords + row) * pitch + column;
   }
 
   __device__ __forceinline__ void load(uint32_t value_tile, uint32_t metadata_tile) const {
@@ -120,20 +122,18 @@ struct MMajorOperand {
 #pragma unroll
     for (int i = 0; i < kTileValues / kRowStep; ++i) {
       const int step = i * kRowStep;
-      copy_chunk<Tile::kAligned>(target + step * kRowBytes, values + static_cast<int64_t>(step) * m, count);
+      cp_async<16>(target + step * kRowBytes, values + step * pitch, exists);
     }
-    if (row < kTileWords)
-      copy_chunk<Tile::kAligned>(metadata_tile + row * kRowBytes + (chunk ^ 2 * row) * 16, metadata, count);
+    if (row < kTileWords) cp_async<16>(metadata_tile + row * kRowBytes + (chunk ^ 2 * row) * 16, metadata, exists);
   }
 
   __device__ __forceinline__ void advance() {
-    values += static_cast<int64_t>(kTileValues) * m;
-    metadata += static_cast<int64_t>(kTileWords) * m;
+    values += kTileValues * pitch;
+    metadata += kTileWords * pitch;
   }
 };
 
-// ---- B
-// ---------------------------------------------------------------------------------------------------------------
+// ---- B ----------------------------------------
 
 // How the threads share a tile of B: each copies one chunk of every kRowStep-th row. In shared memory: rows of kBlockN
 // values, chunk c of row r at c ^ (r % 8).
@@ -179,8 +179,7 @@ struct MatrixB {
   __device__ __forceinline__ void advance() { source += kTileK * pitch, rows_left -= kTileK; }
 };
 
-// ---- matrices
-// ----------------------------------------------------------------------------------------------------------
+// ---- matrices ----------------------------------------
 
 struct MatrixGather {
   const void *values, *metadata, *b;
@@ -233,8 +232,7 @@ struct MatrixGather {
   using Loader = std::conditional_t<Tile::kMajorA == Major::K, KMajorLoader<Tile>, MMajorLoader<Tile>>;
 };
 
-// ---- dgrad of a convolution
-// --------------------------------------------------------------------------------------------
+// ---- dgrad of a convolution ----------------------------------------
 
 // One spatial axis of dgrad, seen from the input pixels first, first + stride, ...: which taps meet a gradient pixel
 // there. Tap first_tap + t * tap_step meets, at input pixel first + i * stride, gradient pixel
@@ -362,8 +360,7 @@ struct DgradGather {
   };
 };
 
-// ---- wgrad of a convolution
-// --------------------------------------------------------------------------------------------
+// ---- wgrad of a convolution ----------------------------------------
 
 struct WgradAxis {
   int in, filter, stride, padding, dilation;

@@ -2,11 +2,13 @@
 // the tiles of A and B come from and where D goes is a policy (sm80_gather.cuh): matrices or, for convolutions, images.
 //
 //   dgrad: dX[T, C_in]     = dY[T, C_out]   * W[C_out, C_in]   A K-major: values [T, Kp/2],     metadata [T, Kp/16]
-//   wgrad: dW[C_out, C_in] = dY^T[C_out, T] * X[T, C_in]       A M-major: values [Kp/2, C_out], metadata [Kp/16, C_out]
+//   wgrad: dW[C_out, C_in] = dY^T[C_out, T] * X[T, C_in]       A M-major: values [Kp/2, C_out*], metadata [Kp/16,
+//   C_out*]
 //
-// B is row-major in both ([K, N], N contiguous). One metadata word of 16 bits describes 16 consecutive k. The operands
-// come as the prune+compress kernel writes them: the row-major metadata can be gathered by pixel, which no blocked
-// layout allows, and becomes the registers of mma.sp with two 16-bit loads per 64 k.
+// C_out* is C_out rounded up to a multiple of 8. B is row-major in both ([K, N], N contiguous). One metadata word of 16
+// bits describes 16 consecutive k. The operands come as the prune+compress kernel writes them: the row-major metadata
+// can be gathered by pixel, which no blocked layout allows, and becomes the registers of mma.sp with two 16-bit loads
+// per 64 k.
 //
 // One thread block computes a tile of kBlockM x kBlockN, each warp kWarpM x kWarpN of it. kStages tiles of 64 k are on
 // their way from global to shared memory or in use; fragments are fetched one step ahead of the mma that needs them.
@@ -43,7 +45,7 @@ struct TileConfig {
   static constexpr Major kMajorA = kMajorA_;
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kWarpM = kWarpM_, kWarpN = kWarpN_;
   static constexpr int kStages = kStages_, kBlocksPerSm = kBlocksPerSm_;
-  static constexpr bool kAligned = kAligned_;  // rows of B, of M-major A and of D are whole chunks of 16 bytes
+  static constexpr bool kAligned = kAligned_;  // rows of B and of D are whole chunks of 16 bytes
 
   static constexpr int kWarpsN = kBlockN / kWarpN, kThreads = 32 * (kBlockM / kWarpM) * kWarpsN;
   static constexpr int kBlocksM = kWarpM / kInstructionM, kBlocksN = kWarpN / kInstructionN;  // of a warp

@@ -2,9 +2,10 @@
 // A and B come from and where D goes is a policy (sm90_gather.cuh): matrices or, for convolutions, images.
 //
 //   dgrad: dX[T, C_in]     = dY[T, C_out]   * W[C_out, C_in]   A K-major: values [T, Kp/2],     metadata [T, Kp/16]
-//   wgrad: dW[C_out, C_in] = dY^T[C_out, T] * X[T, C_in]       A M-major: values [Kp/2, C_out], metadata [Kp/16, C_out]
+//   wgrad: dW[C_out, C_in] = dY^T[C_out, T] * X[T, C_in]       A M-major: values [Kp/2, C_out*], metadata [Kp/16, C_out*]
 //
-// B is row-major in both ([K, N], N contiguous). One metadata word of 16 bits describes 16 consecutive k.
+// C_out* is C_out rounded up to a multiple of 8. B is row-major in both ([K, N], N contiguous). One metadata word of 16
+// bits describes 16 consecutive k.
 //
 // One CTA computes tiles of kBlockM x kBlockN in slabs of 64 rows. Its two consumer warpgroups either share each tile
 // (cooperative), or take turns at tiles (ping-pong): then one stores its tile while the other computes the next, which

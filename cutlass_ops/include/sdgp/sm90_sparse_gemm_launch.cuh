@@ -45,10 +45,11 @@ int matrix_operand_maps(TensorMaps& maps, const void* values, const void* metada
                       : matrix_map(maps.metadata, kWords, metadata, m, stored_words, Config::kBlockM, kMetadataWords,
                                    CU_TENSOR_MAP_SWIZZLE_NONE);
   } else {
+    const int64_t pitch = operand_pitch(m);
     const int error =
-        matrix_map(maps.values, kType, values, stored_values, m, kValues, kSlabM, CU_TENSOR_MAP_SWIZZLE_128B);
+        matrix_map(maps.values, kType, values, stored_values, pitch, kValues, kSlabM, CU_TENSOR_MAP_SWIZZLE_128B);
     return error != 0 ? error
-                      : matrix_map(maps.metadata, kWords, metadata, stored_words, m, kMetadataWords, kSlabM,
+                      : matrix_map(maps.metadata, kWords, metadata, stored_words, pitch, kMetadataWords, kSlabM,
                                    CU_TENSOR_MAP_SWIZZLE_128B);
   }
 }

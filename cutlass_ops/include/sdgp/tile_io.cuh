@@ -18,10 +18,9 @@ __device__ __forceinline__ uint4 load_channels(const uint16_t* row, int64_t chan
   return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
-// Stores 8 channels of one row of a [.., c] output.
-__device__ __forceinline__ void store_channels(uint16_t* row, int64_t channel, int64_t channels, bool vector,
-                                               uint4 pairs) {
-  if (vector) {
+// Stores 8 channels of one row of a [.., channels] output that begins at a multiple of 16 bytes.
+__device__ __forceinline__ void store_channels(uint16_t* row, int64_t channel, int64_t channels, uint4 pairs) {
+  if (channels % 8 == 0) {
     if (channel < channels) *reinterpret_cast<uint4*>(row + channel) = pairs;
     return;
   }
@@ -118,7 +117,7 @@ __device__ __forceinline__ void store_wgrad_metadata(const SdgpPruneCompress& pr
   const int64_t c = problem.c;
   auto* words = static_cast<uint16_t*>(problem.wgrad_metadata);
   if (problem.metadata_layout == SDGP_LAYOUT_ROW_MAJOR) {
-    store_channels(words + position / 16 * c, channel, c, c % 8 == 0,
+    store_channels(words + position / 16 * problem.wgrad_pitch, channel, problem.wgrad_pitch,
                    {metadata[0], metadata[1], metadata[2], metadata[3]});
     return;
   }
