@@ -4,8 +4,8 @@
     python -m bench.static_evidence --arch 80 --kernels 'mvue_*'
     python -m bench.static_evidence --arch 90a --arch 80 --markdown bench/results/static_evidence.md
 
-Per kernel: registers, spills, static shared memory, the occupancy they allow, and the size of its main loop: of a
-sparse product the innermost loop with sparse tensor-core instructions (how many, and their share), else the loop with
+Per kernel: registers, spills, shared memory, the occupancy they allow, and the size of its main loop: of a sparse
+product the innermost loop with sparse tensor-core instructions (how many, and their share), else the loop with
 the longest way through it. "fewest" counts the instructions on the shortest way through that loop, which is what an
 iteration takes that meets no rare case; the columns after it say on which pipe they run.
 
@@ -77,6 +77,13 @@ class Loop(NamedTuple):
     fewest: list[Instruction]  # those on the shortest way through
 
 
+class Pipeline(NamedTuple):
+    """Of a sparse product: its dynamic shared memory, and the stages of the dense operand in it."""
+
+    shared_bytes: int
+    stages: int
+
+
 class Evidence(NamedTuple):
     """One kernel."""
 
@@ -84,7 +91,8 @@ class Evidence(NamedTuple):
     kernel: str
     resources: Resources
     threads: int
-    blocks: int  # per SM, by registers, static shared memory and threads
+    pipeline: Pipeline | None
+    blocks: int  # per SM, by registers, shared memory and threads
     loop: Loop | None
 
 
@@ -135,19 +143,26 @@ def examine(source: Path, arch: str, flags: Sequence[str] = ()) -> list[Evidence
         if report.returncode != 0:
             raise click.ClickException(f"{source.name}: {report.stderr.strip()[-2000:]}")
         listing = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
-        threads = block_sizes("".join(path.read_text() for path in Path(folder).glob("*.ptx")))
-    kernels = parse_listing(listing)
-    return [
-        Evidence(
-            source.stem,
-            readable(resources.kernel),
-            resources,
-            threads[resources.kernel],
-            resident_blocks(resources, threads[resources.kernel], arch),
-            main_loop(kernels[resources.kernel]),
-        )
-        for resources in parse_report(report.stderr)
-    ]
+        ptx = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
+    threads, kernels = block_sizes(ptx), parse_listing(listing)
+    evidence = []
+    for resources in parse_report(report.stderr):
+        kernel = resources.kernel
+        pipeline = find_pipeline(ptx) if "sparse_gemm_kernel" in kernel else None
+        dynamic = 0 if pipeline is None else pipeline.shared_bytes
+        blocks = resident_blocks(resources, threads[kernel], arch, dynamic)
+        loop = main_loop(kernels[kernel])
+        evidence.append(Evidence(source.stem, readable(kernel), resources, threads[kernel], pipeline, blocks, loop))
+    return evidence
+
+
+def find_pipeline(ptx: str) -> Pipeline | None:
+    """What SDGP_LAUNCH_FACTS (cutlass_ops/include/sdgp/product.cuh) left in the PTX: two integers, as bytes."""
+    found = re.search(r"_facts\[8\] = \{([^}]*)\}", ptx)
+    if found is None:
+        return None
+    data = bytes(int(value) for value in found[1].split(",")).ljust(8, b"\0")  # zeros at the end are left out
+    return Pipeline(int.from_bytes(data[:4], "little"), int.from_bytes(data[4:], "little"))
 
 
 def parse_report(output: str) -> list[Resources]:
@@ -173,14 +188,14 @@ def block_sizes(ptx: str) -> dict[str, int]:
     return sizes
 
 
-def resident_blocks(resources: Resources, threads: int, arch: str) -> int:
-    """Blocks that fit on one SM at a time; dynamic shared memory is not known here and counts as none."""
+def resident_blocks(resources: Resources, threads: int, arch: str, dynamic_bytes: int = 0) -> int:
+    """Blocks that fit on one SM at a time."""
     sm = PROCESSORS[arch.rstrip("af")]
     warps = -(-threads // 32)
     registers_per_warp = -(-resources.registers * 32 // 256) * 256
     # Each of the four partitions holds whole warps.
     by_registers = sm.registers // 4 // registers_per_warp * 4 // warps
-    by_shared = sm.shared_bytes // (-(-resources.shared_bytes // 128) * 128 + RESERVED_SHARED)
+    by_shared = sm.shared_bytes // (-(-(resources.shared_bytes + dynamic_bytes) // 128) * 128 + RESERVED_SHARED)
     return min(by_registers, by_shared, sm.threads // (warps * 32), sm.blocks)
 
 
@@ -271,16 +286,21 @@ def readable(symbol: str) -> str:
 
 
 COLUMNS = (
-    "instance", "kernel", "registers", "spilled bytes", "static shared bytes", "threads", "blocks / SM", "warps / SM",
-    "main loop", "sparse MMA", "fewest", *PIPES,
+    "instance", "kernel", "registers", "spilled bytes", "shared bytes", "stages", "threads", "blocks / SM",
+    "warps / SM", "main loop", "sparse MMA", "fewest", *PIPES,
 )  # fmt: skip
 
 
 def cells(evidence: Evidence) -> list[str]:
     """One row of the table, as in COLUMNS."""
     resources, loop = evidence.resources, evidence.loop
-    numbers = (resources.registers, resources.spilled_bytes, resources.shared_bytes, evidence.threads, evidence.blocks)
-    row = [evidence.instance, evidence.kernel, *map(str, numbers), str(evidence.blocks * (-(-evidence.threads // 32)))]
+    shared = resources.shared_bytes + (evidence.pipeline.shared_bytes if evidence.pipeline else 0)
+    stages = evidence.pipeline.stages if evidence.pipeline else ""
+    warps = evidence.blocks * (-(-evidence.threads // 32))
+    numbers = (
+        resources.registers, resources.spilled_bytes, shared, stages, evidence.threads, evidence.blocks, warps,
+    )  # fmt: skip
+    row = [evidence.instance, evidence.kernel, *map(str, numbers)]
     if loop is None:
         return row + [""] * (3 + len(PIPES))
     products = sum(bool(SPARSE_PRODUCT.match(i.text)) for i in loop.instructions)

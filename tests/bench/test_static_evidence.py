@@ -85,3 +85,9 @@ def test_an_instance() -> None:
         ("sum_bias_partials", 1024, 0)
     ]
     assert found[0].loop is not None
+
+
+def test_launch_facts_are_read_from_the_ptx():
+    ptx = ".const .align 4 .b8 sdgp_sm80_dgrad_bf16_128x64_facts[8] = {0, 16, 1, 0, 4};"
+    assert static_evidence.find_pipeline(ptx) == static_evidence.Pipeline(69632, 4)
+    assert static_evidence.find_pipeline("no such line") is None

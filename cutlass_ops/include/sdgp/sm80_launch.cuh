@@ -113,11 +113,10 @@ struct Tiles {
 }  // namespace sdgp::sm80
 
 // Define the entry point of one instance. TILE: a member of Tiles without its T.
-#define SDGP_SM80(NAME, ARGUMENTS, LAUNCH, GATHER, ELEMENT, MAJOR, TILE)                    \
-  extern "C" int NAME(const ARGUMENTS* arguments) {                                         \
-    using Tiles = sdgp::sm80::Tiles<ELEMENT, sdgp::sm80::GATHER, sdgp::sm80::Major::MAJOR>; \
-    return sdgp::sm80::LAUNCH<Tiles::T##TILE>(*arguments);                                  \
-  }
+#define SDGP_SM80(NAME, ARGUMENTS, LAUNCH, GATHER, ELEMENT, MAJOR, TILE)                                   \
+  using NAME##_config = sdgp::sm80::Tiles<ELEMENT, sdgp::sm80::GATHER, sdgp::sm80::Major::MAJOR>::T##TILE; \
+  SDGP_LAUNCH_FACTS(NAME, NAME##_config)                                                                   \
+  extern "C" int NAME(const ARGUMENTS* arguments) { return sdgp::sm80::LAUNCH<NAME##_config>(*arguments); }
 #define SDGP_SM80_DGRAD(NAME, ELEMENT, TILE) \
   SDGP_SM80(NAME, SdgpSparseGemm, launch_gemm, MatrixGather, ELEMENT, K, TILE)
 #define SDGP_SM80_WGRAD(NAME, ELEMENT, TILE) \

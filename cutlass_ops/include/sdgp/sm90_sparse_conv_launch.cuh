@@ -150,12 +150,11 @@ int launch_sparse_wgrad(const SdgpSparseConv& conv) {
 }  // namespace sdgp::sm90
 
 // Define the entry point of one instance. CONSUMERS: PingPong or Cooperative.
-#define SDGP_SM90_SPARSE_CONV(NAME, PASS, GATHER, ELEMENT, MAJOR, BLOCK_M, BLOCK_N, CONSUMERS)                     \
-  extern "C" int NAME(const SdgpSparseConv* conv) {                                                                \
-    using Config = sdgp::sm90::TileConfig<ELEMENT, sdgp::sm90::GATHER, sdgp::sm90::Major::MAJOR, BLOCK_M, BLOCK_N, \
-                                          sdgp::sm90::Consumers::k##CONSUMERS>;                                    \
-    return sdgp::sm90::launch_sparse_##PASS<Config>(*conv);                                                        \
-  }
+#define SDGP_SM90_SPARSE_CONV(NAME, PASS, GATHER, ELEMENT, MAJOR, BLOCK_M, BLOCK_N, CONSUMERS)                 \
+  using NAME##_config = sdgp::sm90::TileConfig<ELEMENT, sdgp::sm90::GATHER, sdgp::sm90::Major::MAJOR, BLOCK_M, \
+                                               BLOCK_N, sdgp::sm90::Consumers::k##CONSUMERS>;                  \
+  SDGP_LAUNCH_FACTS(NAME, NAME##_config)                                                                       \
+  extern "C" int NAME(const SdgpSparseConv* conv) { return sdgp::sm90::launch_sparse_##PASS<NAME##_config>(*conv); }
 #define SDGP_SM90_SPARSE_CONV_DGRAD(NAME, ELEMENT, BLOCK_M, BLOCK_N, CONSUMERS) \
   SDGP_SM90_SPARSE_CONV(NAME, dgrad, DgradGather, ELEMENT, K, BLOCK_M, BLOCK_N, CONSUMERS)
 #define SDGP_SM90_SPARSE_CONV_WGRAD(NAME, ELEMENT, BLOCK_M, BLOCK_N, CONSUMERS) \

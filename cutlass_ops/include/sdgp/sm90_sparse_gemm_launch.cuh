@@ -139,9 +139,8 @@ int launch_sparse_gemm(const SdgpSparseGemm& gemm) {
 }  // namespace sdgp::sm90
 
 // Defines the entry point of one instance. CONSUMERS: PingPong or Cooperative.
-#define SDGP_SM90_SPARSE_GEMM(NAME, ELEMENT, MAJOR, BLOCK_M, BLOCK_N, CONSUMERS)                                \
-  extern "C" int NAME(const SdgpSparseGemm* gemm) {                                                             \
-    using Config = sdgp::sm90::TileConfig<ELEMENT, sdgp::sm90::MatrixGather, sdgp::sm90::Major::MAJOR, BLOCK_M, \
-                                          BLOCK_N, sdgp::sm90::Consumers::k##CONSUMERS>;                        \
-    return sdgp::sm90::launch_sparse_gemm<Config>(*gemm);                                                       \
-  }
+#define SDGP_SM90_SPARSE_GEMM(NAME, ELEMENT, MAJOR, BLOCK_M, BLOCK_N, CONSUMERS)                                     \
+  using NAME##_config = sdgp::sm90::TileConfig<ELEMENT, sdgp::sm90::MatrixGather, sdgp::sm90::Major::MAJOR, BLOCK_M, \
+                                               BLOCK_N, sdgp::sm90::Consumers::k##CONSUMERS>;                        \
+  SDGP_LAUNCH_FACTS(NAME, NAME##_config)                                                                             \
+  extern "C" int NAME(const SdgpSparseGemm* gemm) { return sdgp::sm90::launch_sparse_gemm<NAME##_config>(*gemm); }
