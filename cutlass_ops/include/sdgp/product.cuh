@@ -113,4 +113,4 @@ int reduce_partials(const void* workspace, void* out, int64_t count, int splits,
 // What a launch takes that the compiler does not report, for bench/static_evidence.py to find in the PTX: bytes of
 // dynamic shared memory and stages of the pipeline.
 #define SDGP_LAUNCH_FACTS(NAME, CONFIG) \
-  extern "C" __constant__ int NAME##_facts[2] = {CONFIG::kSharedBytes, CONFIG::kStages};
+  __constant__ int NAME##_facts[2] = {CONFIG::kSharedBytes, CONFIG::kStages};
