@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -356,6 +357,31 @@ def check_gemm(engine: Engine, case: GemmCase) -> None:
     out, before = run_gemm(engine, case, dy, b)
     a, b = a.double(), b.double()
     assert_close(out, a @ b + before.double(), a.abs() @ b.abs() + before.double().abs(), case.k)
+
+
+def check_repeats(engine: Engine, case: GemmCase) -> None:
+    """Two runs on the same operands give the same bits."""
+    dy, _, b = gemm_operands(case)
+    assert torch.equal(run_gemm(engine, case, dy, b)[0], run_gemm(engine, case, dy, b)[0])
+
+
+def check_non_finite_row(engine: Engine, instance: str, value: float) -> None:
+    """A dgrad whose gradient holds `value` in one row is finite in all the others, and nowhere in that one."""
+    case = GemmCase(instance, 40, 24, 72)
+    dy, _, b = gemm_operands(case)
+    dy[7] = 0
+    dy[7, 33] = value
+    out, _ = run_gemm(engine, case, dy, b)
+    finite = out.cpu().isfinite().all(1)
+    assert not out.cpu()[7].isfinite().any()
+    assert finite.sum() == case.m - 1
+
+
+def check_refused(engine: Engine, case: GemmCase) -> None:
+    """The launch fails."""
+    dy, _, b = gemm_operands(case)
+    with pytest.raises(RuntimeError):
+        run_gemm(engine, case, dy, b)
 
 
 def out_size(case: ConvCase) -> tuple[int, int]:

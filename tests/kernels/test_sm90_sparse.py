@@ -19,9 +19,10 @@ from tests.kernels.products import (
     SimulatorEngine,
     check_conv,
     check_gemm,
+    check_non_finite_row,
+    check_refused,
+    check_repeats,
     compile_for_simulator,
-    gemm_operands,
-    run_gemm,
 )
 from tests.ptxsim import toolchain
 
@@ -91,28 +92,16 @@ def test_gemm_of_random_shapes(engine: Engine) -> None:
 
 
 def test_split_gemm_repeats_its_bits(engine: Engine) -> None:
-    case = GemmCase("sm90_wgrad_f16_128x256", 72, 72, 700, splits=4, float_out=True)
-    dy, _, b = gemm_operands(case)
-    assert torch.equal(run_gemm(engine, case, dy, b)[0], run_gemm(engine, case, dy, b)[0])
+    check_repeats(engine, GemmCase("sm90_wgrad_f16_128x256", 72, 72, 700, splits=4, float_out=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_gradient_reaches_its_row_only(engine: Engine, value: float) -> None:
-    case = GemmCase("sm90_dgrad_bf16_128x256", 40, 24, 72)
-    dy, _, b = gemm_operands(case)
-    dy[7] = 0
-    dy[7, 33] = value
-    out, _ = run_gemm(engine, case, dy, b)
-    finite = out.cpu().isfinite().all(1)
-    assert not out.cpu()[7].isfinite().any()
-    assert finite.sum() == case.m - 1
+    check_non_finite_row(engine, "sm90_dgrad_bf16_128x256", value)
 
 
 def test_more_parts_than_blocks_of_k_are_refused(engine: Engine) -> None:
-    case = GemmCase("sm90_wgrad_bf16_256x128", 8, 8, 100, splits=2)
-    dy, _, b = gemm_operands(case)
-    with pytest.raises(RuntimeError):
-        run_gemm(engine, case, dy, b)
+    check_refused(engine, GemmCase("sm90_wgrad_bf16_256x128", 8, 8, 100, splits=2))
 
 
 def test_strided_dgrad_is_one_launch(engine: Engine) -> None:
