@@ -14,6 +14,7 @@
 
 #include <climits>
 
+#include "sdgp/dgrad_residue.cuh"
 #include "sdgp/fast_division.cuh"
 #include "sdgp/product.cuh"
 #include "sdgp/sm80_ptx.cuh"
@@ -234,24 +235,14 @@ struct MatrixGather {
 
 // ---- dgrad of a convolution ----------------------------------------
 
-// One spatial axis of dgrad, seen from the input pixels first, first + stride, ...: which taps meet a gradient pixel
-// there. Tap first_tap + t * tap_step meets, at input pixel first + i * stride, gradient pixel
-// i + highest - t * offset_step.
-struct ResidueClass {
-  int positions, taps, first_tap, highest;
-};
-
 struct DgradAxis {
   int in, out, filter, stride, padding, dilation;
-  int tap_step, offset_step;  // stride / g and dilation / g, with g the greatest common divisor of the two
+  int tap_step, offset_step;
 
+  __host__ __device__ int classes() const { return stride < in ? stride : in; }
+  __host__ __device__ int positions(int first) const { return (in - first + stride - 1) / stride; }
   __host__ __device__ ResidueClass residue_class(int first) const {
-    ResidueClass c{(in - first + stride - 1) / stride, 0, 0, 0};
-    while (c.first_tap < tap_step && (first + padding - c.first_tap * dilation) % stride != 0) ++c.first_tap;
-    if (c.first_tap == tap_step || c.first_tap >= filter) return c;  // no tap gets here
-    c.taps = (filter - c.first_tap - 1) / tap_step + 1;
-    c.highest = (first + padding - c.first_tap * dilation) / stride;
-    return c;
+    return sdgp::residue_class(first, filter, stride, padding, dilation, tap_step);
   }
 };
 
@@ -262,19 +253,13 @@ struct DgradGather {
   int images, c_in, c_out, padded_k;
   DgradAxis vertical, horizontal;
 
-  __host__ __device__ int parts() const {
-    return (vertical.stride < vertical.in ? vertical.stride : vertical.in) *
-           (horizontal.stride < horizontal.in ? horizontal.stride : horizontal.in);
-  }
-  __host__ __device__ int first_w(int part) const {
-    return part % (horizontal.stride < horizontal.in ? horizontal.stride : horizontal.in);
-  }
-  __host__ __device__ int first_h(int part) const {
-    return part / (horizontal.stride < horizontal.in ? horizontal.stride : horizontal.in);
-  }
+  __host__ __device__ int parts() const { return vertical.classes() * horizontal.classes(); }
+  __host__ __device__ int first_h(int part) const { return part / horizontal.classes(); }
+  __host__ __device__ int first_w(int part) const { return part % horizontal.classes(); }
   __host__ __device__ Part part(int index) const {
-    const ResidueClass v = vertical.residue_class(first_h(index)), h = horizontal.residue_class(first_w(index));
-    return {images * v.positions * h.positions, v.taps * h.taps * ((c_out + kTileK - 1) / kTileK)};
+    const int h = first_h(index), w = first_w(index);
+    const int taps = vertical.residue_class(h).taps * horizontal.residue_class(w).taps;
+    return {images * vertical.positions(h) * horizontal.positions(w), taps * ((c_out + kTileK - 1) / kTileK)};
   }
 
   // A row of a part: pixel (i, j) of its class in image n.
@@ -282,8 +267,7 @@ struct DgradGather {
     int n, i, j;
   };
   __device__ __forceinline__ ClassPixel class_pixel(int part, int row) const {
-    const int height = (vertical.in - first_h(part) + vertical.stride - 1) / vertical.stride;
-    const int width = (horizontal.in - first_w(part) + horizontal.stride - 1) / horizontal.stride;
+    const int height = vertical.positions(first_h(part)), width = horizontal.positions(first_w(part));
     const int line = row / width, n = line / height;
     return {n, line - n * height, row - line * width};
   }

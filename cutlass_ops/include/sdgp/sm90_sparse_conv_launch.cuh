@@ -6,6 +6,7 @@
 #include <climits>
 #include <numeric>
 
+#include "sdgp/dgrad_residue.cuh"
 #include "sdgp/sm90_sparse_gemm_launch.cuh"
 #include "sdgp/sparse_conv_api.h"
 
@@ -67,13 +68,10 @@ inline DgradAxis dgrad_axis(int extent, int filter, int stride, int padding, int
   int highest[kMaxStride] = {};  // gradient pixel under the first tap at the residue's first pixel
   lower = INT_MAX;
   for (int first = 0; first < std::min(stride, extent); ++first) {
-    Residue& residue = axis.residues[first];
-    // first + padding - tap * dilation must be a multiple of the stride.
-    while (residue.first_tap < axis.tap_step && (first + padding - residue.first_tap * dilation) % stride != 0)
-      ++residue.first_tap;
-    if (residue.first_tap == axis.tap_step || residue.first_tap >= filter) continue;
-    residue.taps = (filter - residue.first_tap - 1) / axis.tap_step + 1;
-    highest[first] = (first + padding - residue.first_tap * dilation) / stride;
+    const ResidueClass residue = residue_class(first, filter, stride, padding, dilation, axis.tap_step);
+    if (residue.taps == 0) continue;
+    axis.residues[first] = {residue.taps, residue.first_tap, 0};
+    highest[first] = residue.highest;
     lower = std::min(lower, highest[first] - (residue.taps - 1) * axis.offset_step);
   }
   if (lower == INT_MAX) lower = 0;
