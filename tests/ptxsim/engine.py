@@ -11,6 +11,7 @@ with engine.checked():
 from __future__ import annotations
 
 import ctypes
+import itertools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from types import ModuleType
 
 import torch
 
-from .memory import READY
+from .machine import Choice
+from .memory import LIVE, READY
 from .runtime import Runtime
 from .wave import Counters
 
@@ -65,6 +67,25 @@ class SimEngine:
         if tensor.numel():
             self.runtime.memory.mark(tensor.data_ptr(), tensor.numel() * tensor.itemsize, READY)
 
+    def reserve(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of any size of which kernels may access nothing before `open`; only what is touched takes memory."""
+        data = self.runtime.memory.reserve(torch.Size(shape).numel() * dtype.itemsize)
+        view = data[:]  # what the tensor keeps alive; the memory itself holds `data`
+        weakref.finalize(view, self.runtime.memory.unregister, data.ctypes.data)
+        return torch.from_numpy(view).view(dtype).view(shape)
+
+    def open(self, part: torch.Tensor, contents: torch.Tensor | None = None) -> torch.Tensor:
+        """Lets kernels access a part of a reserved tensor, filled with `contents` or else to be written first.
+
+        part: a view of any shape whose last dimension is contiguous. Returns it.
+        """
+        rows = [()] if part.is_contiguous() else itertools.product(*map(range, part.shape[:-1]))
+        for row in map(part.__getitem__, rows):
+            if contents is None:
+                row.view(torch.uint8).fill_(0xFF)
+            self.runtime.memory.mark(row.data_ptr(), row.numel() * row.itemsize, LIVE if contents is None else READY)
+        return part if contents is None else part.copy_(contents)
+
     def register(self, tensor: torch.Tensor) -> None:
         """Makes an ordinary CPU tensor's storage accessible to kernels, as initialised memory."""
         storage = tensor.untyped_storage()
@@ -96,6 +117,15 @@ class SimEngine:
             yield
         finally:
             self.runtime.poison_shared = False
+
+    @contextmanager
+    def only_blocks(self, choice: Choice) -> Iterator[None]:
+        """Within: launches run only the blocks that `choice` names, of kernels in clusters the blocks' clusters."""
+        self.runtime.choice = choice
+        try:
+            yield
+        finally:
+            self.runtime.choice = None
 
     @contextmanager
     def following_global_memory(self) -> Iterator[None]:

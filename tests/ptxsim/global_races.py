@@ -12,28 +12,22 @@ Accesses of single bytes are not followed.
 
 from __future__ import annotations
 
-import mmap
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .memory import Bad, GlobalMemory, Region
+from .memory import Bad, GlobalMemory, Region, lazy_bytes
 
 Array = NDArray[Any]
 
 SHIFT, FIELD = 20, (1 << 20) - 1  # stamp: launch << 41 | atomic << 40 | cta << 20 | clock
 ATOMIC, LAUNCH = 1 << 40, 41
 SEVERAL = FIELD  # in place of a CTA: several have read
-_MAP_NORESERVE = 0x4000
 
 
 def _history(granules: int) -> Array:
-    """Zeros that take memory only where they are written."""
-    if granules < 1 << 20:
-        return np.zeros(granules, np.int64)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    return np.frombuffer(mmap.mmap(-1, granules * 8, flags=flags), np.int64)
+    return np.zeros(granules, np.int64) if granules < 1 << 20 else lazy_bytes(granules * 8).view(np.int64)
 
 
 class GlobalRaces:
@@ -49,7 +43,7 @@ class GlobalRaces:
     def begin(self, ctas: int) -> None:
         """A launch of this many CTAs (clusters)."""
         self.launch += 1
-        self.clock = np.ones(ctas, np.int64)
+        self.clock = np.ones(ctas if self.follows else 1, np.int64)
         self.known: Array | None = None  # [cta, cta]: up to which clock of the second the first knows; None: nothing
         self.passed_on: dict[int, Array] = {}  # by address
         self.histories = {key: found for key, found in self.histories.items() if found[0] in self.memory.regions}

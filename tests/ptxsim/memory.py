@@ -21,6 +21,7 @@ SHARED_BASE = 1024  # first address of the shared window (the first KiB is the s
 SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW = 1 << 60, 2 << 60, 3 << 60  # generic addresses
 GUARD = 256
 REUSE = 1 << 26
+_MAP_NORESERVE = 0x4000
 
 # 16-byte elements travel as complex128: numpy copies them bit for bit.
 ELEMENT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
@@ -86,6 +87,13 @@ class Bytes:
         raise Bad("uninitialised-read", int(np.flatnonzero(cold)[0]), f"{width}-byte load")
 
 
+def lazy_bytes(size: int) -> Array:
+    """Zeros that take memory only where they are touched, a page at a time."""
+    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    mapping.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(mapping, np.uint8)
+
+
 def _host_bytes(address: int, size: int) -> Array:
     return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
 
@@ -100,9 +108,7 @@ class GlobalMemory:
     """The device's global memory: an arena for allocations of the simulated runtime and registered host buffers."""
 
     def __init__(self, arena_bytes: int = 8 << 30) -> None:
-        self._map = mmap.mmap(-1, arena_bytes)
-        self._shadow_map = mmap.mmap(-1, arena_bytes)
-        data, shadow = np.frombuffer(self._map, np.uint8), np.frombuffer(self._shadow_map, np.uint8)
+        data, shadow = lazy_bytes(arena_bytes), lazy_bytes(arena_bytes)
         self.arena = Region(data.ctypes.data, data, shadow)
         self.regions: list[Region] = [self.arena]
         self.last = self.arena
@@ -154,6 +160,17 @@ class GlobalMemory:
         shadow[address - base : address - base + size] = state
         self.unregister(address)
         bisect.insort(self.regions, Region(base, _host_bytes(base, end - base), shadow), key=lambda r: r.base)
+
+    def reserve(self, size: int) -> Array:
+        """`size` bytes of which none can be accessed until `mark` says so; `unregister` forgets them.
+
+        Only pages that are touched or marked take memory, so that `size` may be larger than the machine's memory.
+        """
+        padded = (size + 15) & ~15
+        data = lazy_bytes(padded)
+        address = data.ctypes.data
+        bisect.insort(self.regions, Region(address, data, lazy_bytes(padded)), key=lambda r: r.base)
+        return data[:size]
 
     def unregister(self, address: int) -> None:
         self.regions = [r for r in self.regions if r is self.arena or r.base != address & ~15]

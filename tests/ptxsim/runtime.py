@@ -15,7 +15,7 @@ from typing import Any
 
 from . import elf, toolchain
 from .faults import SimError
-from .machine import Launcher
+from .machine import Choice, Launcher
 from .memory import READY, GlobalMemory
 from .program import decode
 from .ptx import Kernel, Module, parse
@@ -125,6 +125,7 @@ class Runtime:
         self.variables: dict[int, tuple[Image, str]] = {}
         self.launches: list[Launch] = []
         self.poison_shared = False
+        self.choice: Choice | None = None  # of the blocks to run; None: all
         self.error: BaseException | None = None
         self._launchers: dict[int, Launcher] = {}
         self._text = ctypes.create_string_buffer(b"")
@@ -231,7 +232,7 @@ class Runtime:
                 id(function.image), Launcher(Device(self.memory, function.image.symbols))
             )
             launcher.device.poison_shared = self.poison_shared
-            counters = launcher.launch(module, kernel, grid, block, shared, bytes(packed), cluster)
+            counters = launcher.launch(module, kernel, grid, block, shared, bytes(packed), cluster, self.choice)
             self.launches.append(Launch(kernel.name, grid, block, shared, counters))
         except BaseException as error:  # SimError; a bug or a test's timeout must not vanish in the C caller either
             self.error = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 
 import pytest
 import torch
@@ -78,6 +79,33 @@ def test_fault_reaches_the_host_as_an_error_with_its_text(sim, library):
     assert library.launch(ctypes.c_void_p(y.data_ptr()), 100, 64, 256, 0) == 0
     assert y.any()
     sim.unregister(y)
+
+
+def test_chosen_blocks_of_a_launch_on_reserved_memory(sim, library):
+    from .engine import pointer
+    from .faults import SimError
+
+    n, block = (1 << 31) - 500, 256
+    last = (n - 1) // block
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    y = sim.reserve(n, dtype=torch.float32)  # 8 GiB
+    ends = [sim.open(y[:block]), sim.open(y[last * block :])]
+    with sim.only_blocks(lambda kernel, grid: [(0, 0, 0), (grid[0] - 1, 0, 0)]), sim.checked():
+        assert library.launch(pointer(y), n, block, 1024, 0) == 0
+    assert all((part > 0).all() for part in ends)
+    assert not y[block : 2 * block].any()
+    with (
+        pytest.raises(SimError, match=r"out-of-bounds[^$]*block \(1, 0, 0\)"),
+        sim.only_blocks(lambda kernel, grid: [(1, 0, 0)]),
+        sim.checked(),
+    ):
+        library.launch(pointer(y), n, block, 1024, 0)
+    with pytest.raises(ValueError, match="grid"), sim.only_blocks(lambda kernel, grid: [grid]), sim.checked():
+        library.launch(pointer(y), n, block, 1024, 0)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # KiB
+    address = y.data_ptr()
+    del y, ends
+    assert sim.runtime.memory.find(address) is None
 
 
 def test_ptx_of_another_architecture_is_refused(sim):

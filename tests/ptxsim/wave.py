@@ -203,11 +203,11 @@ class Wave:
     def blame(self, bad: Bad, instr: Instr, threads: Array | None) -> SimError:
         return self.fault(bad.kind, bad.detail, instr, bad.lane if threads is None else int(threads[bad.lane]))
 
-    def start(self, first: int, count: int, grid: Dim3, params: bytes) -> None:
-        """Loads CTAs first .. first+count of the grid."""
+    def start(self, numbers: Array, grid: Dim3, params: bytes) -> None:
+        """Loads CTAs of the grid, numbered cluster by cluster: at most as many as the wave has, whole clusters."""
         self.params[: len(params)] = np.frombuffer(params, np.uint8)
-        cta = np.repeat(np.arange(first, first + self.ctas), self.padded)
-        # CTAs are numbered cluster by cluster.
+        used = np.arange(self.ctas) < numbers.size
+        cta = np.repeat(np.where(used, np.resize(numbers, self.ctas), 0), self.padded)
         shape = self.cluster_shape
         where = _coordinates(cta // self.cluster, tuple(g // c for g, c in zip(grid, shape, strict=True)))
         inside = _coordinates(cta % self.cluster, shape)
@@ -220,7 +220,7 @@ class Wave:
         self.owner = cta // self.cluster  # each thread's CTA or cluster, counted over the grid
         self.shared.reset()
         self.shared.need = LIVE if self.device.poison_shared else READY
-        self.exited[:] = (cta >= first + count) | (self.tid >= self.threads)
+        self.exited[:] = np.repeat(~used, self.padded) | (self.tid >= self.threads)
         self.mbarriers.clear()
         self.in_flight.reset()
         self.events = 0
