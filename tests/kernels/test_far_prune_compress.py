@@ -1,4 +1,4 @@
-"""Prune + compress and the factors of wide scopes on gradients of more than 2^37 elements, bit for bit: as in
+"""Prune + compress and the factors of wide scopes on gradients of up to 2^37 elements, bit for bit: as in
 `test_far_products`, selected blocks on the simulator. Group indices and the random numbers' counters pass 2^32.
 """
 
@@ -23,7 +23,7 @@ from tests.kernels.test_prune_compress import DTYPES, make_gradient, new_seed
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for the simulator")
 
 ROWS, CHANNELS = 64, 256  # of a block, for layers as wide as these
-T, C = (1 << 22) + 21, 65560
+T, C = (1 << 22) + 21, 60008
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +116,20 @@ def pruned(x: Tensor, spec: PruneSpec, axis: int, row: int, channel: int, c: int
     return out if axis == 1 else out.t()
 
 
+def passed(total: int, groups_per_row: int, rows_of_tile: int) -> tuple[int, int]:
+    """(row, column) of the last group with an index that is a multiple of 2^32, if possible inside a thread's tile."""
+    multiples = range(total - 1 >> 32 << 32, 0, -(1 << 32))
+    inside = [index for index in multiples if index // groups_per_row % rows_of_tile]
+    return divmod((inside or multiples)[0], groups_per_row)
+
+
 def places(t: int, c: int, m: int) -> Iterator[tuple[int, int]]:
-    """(row, channel) of the first element, of the last, and of where group indices pass a multiple of 2^32."""
+    """(row, channel) of the first element, of the last, and of where the indices of groups pass a multiple of 2^32."""
     yield 0, 0
-    groups = -(-c // m)
-    passed = t * groups - 1 >> 32 << 32
-    assert passed > 0
-    yield passed // groups, passed % groups * m
-    passed = (t // m) * c - 1 >> 32 << 32
-    yield passed // c * m, passed % c
+    row, group = passed(t * -(-c // m), -(-c // m), 16)
+    yield row, group * m
+    row_of_groups, channel = passed(t // m * c, c, 16 // m)
+    yield row_of_groups * m, channel
     yield t - 1, c - 1
 
 
@@ -162,7 +167,7 @@ def test_prune_compress(engine, memory, function, n, m, c, stride):
 
 
 def test_sample_channel_scope(engine, memory):
-    """As many factors as groups of 16: beyond 2^34."""
+    """As many factors as groups of 16: more than 2^33."""
     t, per_sample, dtype = (1 << 22) + 3 * 16, 16, torch.bfloat16
     spec = PruneSpec("rescale_magnitude", 2, 4, "sample_channel")
     gradient = Gradient.reserve(memory, t, C, C, dtype)
@@ -230,7 +235,7 @@ def test_scopes_of_several_parts(engine, memory):
 
 
 def test_tensor_scope(engine, memory):
-    """The sums of 131 841 blocks, of which one is computed here."""
+    """The sums of 120 555 blocks, of which one is computed here."""
     t, dtype = (1 << 17) + 256, torch.bfloat16
     gradient = Gradient.reserve(memory, t, C, C, dtype)
     channel_blocks = -(-C // CHANNELS)
