@@ -112,8 +112,10 @@ def test_batches_are_reproducible() -> None:
 
 
 def test_errors_name_the_argument() -> None:
-    with pytest.raises(ValueError, match="'resnet_nonsense'"):
-        models.build("resnet_nonsense")
+    with pytest.raises(ValueError, match=r"'resnet_50' is neither .* did you mean 'resnet50'"):
+        models.build("resnet_50")
+    with pytest.raises(ValueError, match="image_size must be None: gpt is a language model; got 32"):
+        models.example_batch("gpt", 2, image_size=32)
     with pytest.raises(TypeError, match=r"no option depth; accepted: .*layers"):
         models.build("gpt", depth=3)
     with pytest.raises(ValueError, match="batch must be an int >= 1; got 0"):

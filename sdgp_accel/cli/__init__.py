@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import warnings
+from typing import Any
 
 import click
 
@@ -14,6 +16,10 @@ COMMANDS = {
     "train": ("sdgp_accel.cli.train", "Train by a recipe; without arguments, on embedded data."),
     "doctor": ("sdgp_accel.cli.doctor", "Say what is built, what this machine would use, and what is missing."),
 }
+
+# What a command raises because of its arguments or the machine. AssertionError: what torchvision, timm and torch raise
+# for image sizes and missing GPUs; always with a text, unlike those that state what this package believes.
+EXPECTED_ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError, AssertionError)
 
 
 class LazyGroup(click.Group):
@@ -28,6 +34,19 @@ class LazyGroup(click.Group):
         command = importlib.import_module(COMMANDS[cmd_name][0]).command
         assert isinstance(command, click.Command)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Expected errors that say why are one line and exit code 1 instead of a traceback; warnings are one line too."""
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+                return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort):  # both are RuntimeErrors
+            raise
+        except EXPECTED_ERRORS as error:
+            if not str(error):
+                raise
+            raise click.ClickException(str(error)) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -12,7 +12,7 @@ from torch import nn
 
 from sdgp_accel import models
 from sdgp_accel.benchmark import OptimizerFn, benchmark
-from sdgp_accel.cli.options import config_options, model_options
+from sdgp_accel.cli.options import OutputFile, config_options, model_options
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.roofline import GPUS
 
@@ -28,24 +28,23 @@ OPTIMIZERS: dict[str, OptimizerFn] = {
     "sgd": functools.partial(torch.optim.SGD, lr=1e-4, momentum=0.9),
     "adamw": functools.partial(torch.optim.AdamW, lr=1e-5),
 }
-Output = click.Path(dir_okay=False, path_type=Path)
 
 
-@click.command("bench")
+@click.command("bench", context_settings={"show_default": True})
 @model_options
 @click.option("--batch", "-b", type=click.IntRange(min=1), help="Samples per step.  [default: 64; on a CPU 8]")
 @click.option("--device", type=click.Choice(("cpu", "cuda")), help="[default: cuda where there is a GPU]")
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), help="[default: amp-bf16; on a CPU fp32]")
-@click.option("--channels-last/--no-channels-last", default=True, show_default=True, help="Memory format of images.")
-@click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), default="sgd", show_default=True)
+@click.option("--channels-last/--no-channels-last", default=True, help="Memory format of images.")
+@click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), default="sgd", help="Whose step is timed.")
 @click.option("--compile", is_flag=True, help="torch.compile both contenders.")
 @click.option("--peers", is_flag=True, help="Also time both the other way: compiled, or with --compile eager.")
 @click.option("--steps", type=click.IntRange(min=1), help="Counted steps of each.  [default: 50; on a CPU 5]")
 @click.option("--warmup", type=click.IntRange(min=0), help="Uncounted steps of each.  [default: 10; on a CPU 1]")
 @click.option("--gpu", type=click.Choice(list(GPUS)), help="Whose roofline to show.  [default: this GPU, else a100]")
 @config_options
-@click.option("--json", "json_path", type=Output, help="Write everything, with provenance, here.")
-@click.option("--html", "html_path", type=Output, help="Write a self-contained page here.")
+@click.option("--json", "json_path", type=OutputFile(), help="Write everything, with provenance, here.")
+@click.option("--html", "html_path", type=OutputFile(), help="Write a self-contained page here.")
 def command(
     model: str,
     image_size: int | None,
@@ -66,39 +65,35 @@ def command(
 ) -> None:
     """Time the training step of MODEL, dense and SDGP in turns, and say where it goes.
 
-    MODEL is resnet9, digits, gpt, gpt2-medium, conv_lm, ..., or the name of a torchvision or timm classifier. On a CPU
-    nothing is accelerated; the times are then those of an emulation, shown beside a prediction for --gpu.
+    MODEL is resnet9 (the default), digits, gpt, gpt2-medium, conv_lm, ..., or the name of a torchvision or timm
+    classifier. On a CPU nothing is accelerated; the times are then those of an emulation, shown beside a prediction
+    for --gpu.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device == "cuda"
     dtype, autocast = PRECISIONS[precision or ("amp-bf16" if on_gpu else "fp32")]
     torch.manual_seed(0)
-    try:
-        with torch.device(device):  # initialised there: on a CPU that alone can take longer than the benchmark
-            net = models.build(model, image_size=image_size, seq_len=seq_len).to(dtype)
-        size = batch or (64 if on_gpu else 8)
-        example = models.example_batch(model, size, image_size=image_size, seq_len=seq_len, device=device)
-        report = benchmark(
-            *_prepare(net, example, dtype, channels_last),
-            config,
-            optimizer=OPTIMIZERS[optimizer],
-            autocast=autocast,
-            compile=compile,
-            peers=peers,
-            steps=steps or (50 if on_gpu else 5),
-            warmup=(10 if on_gpu else 1) if warmup is None else warmup,
-            gpu=gpu,
-            name=model,
-        )
-        for path, save in ((json_path, report.save_json), (html_path, report.save_html)):
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                save(path)
-    except (ValueError, TypeError, ModuleNotFoundError) as error:
-        raise click.ClickException(str(error)) from error
+    with torch.device(device):  # initialised there: on a CPU that alone can take longer than the benchmark
+        net = models.build(model, image_size=image_size, seq_len=seq_len).to(dtype)
+    size = batch or (64 if on_gpu else 8)
+    example = models.example_batch(model, size, image_size=image_size, seq_len=seq_len, device=device)
+    report = benchmark(
+        *_prepare(net, example, dtype, channels_last),
+        config,
+        optimizer=OPTIMIZERS[optimizer],
+        autocast=autocast,
+        compile=compile,
+        peers=peers,
+        steps=steps or (50 if on_gpu else 5),
+        warmup=(10 if on_gpu else 1) if warmup is None else warmup,
+        gpu=gpu,
+        name=model,
+    )
     Console().print(report)
-    for path in filter(None, (json_path, html_path)):
-        click.echo(f"wrote {path}")
+    for path, save in ((json_path, report.save_json), (html_path, report.save_html)):
+        if path is not None:
+            save(path)
+            click.echo(f"wrote {path}")
 
 
 def _prepare(

@@ -156,13 +156,10 @@ def _this_arch() -> str:
 def _place(model: str, batch: int, image_size: int | None, seq_len: int | None, arch: str) -> tuple[Placement, ...]:
     from sdgp_accel import models, placement  # not needed for the diagnosis
 
-    try:
-        with torch.device("meta"):
-            net = models.build(model, image_size=image_size, seq_len=seq_len)
-            example = models.example_batch(model, batch, image_size=image_size, seq_len=seq_len, device="meta")
-        return placement.placements(net, example, placement.GPUS[arch])
-    except (ValueError, TypeError, ModuleNotFoundError) as error:
-        raise click.ClickException(str(error)) from error
+    with torch.device("meta"):
+        net = models.build(model, image_size=image_size, seq_len=seq_len)
+        example = models.example_batch(model, batch, image_size=image_size, seq_len=seq_len, device="meta")
+    return placement.placements(net, example, placement.GPUS[arch])
 
 
 def _table(layers: tuple[Placement, ...], title: str) -> Table:

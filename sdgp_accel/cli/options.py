@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -11,6 +13,25 @@ import click
 from sdgp_accel.config import FUNCTIONS, SCOPES, BackendName, Fallback, PassMode, SDGPConfig
 
 Command = Callable[..., Any]
+
+
+class OutputFile(click.Path):
+    """A file that is written when the work is done: its folder is made, and refused, before the work begins."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path; fails where no file can be written there."""
+        path = super().convert(value, param, ctx)
+        assert isinstance(path, Path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self.fail(f"Folder {str(path.parent)!r} cannot be made: {error.strerror}.", param, ctx)
+        if not os.access(path.parent, os.W_OK):
+            self.fail(f"Folder {str(path.parent)!r} is not writable.", param, ctx)
+        return path
 
 
 def model_options(command: Command) -> Command:
@@ -58,12 +79,13 @@ def config_options(command: Command) -> Command:
         return command(config=config, **others)
 
     decorated: Command = with_config
+    backends, fallbacks, modes = (click.Choice(get_args(names)) for names in (BackendName, Fallback, PassMode))
     for decorate in (
-        click.option("--fallback", type=click.Choice(get_args(Fallback)), default="dense", help="Without kernels."),
-        click.option("--backend", type=click.Choice(get_args(BackendName)), default="auto", help="What runs it."),
+        click.option("--fallback", type=fallbacks, default="dense", help="Of layers that the kernels cannot take."),
+        click.option("--backend", type=backends, default="auto", help="What runs the backward."),
         click.option("--scope", type=click.Choice(SCOPES), help="Of rescale_magnitude's sums."),
-        click.option("--grad-weight", type=click.Choice(get_args(PassMode)), default="sparse", help="Weight gradient."),
-        click.option("--grad-input", type=click.Choice(get_args(PassMode)), default="sparse", help="Input gradient."),
+        click.option("--grad-weight", type=modes, default="sparse", help="Pass of the weights' gradients."),
+        click.option("--grad-input", type=modes, default="sparse", help="Pass of the inputs' gradients."),
         click.option("--pattern", default="2:4", metavar="N:M", help="Keep at most N of every M values."),
         click.option("--prune", type=click.Choice(FUNCTIONS), default="mvue", help="Prune function."),
     ):

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from sdgp_accel import models
-from sdgp_accel.cli.options import config_options, model_options
+from sdgp_accel.cli.options import OutputFile, config_options, model_options
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.plan import plan
 from sdgp_accel.roofline import GPUS
@@ -25,7 +25,7 @@ from sdgp_accel.roofline import GPUS
 @click.option("--memory-efficiency", type=float, help="Share of --bandwidth that kernels reach.")
 @click.option("--sparse-speedup", type=float, help="2:4 GEMM over dense GEMM, compute-bound.")
 @config_options
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write every layer here.")
+@click.option("--json", "json_path", type=OutputFile(), help="Write every layer here.")
 def command(
     model: str,
     batch: int,
@@ -40,24 +40,24 @@ def command(
     config: SDGPConfig,
     json_path: Path | None,
 ) -> None:
-    """Predict what SDGP saves per layer of MODEL, two-pass and fused. Needs no GPU and computes nothing."""
-    try:
-        with torch.device("meta"):
-            net = models.build(model, image_size=image_size, seq_len=seq_len)
-            example = models.example_batch(model, batch, image_size=image_size, seq_len=seq_len, device="meta")
-        report = plan(
-            net,
-            example,
-            gpu,
-            config,
-            tflops=tflops,
-            bandwidth=bandwidth,
-            compute_efficiency=compute_efficiency,
-            memory_efficiency=memory_efficiency,
-            sparse_speedup=sparse_speedup,
-        )
-    except (ValueError, TypeError, ModuleNotFoundError) as error:
-        raise click.ClickException(str(error)) from error
+    """Predict what SDGP saves per layer of MODEL, two-pass and fused. Needs no GPU and computes nothing.
+
+    MODEL is resnet9 (the default), digits, gpt, conv_lm, ..., or the name of a torchvision or timm classifier.
+    """
+    with torch.device("meta"):
+        net = models.build(model, image_size=image_size, seq_len=seq_len)
+        example = models.example_batch(model, batch, image_size=image_size, seq_len=seq_len, device="meta")
+    report = plan(
+        net,
+        example,
+        gpu,
+        config,
+        tflops=tflops,
+        bandwidth=bandwidth,
+        compute_efficiency=compute_efficiency,
+        memory_efficiency=memory_efficiency,
+        sparse_speedup=sparse_speedup,
+    )
     Console().print(report)
     if json_path is not None:
         json_path.write_text(report.to_json() + "\n")

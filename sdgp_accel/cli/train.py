@@ -52,20 +52,17 @@ def command(
         return
     if resume and output_dir is None:
         raise click.UsageError("--resume needs --output-dir, the folder that holds the checkpoint")
-    try:
-        overrides = parse_overrides(assignments)
-        if resume and recipe is None and output_dir is not None:
-            if assignments or function:
-                raise ValueError("--set and --function need RECIPE; a run resumed without it keeps its own recipe")
-            chosen = saved_recipe(output_dir / CHECKPOINT)
-        else:
-            chosen = with_function(load_recipe(recipe or DEFAULT_RECIPE, overrides), function)
-        if output_dir is None:
-            name = Path(recipe or DEFAULT_RECIPE).with_suffix("").name
-            output_dir = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        train(chosen, output_dir, data_dir, resume, device)
-    except (ValueError, OSError, ImportError) as error:
-        raise click.ClickException(str(error)) from error
+    overrides = parse_overrides(assignments)
+    if resume and recipe is None and output_dir is not None:
+        if assignments or function:
+            raise ValueError("--set and --function need RECIPE; a run resumed without it keeps its own recipe")
+        chosen = saved_recipe(output_dir / CHECKPOINT)
+    else:
+        chosen = with_function(load_recipe(recipe or DEFAULT_RECIPE, overrides), function)
+    if output_dir is None:
+        name = Path(recipe or DEFAULT_RECIPE).with_suffix("").name
+        output_dir = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    train(chosen, output_dir, data_dir, resume, device)
 
 
 def with_function(recipe: Recipe, function: str | None) -> Recipe:

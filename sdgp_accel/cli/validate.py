@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from sdgp_accel import models
-from sdgp_accel.cli.options import config_options, model_options
+from sdgp_accel.cli.options import OutputFile, config_options, model_options
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.validation import validate
 
@@ -33,7 +33,7 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 @click.option("--layers", "patterns", multiple=True, metavar="GLOB", help="Only layers of these names; repeatable.")
 @click.option("--seed", type=int, default=0, help="Of the model, the batch and the draws.")
 @config_options
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write every check here.")
+@click.option("--json", "json_path", type=OutputFile(), help="Write every check here.")
 def command(
     model: str,
     image_size: int | None,
@@ -49,19 +49,16 @@ def command(
 ) -> None:
     """Check the backward passes of MODEL: exit code 1 where a result is further from float64 than rounding explains.
 
-    MODEL is resnet9, digits, gpt, conv_lm, ..., or the name of a torchvision or timm classifier; its weights and its
-    batch are random.
+    MODEL is resnet9 (the default), digits, gpt, conv_lm, ..., or the name of a torchvision or timm classifier; its
+    weights and its batch are random.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype, autocast = PRECISIONS[precision]
     torch.manual_seed(seed)
-    try:
-        net = models.build(model, image_size=image_size, seq_len=seq_len).to(device, dtype)
-        inputs, targets = models.example_batch(model, batch, image_size=image_size, seq_len=seq_len, device=device)
-        example = (inputs.to(dtype) if inputs.is_floating_point() else inputs, targets)
-        report = validate(net, example, config, patterns or None, autocast=autocast, draws=draws, seed=seed)
-    except (ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
-        raise click.ClickException(str(error)) from error
+    net = models.build(model, image_size=image_size, seq_len=seq_len).to(device, dtype)
+    inputs, targets = models.example_batch(model, batch, image_size=image_size, seq_len=seq_len, device=device)
+    example = (inputs.to(dtype) if inputs.is_floating_point() else inputs, targets)
+    report = validate(net, example, config, patterns or None, autocast=autocast, draws=draws, seed=seed)
     console = Console()
     console.print(report)
     if json_path is not None:

@@ -54,13 +54,14 @@ def build(
 
     num_classes: classes of a classifier or vocabulary of a language model; None for the model's own.
     image_size, seq_len: what the model will be fed, for models with learned positions (ViTs, GPT); others take
-        any size.
+        any size. Only one of them can be given: that of the model's kind.
     options: passed to the constructor, e.g. ``layers=4, width=256`` for ``gpt``.
 
-    Raises ValueError for a name nobody knows, ModuleNotFoundError where torchvision or timm is missing, TypeError
-    for an option that the model does not have.
+    Raises ValueError for a name nobody knows and for a size of the wrong kind, ModuleNotFoundError where torchvision
+    or timm is missing, TypeError for an option that the model does not have.
     """
     _check_positive(num_classes=num_classes, image_size=image_size, seq_len=seq_len)
+    _check_kind(name, image_size, seq_len)
     classes = {} if num_classes is None else {"num_classes": num_classes}
     vocabulary = {} if num_classes is None else {"vocab_size": num_classes}
     if name == "resnet9":
@@ -95,7 +96,8 @@ def example_batch(
     [batch, seq_len] with int64 targets [batch, seq_len]. None means the model's own size. `device` may be "meta".
     """
     _check_positive(batch=batch, num_classes=num_classes, image_size=image_size, seq_len=seq_len)
-    if name in SIZES or name == "conv_lm":
+    _check_kind(name, image_size, seq_len)
+    if _reads_text(name):
         vocabulary = num_classes or (SIZES[name].vocab_size if name in SIZES else 256)
         length = seq_len or (SIZES[name].context if name in SIZES else CONV_LM_SEQ_LEN)
         text = torch.randint(vocabulary, (batch, length + 1), device=device, generator=generator)
@@ -109,6 +111,17 @@ def example_batch(
 def loss(output: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy of logits [..., classes] and targets [...] int64, for every model of this package."""
     return F.cross_entropy(output.flatten(0, -2), targets.flatten(), label_smoothing=label_smoothing)
+
+
+def _reads_text(name: str) -> bool:
+    return name in SIZES or name == "conv_lm"
+
+
+def _check_kind(name: str, image_size: int | None, seq_len: int | None) -> None:
+    argument, value = ("image_size", image_size) if _reads_text(name) else ("seq_len", seq_len)
+    if value is not None:
+        kind = "a language model" if _reads_text(name) else "an image classifier"
+        raise ValueError(f"{argument} must be None: {name} is {kind}; got {value}")
 
 
 def _check_positive(**values: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import warnings
 from types import ModuleType
@@ -39,7 +40,10 @@ def library_of(name: str) -> tuple[str, str]:
             f"model {name!r} is not one of this package's own, and {' and '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not installed: pip install 'sdgp_accel[vision]'"
         )
-    raise ValueError(f"model {name!r} is neither one of this package's own nor known to {' or '.join(wanted)}")
+    known = [model for library in wanted for model in _names(library, _require(library))]
+    close = difflib.get_close_matches(model, known, n=1)
+    hint = f": did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"model {name!r} is neither one of this package's own nor known to {' or '.join(wanted)}{hint}")
 
 
 def build(name: str, num_classes: int | None, image_size: int | None, **options: Any) -> nn.Module:

@@ -97,7 +97,10 @@ def load(
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"resume needs a checkpoint; there is no {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch reads files of several kinds, and fails on what is none of them in many ways
+        raise ValueError(f"{path} must be a checkpoint of format {FORMAT}; torch cannot read it") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} must be a checkpoint of format {FORMAT}")
     return state

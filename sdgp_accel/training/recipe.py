@@ -168,7 +168,10 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
         key, equals, text = assignment.partition("=")
         if not key or not equals:
             raise ValueError(f"an override must look like key=value; got {assignment!r}")
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{key} must be given a YAML value; got {text!r}") from error
         for part in reversed(key.split(".")):
             value = {part: value}
         overrides = _merge(overrides, value)

@@ -1,0 +1,89 @@
+"""What a user can get wrong, in every command: one clear line and an exit code, never a traceback; found before the
+work, where that is possible.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from sdgp_accel.cli import COMMANDS, main
+
+pytestmark = pytest.mark.filterwarnings("ignore:device 'cpu' has no sparse tensor cores")
+
+QUICK_BENCH = ("bench", "digits", "--device", "cpu", "--batch", "2", "--steps", "1", "--warmup", "0")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with a file that is no folder, no checkpoint and no YAML."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("file", "checkpoint.pt", "recipe.yaml"):
+        (tmp_path / name).write_text("a: b: c")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (("plan", "resnet9", "--image-size", "4"), 1, "Kernel size can't be greater than actual input size"),
+        (("plan", "vit_b_16", "--image-size", "100"), 1, "Input shape indivisible by patch size"),
+        (("plan", "gpt", "--image-size", "32"), 1, "image_size must be None: gpt is a language model; got 32"),
+        (("plan", "digits", "--seq-len", "8"), 1, "seq_len must be None: digits is an image classifier; got 8"),
+        (("plan", "resnet5"), 1, "model 'resnet5' is neither"),
+        (("plan", "timm/resnet5"), 1, "did you mean 'resnet50'?"),
+        (("plan", "digits", "--batch", "0"), 2, "0 is not in the range x>=1"),
+        (("plan", "digits", "--json", "file/plan.json"), 2, "Folder 'file' cannot be made"),
+        (("plan", "digits", "--json", "."), 2, "File '.' is a directory"),
+        (("doctor", "resnet9", "--image-size", "4"), 1, "Kernel size can't be greater than actual input size"),
+        (("doctor", "no_such_model"), 1, "no_such_model"),
+        (("validate", "digits", "--json", "file/checks.json"), 2, "Folder 'file' cannot be made"),
+        (("validate", "digits", "--device", "cpu", "--draws", "1"), 1, "draws must be 0 or an int >= 2; got 1"),
+        (("validate", "digits", "--device", "cpu", "--backend", "cutlass"), 1, "backend='cutlass' needs a CUDA device"),
+        ((*QUICK_BENCH, "--backend", "cutlass"), 1, "backend='cutlass' needs a CUDA device"),
+        ((*QUICK_BENCH, "--json", "file/r.json"), 2, "Folder 'file' cannot be made"),
+        ((*QUICK_BENCH, "--html", "file/r.html"), 2, "Folder 'file' cannot be made"),
+        (("bench", "resnet9", "--device", "cpu", "--image-size", "4"), 1, "Kernel size can't be greater"),
+        (("train", "recipe.yaml"), 1, "not YAML"),
+        (("train", "digits", "--set", "lr=[1"), 1, "lr must be given a YAML value; got '[1'"),
+        (("train", "digits", "--set", "sdgp.backend=cutlass", "--device", "cpu"), 1, "needs a CUDA device"),
+        (("train", "digits", "--set", "lr=1e9", "--device", "cpu"), 1, "training has diverged"),
+        (("train", "--resume", "--output-dir", "."), 1, "must be a checkpoint of format 1; torch cannot read it"),
+        (("train", "digits", "--resume", "--output-dir", "."), 1, "must be a checkpoint of format 1"),
+    ],
+)
+def test_mistakes_are_named_without_a_traceback(
+    arguments: tuple[str, ...], exit_code: int, message: str, folder: Path
+) -> None:
+    result = CliRunner().invoke(main, arguments, env={"COLUMNS": "200"})
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == exit_code, result.output
+    assert message in result.output
+
+
+def test_a_folder_that_cannot_be_written_to(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    result = CliRunner().invoke(main, ["plan", "digits", "--json", "new/plan.json"])
+    assert result.exit_code == 2
+    assert "Folder 'new' is not writable" in result.output
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("sdgp_accel.cli.doctor.command", click.Command("doctor", callback=fails))
+    assert isinstance(CliRunner().invoke(main, ["doctor"]).exception, AssertionError)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_describes_every_option(command: str) -> None:
+    result = CliRunner().invoke(main, [command, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    parameters = main.get_command(click.Context(main), command).params
+    options = [parameter for parameter in parameters if isinstance(parameter, click.Option)]
+    assert options
+    assert all(option.help for option in options), [option.name for option in options if not option.help]
