@@ -36,7 +36,7 @@ class LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Expected errors that say why are one line and exit code 1 instead of a traceback; warnings are one line too."""
+        """Expected errors that say why are one line and exit code 1, not a traceback; warnings are one line."""
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
