@@ -22,7 +22,7 @@ from sdgp_accel.provenance import gpu_state, provenance
 from sdgp_accel.report import SwapReport
 from sdgp_accel.roofline import GPU, known_gpu
 from sdgp_accel.stages import StageRecorder
-from sdgp_accel.swap import Filter, accelerate_, tune
+from sdgp_accel.swap import Filter, accelerate_, check_model, checked_config, tune
 from sdgp_accel.timing import Clock, HostClock, Stats, clock_for
 
 OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -76,8 +76,9 @@ def benchmark(
             raise ValueError(f"{argument} must be an int >= {least}; got {value!r}")
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16; got {autocast!r}")
+    check_model(model)
+    config = checked_config(config)
     device = _device_of(model)
-    config = config or SDGPConfig()
     batch = batches.to(batch, device)
     make = functools.partial(_Contender, model, batch, loss_fn=loss_fn, optimizer=optimizer, autocast=autocast)
     sdgp = (config, filter_fn)

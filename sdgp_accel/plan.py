@@ -19,7 +19,7 @@ from sdgp_accel.config import SDGPConfig
 from sdgp_accel.layer_plan import DEFAULT_SCOPE
 from sdgp_accel.nn import SDGPConv2d, SDGPLinear
 from sdgp_accel.roofline import GPU, SCHEDULES, Choice, Schedule, Work, best_backward, dense_seconds, gpu_figures
-from sdgp_accel.swap import Filter, selector
+from sdgp_accel.swap import Filter, check_model, checked_config, selector
 from sdgp_accel.trace import LayerCall, trace
 
 Select = Callable[[nn.Module, str], bool]
@@ -194,7 +194,8 @@ def plan(
     The formulas are those of `sdgp_accel.roofline`. Raises ValueError or TypeError for bad arguments and RuntimeError
     where the model's forward reads values of tensors, so that shapes alone cannot be traced.
     """
-    chosen, config = gpu_figures(gpu, **figures), config or SDGPConfig()
+    check_model(model)
+    chosen, config = gpu_figures(gpu, **figures), checked_config(config)
     select = selector(filter_fn)
     layers = tuple(_plan_layer(call, chosen, config, select) for call in trace(model, batch))
     return PlanReport(chosen, batches.size(batch), layers)

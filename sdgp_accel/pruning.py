@@ -55,8 +55,8 @@ def prune(
     Returns a new tensor of x's shape, dtype and (where x is dense) strides. Dropped values are +0. A group that
     holds a NaN or inf is pruned by magnitude and left unscaled, whatever the function.
 
-    Raises TypeError for anything but a floating-point tensor of these dtypes, IndexError for `dim`, ValueError for
-    a scope that x's shape does not have.
+    Raises TypeError for anything but a floating-point tensor of these dtypes and for a `dim` that is no int, ValueError
+    for a `dim` out of range and for a scope that x's shape does not have.
     """
     config = SDGPConfig() if config is None else config
     if not isinstance(config, SDGPConfig):
@@ -64,7 +64,8 @@ def prune(
     check_values("x", x)
     check_choice("pass_name", pass_name, PASSES)
     if not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
-        raise IndexError(f"dim must be an int in [{-x.ndim}, {x.ndim - 1}] for a {x.ndim}-D tensor; got {dim!r}")
+        error = ValueError if isinstance(dim, int) else TypeError
+        raise error(f"dim must be an int in [{-x.ndim}, {x.ndim - 1}] for a {x.ndim}-D tensor; got {dim!r}")
     scope = config.scope or ("sample_channel" if x.ndim == 4 else "group")
     spec = PruneSpec(getattr(config.functions, pass_name), config.n, config.m, scope, config.eps)
     if spec.is_dense:

@@ -59,9 +59,9 @@ class GPU:
             ("memory_efficiency", 0.0, 1.0),
         ):
             value = getattr(self, name)
-            if not low < value <= high:
+            if not isinstance(value, (int, float)) or not low < value <= high:
                 raise ValueError(f"{name} must be greater than {low:g} and at most {high:g}; got {value!r}")
-        if not 1.0 <= self.sparse_speedup <= 2.0:
+        if not isinstance(self.sparse_speedup, (int, float)) or not 1.0 <= self.sparse_speedup <= 2.0:
             raise ValueError(f"sparse_speedup must be between 1 and 2; got {self.sparse_speedup!r}")
         for rule, cost in self.compress_costs.items():
             if not cost > 0.0:
@@ -151,11 +151,13 @@ def device_figures(name: str, capability: tuple[int, int]) -> GPU:
 def gpu_figures(gpu: str | GPU, **overrides: float | None) -> GPU:
     """A named GPU or the user's own, with the given figures replaced (None keeps one).
 
-    ValueError for an unknown name, TypeError for an unknown figure.
+    ValueError for an unknown name, TypeError for an unknown figure and for a `gpu` that is neither.
     """
     if isinstance(gpu, str):
         check_choice("gpu", gpu, tuple(GPUS))
         gpu = GPUS[gpu]
+    if not isinstance(gpu, GPU):
+        raise TypeError(f"gpu must be a name in roofline.GPUS or a roofline.GPU; got {gpu!r}")
     figures = {figure.name for figure in fields(GPU)} - {"name", "compress_costs"}
     unknown = set(overrides) - figures
     if unknown:

@@ -72,8 +72,7 @@ def restore_(model: nn.Module) -> nn.Module:
     Raises RuntimeError, before changing anything, where a wrapper (FSDP2, parametrizations) has derived its
     own class from an SDGP layer: undo the wrapping first.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    check_model(model)
     layers = [module for module in model.modules() if isinstance(module, SDGPLayer)]
     for module in layers:
         _check_restorable(module)
@@ -84,11 +83,8 @@ def restore_(model: nn.Module) -> nn.Module:
 
 def plan_swap(model: nn.Module, config: SDGPConfig | None = None, filter_fn: Filter = None) -> list[Step]:
     """What `accelerate_` would do with these arguments; raises what it raises, changes nothing."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    config = SDGPConfig() if config is None else config
-    if not isinstance(config, SDGPConfig):
-        raise TypeError(f"config must be an SDGPConfig or None; got {type(config).__name__}")
+    check_model(model)
+    config = checked_config(config)
     select = selector(filter_fn)
     return [_plan_step(module, names, config, select) for module, names in _layers(model)]
 
@@ -128,8 +124,7 @@ def set_active_(model: nn.Module, active: bool) -> nn.Module:
 
     Raises TypeError for a `model` that is no module or an `active` that is no bool. Warns where no layer is swapped.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    check_model(model)
     if not isinstance(active, bool):
         raise TypeError(f"active must be True or False; got {active!r}")
     layers = [module for module in model.modules() if isinstance(module, SDGPLayer)]
@@ -211,6 +206,20 @@ def tune(
         for handle in handles:
             handle.remove()
     return SwapReport(tuple(step.report.decided(decisions.get(step.module)) for step in steps))
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+
+
+def checked_config(config: object) -> SDGPConfig:
+    """`config`, the default for None; TypeError for anything else."""
+    config = SDGPConfig() if config is None else config
+    if not isinstance(config, SDGPConfig):
+        raise TypeError(f"config must be an SDGPConfig or None; got {type(config).__name__}")
+    return config
 
 
 def selector(filter_fn: Filter) -> Callable[[nn.Module, str], bool]:

@@ -35,7 +35,7 @@ from sdgp_accel.geometry import Geometry, LinearGeometry
 from sdgp_accel.nn import SDGPLayer, decide_layer
 from sdgp_accel.pruning import prune_matrix
 from sdgp_accel.report import SwapReport
-from sdgp_accel.swap import Filter, left_as_it_was, plan_swap, restore_layer, swap_layer
+from sdgp_accel.swap import Filter, check_model, left_as_it_was, plan_swap, restore_layer, swap_layer
 from sdgp_accel.validation_report import Bias, PassCheck, ValidationReport
 
 LAMBDA = 8.0
@@ -91,8 +91,7 @@ def validate(
 
     Raises TypeError or ValueError for wrong arguments and for a loss that is not finite.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    check_model(model)
     if not isinstance(draws, int) or draws < 0 or draws == 1:
         raise ValueError(f"draws must be 0 or an int >= 2; got {draws!r}")
     with left_as_it_was(model):

@@ -151,5 +151,5 @@ def test_bad_arguments() -> None:
         compress_matrix(torch.zeros(4, 4, dtype=torch.int32), 0)
     with pytest.raises(TypeError, match="config must be an SDGPConfig or None; got str"):
         compress(torch.zeros(4, 4), "mvue")  # type: ignore[arg-type]
-    with pytest.raises(IndexError, match=r"dim must be an int in \[-2, 1\] for a 2-D tensor; got 2"):
+    with pytest.raises(ValueError, match=r"dim must be an int in \[-2, 1\] for a 2-D tensor; got 2"):
         compress(torch.zeros(4, 4), dim=2)
