@@ -122,7 +122,7 @@ def problem(backend: Backend, layer: Layer, name: Product, device: torch.device)
     is_dgrad = name == "dgrad"
     dy = torch.randn(layer.tokens, layer.out_channels, device=device, dtype=torch.bfloat16)
     plan = LayerPlan(MAGNITUDE if is_dgrad else None, None if is_dgrad else MAGNITUDE, KERNELS, "error")
-    operands = backend.prune_compress(dy, plan, None, 1, Needs(is_dgrad, not is_dgrad, False))
+    operands = backend.prune_compress(dy, layer.geometry, plan, None, Needs(is_dgrad, not is_dgrad, False))
     operand = operands.dgrad if is_dgrad else operands.wgrad
     pruned = operand.decompress()
     b = torch.randn(

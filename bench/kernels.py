@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sdgp_accel.backends import KERNELS, Needs, load
 from sdgp_accel.config import PruneSpec
+from sdgp_accel.geometry import LinearGeometry
 from sdgp_accel.layer_plan import LayerPlan
 from sdgp_accel.philox import Rng
 from sdgp_accel.provenance import provenance
@@ -77,11 +78,12 @@ def measure(case: Case) -> dict[str, Any]:
     t, c, positions_per_sample = GRADIENTS[case.gradient]
     spec, device = RULES[case.rule], torch.device("cuda")
     plan = LayerPlan(spec, spec, KERNELS, "error")
-    rng = Rng(torch.tensor([1, 2], device=device)) if spec.is_random else None
+    rng = Rng((1, 2)) if spec.is_random else None
+    geometry = LinearGeometry(t, c, c, positions_per_sample)
     inputs = [torch.randn(t, c, device=device, dtype=torch.bfloat16) for _ in range(2 + 2 * L2_BYTES // (2 * t * c))]
 
     def kernel(x: Tensor) -> Any:
-        return backend.prune_compress(x, plan, rng, positions_per_sample, case.needs)
+        return backend.prune_compress(x, geometry, plan, rng, case.needs)
 
     contenders: dict[str, Callable[[Tensor], Any]] = {"kernel": kernel, "clone": Tensor.clone}
     if case.rule == "magnitude" and case.needs == Needs(True, True, False) and t % 32 == 0 and c % 32 == 0:

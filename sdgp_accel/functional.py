@@ -108,7 +108,7 @@ class _Linear(torch.autograd.Function):
         if not (needs_dx or needs_dw):
             return None, None, dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy, None, None
         if _is_plain(dy, ctx.decision):
-            gradients: Sequence[Tensor] = ops.run_linear(dy, x, weight, needs_db, ctx.decision)
+            gradients: Sequence[Tensor] = ops.run(dy, x, weight, needs_db, ctx.decision)
         else:
             gradients = _once(ops.linear_backward(dy, x, weight, needs_db, ctx.plan), dy, x, weight)
         return *_place(gradients, needs_dx, needs_dw, needs_db), None, None

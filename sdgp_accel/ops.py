@@ -38,7 +38,7 @@ def _linear_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: 
     input_shape = (*dy.shape[:-1], _in_features(x, weight))
     deterministic = torch.are_deterministic_algorithms_enabled()
     decision = decide_linear(plan, input_shape, dy.shape[-1], dy.dtype, dy.device, deterministic)
-    return run_linear(dy, x, weight, bias, decision)
+    return run(dy, x, weight, bias, decision)
 
 
 def _conv2d_backward(
@@ -65,23 +65,11 @@ def _conv2d_backward(
     return run(dy, x, weight, bias, decision)
 
 
-def run_linear(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decision: Decision) -> list[Tensor]:
-    """`run` for operands of any rank: dy [..., C_out], x [..., C_in]."""
-    if dy.dim() == 2:
-        return run(dy, x, weight, bias, decision)
-    if x is not None:
-        x = dense.matrix_view(x, decision.geometry)
-    gradients = run(dense.matrix_view(dy, decision.geometry), x, weight, bias, decision)
-    if weight is not None:
-        gradients[0] = gradients[0].view(*dy.shape[:-1], weight.shape[1])
-    return gradients
-
-
 def run(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decision: Decision) -> list[Tensor]:
     """The gradients that are asked for, each pass on its pruned operand or on dY as it is.
 
-    Linear: dy [T, C_out], x [T, C_in]; Conv2d: dy [N, C_out, P, Q], x [N, C_in, H, W]. What the ops do, and what the
-    eager backward calls directly.
+    Linear: dy [..., C_out], x [..., C_in]; Conv2d: dy [N, C_out, P, Q], x [N, C_in, H, W]. What the ops do, and what
+    the eager backward calls directly.
     """
     geometry, backend, plan, draws, _, tilings, _ = decision
     prune_dgrad = backend is not None and weight is not None and plan.grad_input is not None
@@ -91,17 +79,17 @@ def run(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decisio
         dgrad = wgrad = db = None
         if backend is not None and (prune_dgrad or prune_wgrad):
             with stage("prune_compress"):
-                matrix = dense.matrix_view(dy, geometry)
                 rng = philox.Rng(philox.draw(dy.device), philox.data_parallel_rank(), 0) if draws else None
                 needs = Needs(prune_dgrad, prune_wgrad, bias)
-                dgrad, wgrad, db = backend.prune_compress(matrix, plan, rng, geometry.positions_per_sample, needs)
-                del matrix  # where it is a copy, it is freed before the passes allocate
+                dgrad, wgrad, db = backend.prune_compress(dy, geometry, plan, rng, needs)
         elif bias:
-            db = dy.sum([d for d in range(dy.dim()) if d != 1])
+            db = dense.bias_gradient(dy, geometry)
         if weight is not None:
             with stage("dgrad"):
                 if backend is not None and prune_dgrad:
-                    gradients.append(backend.dgrad(dgrad, weight, geometry, tilings.dgrad))
+                    # The geometry of a Linear layer knows its input as a matrix only.
+                    shape = (*dy.shape[:-1], weight.shape[1]) if weight.dim() == 2 and dy.dim() != 2 else None
+                    gradients.append(backend.dgrad(dgrad, weight, geometry, tilings.dgrad, shape))
                     dgrad = None  # freed before wgrad allocates
                 else:
                     gradients.append(dense.dgrad(dy, weight, geometry))

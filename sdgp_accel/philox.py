@@ -10,8 +10,8 @@ draws the same ones. For group ``g`` of a pruned tensor, the words of block ``b`
       c2 = bits 0..31 of seed[1]
       c3 = 2 * rank + pass_index        (pass_index: 0 = grad_input, 1 = grad_weight)
 
-``seed`` is two int64 values on the gradient's device, drawn from torch's own generator (`draw`): a step draws
-fresh ones, a checkpoint that holds torch's generator state repeats them, and a CUDA graph advances them on replay.
+``seed`` is two 64-bit values that come from torch's own generator of the gradient's device (`draw`): a step takes fresh
+ones, a checkpoint that holds the generator's state repeats them, and a CUDA graph advances them on replay.
 """
 
 from __future__ import annotations
@@ -35,25 +35,51 @@ _INT64 = torch.iinfo(torch.int64)
 Buffers = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 
 
+# Two signed 64-bit values, the key and the offset: a tensor [2] on the gradient's device, or numbers on the host.
+Seed = Tensor | tuple[int, int]
+
+
 class Rng(NamedTuple):
     """What the random numbers of one pruned gradient depend on, apart from the group's index.
 
-    seed: int64 tensor of shape [2] on the gradient's device: the 64-bit key and the offset (see `draw`).
+    seed: see `draw`.
     rank: data-parallel rank; ranks that share a seed still draw different numbers.
     pass_index: 0 for grad_input, 1 for grad_weight.
     """
 
-    seed: Tensor
+    seed: Seed
     rank: int = 0
     pass_index: int = 0
 
 
-def draw(device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
-    """A fresh seed, int64 of shape [2], from torch's generator of `device` (or `generator`).
+# Sets the keys apart from those of torch's own kernels, which count under the bare seed: 64 bits of the golden ratio.
+_KEY_MASK = 0x9E3779B97F4A7C15
+_PHILOX_STEP = 4  # torch's offsets count words, and a Philox block has 4
 
-    The numbers stay on the device: no synchronisation, safe inside a CUDA graph.
+
+def draw(device: torch.device | str, generator: torch.Generator | None = None) -> Seed:
+    """A fresh seed from torch's generator of `device` (or `generator`).
+
+    A CUDA generator is itself a seed and an offset, both known to the host: they are taken, and the offset moves on.
+    That launches nothing. While a CUDA graph is captured, only the device knows them, and they are drawn there, as on
+    a CPU, whose generator is of another kind.
     """
-    return torch.randint(_INT64.min, _INT64.max, (2,), dtype=torch.int64, device=device, generator=generator)
+    if isinstance(device, str):
+        device = torch.device(device)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.randint(_INT64.min, _INT64.max, (2,), dtype=torch.int64, device=device, generator=generator)
+    if generator is None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generator = torch.cuda.default_generators[index]
+    return take(generator)
+
+
+def take(generator: torch.Generator) -> tuple[int, int]:
+    """The next seed of a generator that counts, as CUDA's do: its own seed under a mask, and where it has come to."""
+    offset = generator.get_offset()
+    generator.set_offset(offset + _PHILOX_STEP)
+    key = (generator.initial_seed() ^ _KEY_MASK) & (1 << 64) - 1
+    return key - (1 << 64) if key >> 63 else key, offset // _PHILOX_STEP
 
 
 def data_parallel_rank() -> int:
@@ -68,7 +94,8 @@ class GroupWords:
 
     def __init__(self, rng: Rng, total: int = 1 << 56) -> None:
         """total: how many groups there are; fewer than 2^32 take less time."""
-        key, offset = rng.seed.unbind()
+        # On the host two 0-dim tensors, which torch takes as numbers on any device.
+        key, offset = (rng.seed if isinstance(rng.seed, Tensor) else torch.tensor(rng.seed)).unbind()
         self._keys = round_keys((key & MASK32, (key >> 32) & MASK32))
         self._c2 = offset & MASK32
         self._c3 = torch.full_like(offset, (2 * rng.rank + rng.pass_index) & MASK32)

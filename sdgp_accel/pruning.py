@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from sdgp_accel import group_rules as rules
 from sdgp_accel.config import PASSES, Pass, PruneSpec, SDGPConfig, check_choice
 from sdgp_accel.cpu_threads import PIECES_PER_THREAD, for_each, is_plain_cpu
 from sdgp_accel.huge_pages import in_huge_pages
-from sdgp_accel.philox import GroupWords, Rng, data_parallel_rank, draw
+from sdgp_accel.philox import GroupWords, Rng, Seed, data_parallel_rank, draw
 
 # Values per piece on a CPU, at most and at least. Smaller pieces stay in a closer cache (their scratch is 6 times their
 # values), but threads that start many short operations wait for each other (Python's lock): on two cores of an EPYC
@@ -36,7 +37,7 @@ def prune(
     dim: int = -1,
     *,
     pass_name: Pass = "grad_input",
-    seed: int | Tensor | Rng | None = None,
+    seed: int | Seed | Rng | None = None,
 ) -> Tensor:
     """Prune `x` to at most `config.n` non-zeros in each `config.m` consecutive values along `dim`.
 
@@ -48,9 +49,9 @@ def prune(
     dim: the axis of the groups.
     pass_name: ``"grad_input"`` or ``"grad_weight"``: selects the prune function where `config` names two, and the
         random numbers.
-    seed: for ``random`` and ``mvue``: an int, an int64 tensor [2] as `philox.draw` returns it, or a whole `Rng`. The
-        default draws from torch's generator of x's device. Random numbers are indexed by the row-major index of the
-        group in the grid of groups (x's shape with ``ceil(size / m)`` in place of `dim`'s size).
+    seed: for ``random`` and ``mvue``: an int, two of them or an int64 tensor [2] as `philox.draw` returns them, or a
+        whole `Rng`. The default draws from torch's generator of x's device. Random numbers are indexed by the row-major
+        index of the group in the grid of groups (x's shape with ``ceil(size / m)`` in place of `dim`'s size).
 
     Returns a new tensor of x's shape, dtype and (where x is dense) strides. Dropped values are +0. A group that
     holds a NaN or inf is pruned by magnitude and left unscaled, whatever the function.
@@ -124,7 +125,7 @@ def _sum_dims(spec: PruneSpec, x: Tensor) -> tuple[int, ...] | None:
     )
 
 
-def _as_rng(seed: int | Tensor | Rng | None, pass_name: str, device: torch.device) -> Rng:
+def _as_rng(seed: int | Seed | Rng | None, pass_name: str, device: torch.device) -> Rng:
     if isinstance(seed, Rng):
         return seed
     if seed is None:
@@ -136,11 +137,19 @@ def _as_rng(seed: int | Tensor | Rng | None, pass_name: str, device: torch.devic
                 f"got {seed.dtype} of shape {list(seed.shape)} on {seed.device}"
             )
         words = seed
-    elif isinstance(seed, int) and not isinstance(seed, bool) and -(1 << 63) <= seed < 1 << 63:
-        words = torch.tensor([seed, 0], dtype=torch.int64, device=device)
+    elif _is_word(seed):
+        words = (seed, 0)
+    elif isinstance(seed, tuple) and len(seed) == 2 and all(map(_is_word, seed)):
+        words = seed
     else:
-        raise ValueError(f"seed must be a 64-bit int, an int64 tensor [2], an Rng or None; got {seed!r}")
+        raise ValueError(
+            f"seed must be a 64-bit int, two of them, an int64 tensor [2], an Rng or None; got {seed!r}"
+        )
     return Rng(words, data_parallel_rank(), PASSES.index(pass_name))
+
+
+def _is_word(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
 
 
 def _as_magnitude(spec: PruneSpec) -> PruneSpec:

@@ -26,7 +26,7 @@ from torch import Tensor
 from sdgp_accel.config import Pass, PruneSpec, SDGPConfig, check_choice
 from sdgp_accel.group_rules import BITS
 from sdgp_accel.layouts import K_PER_WORD, LAYOUTS
-from sdgp_accel.philox import Rng
+from sdgp_accel.philox import Rng, Seed
 from sdgp_accel.pruning import check_values, prune
 
 ROW_MAJOR = "row_major"
@@ -85,7 +85,7 @@ def compress(
     dim: int = -1,
     *,
     pass_name: Pass = "grad_input",
-    seed: int | Tensor | Rng | None = None,
+    seed: int | Seed | Rng | None = None,
     layout: str = ROW_MAJOR,
 ) -> SparseOperand:
     """Prune `x` along `dim` as `prune` does, with the same arguments, and compress the result along `dim`.

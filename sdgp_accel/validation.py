@@ -217,8 +217,7 @@ def _run_backward(call: _Call, is_dgrad: bool) -> tuple[Tensor, philox.Rng]:
     device = call.dy.device
     generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
     state = generator.get_state()
-    run = ops.run_linear if isinstance(call.geometry, LinearGeometry) else ops.run
-    (result,) = run(call.dy, x, weight, False, call.decision)
+    (result,) = ops.run(call.dy, x, weight, False, call.decision)
     generator.set_state(state)
     return result, philox.Rng(philox.draw(device), philox.data_parallel_rank(), 0 if is_dgrad else 1)
 

@@ -28,7 +28,7 @@ def test_a_backend_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_reference_prepares_only_what_is_needed(needs: Needs) -> None:
     plan = decode(plan_string("linear", SDGPConfig(prune="magnitude")))
     dy = torch.randn(12, 8)
-    operands = backends.load("reference").prune_compress(dy, plan, None, 1, needs)
+    operands = backends.load("reference").prune_compress(dy, LinearGeometry(12, 8, 8), plan, None, needs)
     assert tuple(operand is not None for operand in operands) == tuple(needs)
     if needs.dgrad:
         assert (operands.dgrad.view(12, 2, 4) != 0).sum(-1).eq(2).all()
@@ -40,7 +40,7 @@ def test_reference_prepares_only_what_is_needed(needs: Needs) -> None:
 
 def test_a_backend_is_given_the_tilings_of_the_decision() -> None:
     class Recording(type(backends.load("reference"))):
-        def dgrad(self, operand, weight, geometry, tiling=None):
+        def dgrad(self, operand, weight, geometry, tiling=None, shape=None):
             given.append(tiling)
             return super().dgrad(operand, weight, geometry)
 

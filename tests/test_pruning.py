@@ -281,6 +281,7 @@ def test_seeds() -> None:
     assert not torch.equal(first, second)
     assert torch.equal(prune(x, config, seed=7), prune(x, config, seed=torch.tensor([7, 0])))
     assert torch.equal(prune(x, config, seed=7), prune(x, config, seed=Rng(torch.tensor([7, 0]))))
+    assert torch.equal(prune(x, config, seed=(7, -5)), prune(x, config, seed=torch.tensor([7, -5])))
     assert not torch.equal(prune(x, config, seed=7), prune(x, config, seed=7, pass_name="grad_weight"))
     assert not torch.equal(prune(x, config, seed=7), prune(x, config, seed=Rng(torch.tensor([7, 0]), rank=1)))
     # Pruning that needs no random numbers must not advance the generator.

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdgp_accel.config import FUNCTIONS, PruneSpec
-from sdgp_accel.philox import Rng
+from sdgp_accel.philox import Rng, Seed
 
 PAIRS_PER_PROGRAM = 4096  # the kernel compares all pairs of a group: m^2 of them, in registers
 MVUE, RANDOM = (tl.constexpr(FUNCTIONS.index(name)) for name in ("mvue", "random"))
@@ -30,7 +30,7 @@ def prune_matrix(dy2d: Tensor, spec: PruneSpec, axis: int, positions_per_sample:
     _prune[(triton.cdiv(groups, block),)](
         dy2d,
         out,
-        dy2d if rng is None else rng.seed,  # not read by the functions that draw nothing
+        dy2d if rng is None else _on_device(rng.seed, dy2d.device),  # not read by the functions that draw nothing
         groups,
         per_row,
         dy2d.shape[axis],
@@ -51,6 +51,10 @@ def prune_matrix(dy2d: Tensor, spec: PruneSpec, axis: int, positions_per_sample:
         total, kept_total = (t.abs().sum(over, keepdim=True) for t in (x, kept))
         out = (kept * torch.where(kept_total == 0, 1, total / (kept_total + spec.eps))).flatten(0, 1)
     return out
+
+
+def _on_device(seed: Seed, device: torch.device) -> Tensor:
+    return seed if isinstance(seed, Tensor) else torch.tensor(seed, device=device)
 
 
 @triton.jit

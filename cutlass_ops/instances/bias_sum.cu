@@ -1,4 +1,6 @@
 // The second stage of the bias gradient, for every instance of the prune+compress kernel.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "sdgp/prune_compress_api.h"
@@ -9,9 +11,9 @@ namespace {
 
 constexpr int kRows = 32;
 
-// bias[channel] = the sum of a column of partials [rows, c], in a fixed order. A block takes 32 channels.
+// bias[channel] = the sum of a column of partials [rows, c], in a fixed order, rounded once. A block takes 32 channels.
 __global__ void __launch_bounds__(32 * kRows)
-    sum_bias_partials(const float* partials, int64_t rows, int64_t c, float* bias) {
+    sum_bias_partials(const float* partials, int64_t rows, int64_t c, void* bias, bool is_bfloat16) {
   __shared__ float sums[kRows][32];
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
   float sum = 0.0f;
@@ -24,21 +26,25 @@ __global__ void __launch_bounds__(32 * kRows)
   if (threadIdx.y != 0 || channel >= c) return;
   float total = 0.0f;
   for (int r = 0; r < kRows; ++r) total += sums[r][threadIdx.x];
-  bias[channel] = total;
+  if (is_bfloat16) {
+    static_cast<__nv_bfloat16*>(bias)[channel] = __float2bfloat16_rn(total);
+  } else {
+    static_cast<__half*>(bias)[channel] = __float2half_rn(total);
+  }
 }
 
 }  // namespace
 }  // namespace sdgp
 
-extern "C" int64_t sdgp_bias_partial_rows(int64_t t, int64_t c) {
-  return sdgp::cover_matrix(t, c, 0).position_blocks;
-}
+extern "C" int64_t sdgp_bias_partial_rows(int64_t t, int64_t c) { return sdgp::cover_matrix(t, c, 0).position_blocks; }
 
-extern "C" int sdgp_sum_bias_partials(const float* partials, int64_t t, int64_t c, float* bias, void* stream) {
-  const int64_t blocks = (c + 31) / 32;
+extern "C" int sdgp_sum_bias_partials(const SdgpPruneCompress* problem, int is_bfloat16) {
+  const int64_t blocks = (problem->c + 31) / 32;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  sdgp::
-      sum_bias_partials<<<static_cast<unsigned>(blocks), dim3(32, sdgp::kRows), 0, static_cast<cudaStream_t>(stream)>>>(
-          partials, sdgp_bias_partial_rows(t, c), c, bias);
+  const dim3 threads(32, sdgp::kRows);
+  const auto stream = static_cast<cudaStream_t>(problem->stream);
+  sdgp::sum_bias_partials<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(
+      problem->bias_partials, sdgp_bias_partial_rows(problem->t, problem->c), problem->c, problem->bias,
+      is_bfloat16 != 0);
   return cudaGetLastError();
 }

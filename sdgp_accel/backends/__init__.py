@@ -61,10 +61,11 @@ class Backend(Hashable, Protocol):
         """Why this backend cannot take this layer; None where it can. Must not depend on anything else."""
 
     def prune_compress(
-        self, dy2d: Tensor, plan: LayerPlan, rng: Rng | None, positions_per_sample: int, needs: Needs
+        self, dy: Tensor, geometry: Geometry, plan: LayerPlan, rng: Rng | None, needs: Needs
     ) -> Operands:
-        """Prune dY [T, C] (any strides) along C for dgrad and along T for wgrad, as `needs` says.
+        """Prune dY, seen as [T, C], along C for dgrad and along T for wgrad, as `needs` says.
 
+        dy: [..., C] of a Linear layer, [N, C, P, Q] of a convolution; any strides.
         `rng` carries this backward's seed and rank, with pass_index 0: dgrad uses it as it is, wgrad with
         ``pass_index=1``; None where no function of the plan draws. The bias gradient [C] is the sum of the
         unpruned dY over T.
@@ -78,10 +79,17 @@ class Backend(Hashable, Protocol):
         `str` of a tiling tells it from the others, in one process and in the next.
         """
 
-    def dgrad(self, operand: Any, weight: Tensor, geometry: Geometry, tiling: Any = None) -> Tensor:
+    def dgrad(
+        self,
+        operand: Any,
+        weight: Tensor,
+        geometry: Geometry,
+        tiling: Any = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """dX: [T, C_in], or [N, C_in, H, W] for a convolution, in the dtype of `weight`.
 
-        tiling: one of `tilings`; None for the first.
+        tiling: one of `tilings`; None for the first. shape: a Linear layer's [..., C_in], where that is not [T, C_in].
         """
 
     def wgrad(
@@ -93,7 +101,7 @@ class Backend(Hashable, Protocol):
         out: Tensor | None = None,
         accumulate: bool = False,
     ) -> Tensor:
-        """dW [C_out, C_in (/ groups, R, S)] from x [T, C_in] or [N, C_in, H, W].
+        """dW [C_out, C_in (/ groups, R, S)] from x [..., C_in] or [N, C_in, H, W].
 
         tiling: as for `dgrad`. out: where dW goes, in the dtype of `x` or float32 (the gradient of a float32 master
         weight: not rounded to 16 bits in between); default a new tensor in the dtype of `x`. accumulate: add to what

@@ -17,17 +17,15 @@ from torch import Tensor
 
 import cutlass_ops
 from sdgp_accel.backends import BUILD_COMMAND, CACHED_DECISIONS, Needs, Operands, check_out, dense, tiles
-from sdgp_accel.backends.tiles import TILE_K, Product, Tiling, rank_tilings
-from sdgp_accel.config import Pass, PruneSpec
+from sdgp_accel.backends.sweep import DTYPE_NAMES, Storage, StoredOperand, sweeps
+from sdgp_accel.backends.tiles import Product, Tiling, rank_tilings
+from sdgp_accel.config import Pass
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import LayerPlan
 from sdgp_accel.philox import Rng
-from sdgp_accel.semi_structured import SparseOperand
 
-DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 GROUP_SIZES = (4, 8, 16)
 HOPPER = (9, 0)
-CHUNK = 8  # 16-bit values in 16 bytes: the rows of wgrad's operand are padded to whole ones
 MAX_SIZE = (1 << 31) - 1024  # the products count positions and channels, rounded up to tiles, in 32 bits
 # TMA's im2col mode has 8 signed bits for the corners of a 4-D tensor's box and strides of at most 8 (CUDA driver API,
 # cuTensorMapEncodeIm2col); the corners go beyond padding and reach of the filter by less than a stride.
@@ -63,7 +61,7 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 
 class CutlassBackend:
-    """Operands are `SparseOperand`s in the layout ``"row_major"``, wgrad's with rows padded to multiples of `CHUNK`."""
+    """Operands are `StoredOperand`s."""
 
     name = "cutlass"
 
@@ -96,20 +94,22 @@ class CutlassBackend:
         return _too_large(geometry) if plan.backend == "auto" else None
 
     def prune_compress(
-        self, dy2d: Tensor, plan: LayerPlan, rng: Rng | None, positions_per_sample: int, needs: Needs
+        self, dy: Tensor, geometry: Geometry, plan: LayerPlan, rng: Rng | None, needs: Needs
     ) -> Operands:
-        """One pass over dY [T, C] for both operands and the bias gradient, two where their rules differ."""
-        for_dgrad = plan.grad_input if needs.dgrad else None
-        for_wgrad = plan.grad_weight if needs.wgrad else None
-        with _on_device(dy2d.device):
-            if for_dgrad is not None and for_wgrad is not None and for_dgrad != for_wgrad:
-                dgrad, _, bias = _prune_compress(dy2d, for_dgrad, True, False, needs.bias, rng, positions_per_sample)
-                _, wgrad, _ = _prune_compress(dy2d, for_wgrad, False, True, False, rng, positions_per_sample)
-                return Operands(dgrad, wgrad, bias)
-            spec = for_dgrad or for_wgrad
-            assert spec is not None
-            wanted = (for_dgrad is not None, for_wgrad is not None, needs.bias)
-            return Operands(*_prune_compress(dy2d, spec, *wanted, rng, positions_per_sample))
+        """One pass over dY for both operands and the bias gradient, two where their rules differ."""
+        t, c, row_stride = geometry.positions, geometry.out_channels, geometry.out_channels
+        if not _rows_follow_each_other(dy, geometry):
+            dy = dense.matrix_view(dy, geometry)
+            row_stride, column_stride = dy.stride()
+            if column_stride != 1 or row_stride < c:
+                dy, row_stride = dy.contiguous(), c
+        device, samples = dy.device, geometry.positions_per_sample
+        first, *others = sweeps(cutlass_ops.kernels(), plan, needs, t, c, row_stride, samples, dy.dtype)
+        with _on_device(device):
+            operands = first.run(dy, rng, _stream(device))
+            for sweep in others:  # dgrad's rule has been applied, here is wgrad's
+                operands = operands._replace(wgrad=sweep.run(dy, rng, _stream(device)).wgrad)
+        return operands
 
     def tilings(
         self, geometry: Geometry, pass_name: Pass, dtype: torch.dtype, device: torch.device
@@ -119,19 +119,27 @@ class CutlassBackend:
             return ()
         return rank(geometry, "dgrad" if pass_name == "grad_input" else "wgrad", device_facts(device))
 
-    def dgrad(self, operand: SparseOperand, weight: Tensor, geometry: Geometry, tiling: Tiling | None = None) -> Tensor:
+    def dgrad(
+        self,
+        operand: StoredOperand,
+        weight: Tensor,
+        geometry: Geometry,
+        tiling: Tiling | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """dX on sparse tensor cores, or dense on the decompressed operand."""
-        weight = _channels_innermost(weight)
+        weight = _channels_innermost(weight, geometry)
         launch = _launch(geometry, "dgrad", weight, tiling, weight.dtype, False)
         if launch is None:
-            return dense.dgrad(dense.layer_view(operand.decompress(), geometry), weight, geometry)
-        dx = _empty(launch.shape, weight)
+            dx = dense.dgrad(dense.layer_view(operand.decompress(), geometry), weight, geometry)
+            return dx if shape is None else dx.view(shape)
+        dx = weight.new_empty(shape) if shape is not None else weight.new_empty_strided(launch.shape, launch.strides)
         launch.run(operand, weight, dx)
         return dx if launch.final else dx.contiguous()
 
     def wgrad(
         self,
-        operand: SparseOperand,
+        operand: StoredOperand,
         x: Tensor,
         geometry: Geometry,
         tiling: Tiling | None = None,
@@ -144,8 +152,8 @@ class CutlassBackend:
         others their result is copied or added.
         """
         check_out(out, accumulate, x, geometry)
-        x = _channels_innermost(x)
-        direct = out is not None and _channels_innermost(out) is out and out.data_ptr() % 16 == 0
+        x = _channels_innermost(x, geometry)
+        direct = out is not None and _channels_innermost(out, geometry) is out and out.data_ptr() % 16 == 0
         dtype = x.dtype if out is None else out.dtype
         launch = _launch(geometry, "wgrad", x, tiling, dtype, accumulate and direct)
         if launch is None:
@@ -153,7 +161,7 @@ class CutlassBackend:
         if out is not None and direct:
             launch.run(operand, x, out)
             return out
-        dw = _empty(launch.shape, x if out is None else out)
+        dw = (x if out is None else out).new_empty_strided(launch.shape, launch.strides)
         launch.run(operand, x, dw)
         if out is not None:
             return out.add_(dw) if accumulate else out.copy_(dw)
@@ -185,87 +193,6 @@ def _tma_can_reach(geometry: Geometry) -> bool:
     return max(*geometry.padding, *filter_reach) <= MAX_REACH and max(geometry.stride) <= MAX_STRIDE
 
 
-class Sweep(NamedTuple):
-    """What is the same in every prune+compress of one shape: the launch but for addresses, and what to allocate."""
-
-    launch: functools.partial[None]
-    dgrad_shapes: tuple[tuple[int, int], tuple[int, int]] | None  # of values and metadata
-    wgrad_shapes: tuple[tuple[int, int], tuple[int, int]] | None
-    partials_shape: tuple[int, int] | None  # of the bias gradient's partial sums
-
-
-@functools.lru_cache(maxsize=CACHED_DECISIONS)
-def _sweep(
-    kernels: Any, spec: PruneSpec, t: int, c: int, dtype: torch.dtype, dgrad: bool, wgrad: bool, bias: bool
-) -> Sweep:
-    dgrad_k, wgrad_k = (-(-size // TILE_K) * TILE_K for size in (c, t))
-    pitch = -(-c // CHUNK) * CHUNK
-    launch = functools.partial(
-        kernels.prune_compress, function=spec.function, n=spec.n, m=spec.m, eps=spec.eps, dtype=DTYPE_NAMES[dtype],
-        t=t, c=c, dgrad_k=dgrad_k if dgrad else 0, wgrad_k=wgrad_k if wgrad else 0, wgrad_pitch=pitch if wgrad else 0,
-    )  # fmt: skip
-    return Sweep(
-        launch,
-        ((t, dgrad_k // 2), (t, dgrad_k // 16)) if dgrad else None,
-        ((wgrad_k // 2, pitch), (wgrad_k // 16, pitch)) if wgrad else None,
-        (kernels.bias_partial_rows(t, c), c) if bias else None,
-    )
-
-
-def _prune_compress(
-    dy: Tensor, spec: PruneSpec, dgrad: bool, wgrad: bool, bias: bool, rng: Rng | None, positions_per_sample: int
-) -> tuple[SparseOperand | None, SparseOperand | None, Tensor | None]:
-    t, c = dy.shape
-    row_stride, column_stride = dy.stride()
-    if column_stride != 1 or row_stride < c:
-        dy, row_stride = dy.contiguous(), c
-    dtype, stream = dy.dtype, _stream(dy.device)
-    sweep = _sweep(cutlass_ops.kernels(), spec, t, c, dtype, dgrad, wgrad, bias)
-    arguments: dict[str, int] = {"dy": dy.data_ptr(), "row_stride": row_stride, "stream": stream}
-    # What pointers in `arguments` point at has to live until the launch.
-    scales = partials = for_dgrad = for_wgrad = db = None
-    if spec.function == "rescale_magnitude" and spec.scope != "group":
-        arguments["positions_per_sample"] = samples = positions_per_sample if spec.scope == "sample_channel" else 0
-        scales = _scope_scales(dy, spec, row_stride, samples, stream)
-        arguments["dgrad_scale"], arguments["wgrad_scale"] = scales[0].data_ptr(), scales[1].data_ptr()
-    elif spec.is_random:
-        assert rng is not None
-        arguments["seed"], arguments["rank"] = rng.seed.data_ptr(), rng.rank
-    if sweep.dgrad_shapes is not None:
-        values = dy.new_empty(sweep.dgrad_shapes[0])
-        metadata = dy.new_empty(sweep.dgrad_shapes[1], dtype=torch.int16)
-        arguments["dgrad_values"], arguments["dgrad_metadata"] = values.data_ptr(), metadata.data_ptr()
-        for_dgrad = SparseOperand(values, metadata, 1, (t, c))
-    if sweep.wgrad_shapes is not None:
-        values = dy.new_empty(sweep.wgrad_shapes[0])
-        metadata = dy.new_empty(sweep.wgrad_shapes[1], dtype=torch.int16)
-        arguments["wgrad_values"], arguments["wgrad_metadata"] = values.data_ptr(), metadata.data_ptr()
-        if values.shape[1] != c:
-            values, metadata = values[:, :c], metadata[:, :c]
-        for_wgrad = SparseOperand(values, metadata, 0, (t, c))
-    if sweep.partials_shape is not None:
-        db, partials = (dy.new_empty(size, dtype=torch.float32) for size in (c, sweep.partials_shape))
-        arguments["bias"], arguments["bias_partials"] = db.data_ptr(), partials.data_ptr()
-    sweep.launch(**arguments)
-    return for_dgrad, for_wgrad, None if db is None else db.to(dtype)
-
-
-def _scope_scales(
-    dy: Tensor, spec: PruneSpec, row_stride: int, positions_per_sample: int, stream: int
-) -> tuple[Tensor, Tensor]:
-    """The factors of both passes, float32 [samples, C], or [1] for the whole tensor (positions_per_sample = 0)."""
-    t, c = dy.shape
-    scopes = t // positions_per_sample * c if positions_per_sample else 1
-    sums = dy.new_empty(cutlass_ops.kernels().scope_workspace(t, c, positions_per_sample), dtype=torch.float64)
-    for_dgrad, for_wgrad = (dy.new_empty(scopes, dtype=torch.float32) for _ in range(2))
-    cutlass_ops.kernels().scope_scales(
-        n=spec.n, m=spec.m, eps=spec.eps, dtype=DTYPE_NAMES[dy.dtype], dy=dy.data_ptr(), t=t, c=c,
-        row_stride=row_stride, positions_per_sample=positions_per_sample, sums=sums.data_ptr(),
-        dgrad_scale=for_dgrad.data_ptr(), wgrad_scale=for_wgrad.data_ptr(), stream=stream,
-    )  # fmt: skip
-    return for_dgrad, for_wgrad
-
-
 def rank(geometry: Geometry, product: Product, gpu: Device, family: tiles.Family | None = None) -> tuple[Tiling, ...]:
     """The tilings that run this product on this GPU, best predicted first. family: default the one that fits."""
     m, n, k = _product_size(geometry, product)
@@ -290,27 +217,26 @@ def _product_size(geometry: Geometry, product: Product) -> tuple[int, int, int]:
 class Launch(NamedTuple):
     """What is the same in every product of one shape: the launch but for addresses, and what to allocate.
 
-    shape: of the result; a convolution's is channels_last. final: False where the layer wants it contiguous.
+    workspace: its size in 16-bit elements, as a shape; None where the kernel needs none. shape, strides: of the result;
+    a convolution's is channels_last. final: False where the layer wants it contiguous.
     """
 
-    kernel: functools.partial[None]
-    splits: int
-    elements: int
+    kernel: Any
+    workspace: tuple[int] | None
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
     final: bool
 
-    def run(self, operand: SparseOperand, b: Tensor, out: Tensor) -> None:
+    def run(self, operand: StoredOperand, b: Tensor, out: Tensor) -> None:
         """Multiply to (or add to) `out`; `b`: the weight or x. Both in one block, channels innermost."""
         device, workspace, address = b.device, None, 0
-        if self.splits > 1:
-            workspace = b.new_empty((self.splits, self.elements), dtype=torch.float32)
+        if self.workspace is not None:
+            workspace = operand.block.new_empty_strided(self.workspace, (1,))
             address = workspace.data_ptr()
-        values = operand.values
+        values = operand.block.data_ptr()
+        metadata = values + operand.storage.metadata_at
         with _on_device(device):
-            self.kernel(
-                values=values.data_ptr(), metadata=operand.metadata.data_ptr(), b=b.data_ptr(), out=out.data_ptr(),
-                workspace=address, padded_k=values.shape[operand.axis] * 2, stream=_stream(device),
-            )  # fmt: skip
+            self.kernel(values, metadata, b.data_ptr(), out.data_ptr(), address, _stream(device))
 
 
 def _launch(
@@ -337,48 +263,51 @@ def _planned_launch(
     out_dtype: torch.dtype,
     accumulate: bool,
 ) -> Launch:
+    c_in, c_out, positions = geometry.in_channels, geometry.out_channels, geometry.positions
     arguments: dict[str, Any] = {
         "splits": tiling.splits, "group_n": tiling.group_n, "cluster_size": tiling.cluster_size,
         "sm_count": device_facts(device).multiprocessors, "out_is_float": out_dtype == torch.float32,
-        "accumulate": accumulate,
+        "accumulate": accumulate, "padded_k": Storage.of(1 if product == "dgrad" else 0, positions, c_out).k,
     }  # fmt: skip
-    c_in, c_out, positions = geometry.in_channels, geometry.out_channels, geometry.positions
     instance = f"{product}_{DTYPE_NAMES[dtype]}_{tiling.tile}"
     final = True
     if isinstance(geometry, Conv2dGeometry):
         g = geometry
         shape: tuple[int, ...] = g.input_shape if product == "dgrad" else g.weight_shape
+        _, channels, height, width = shape
+        strides: tuple[int, ...] = (channels * height * width, 1, channels * width, channels)
         final = g.channels_last
     else:
-        shape = (positions, c_in) if product == "dgrad" else geometry.weight_shape
+        shape, strides = (positions, c_in) if product == "dgrad" else geometry.weight_shape, (c_in, 1)
     if isinstance(geometry, LinearGeometry) or _is_pointwise(geometry):
         m, k = (positions, c_out) if product == "dgrad" else (c_out, positions)
-        kernel = functools.partial(
-            kernels.sparse_gemm, f"sdgp_{tiling.family}_{instance}", m=m, n=c_in, k=k, **arguments
-        )
+        kernel = kernels.SparseGemm(f"sdgp_{tiling.family}_{instance}", m=m, n=c_in, k=k, **arguments)
     else:
-        kernel = functools.partial(
-            kernels.sparse_conv, f"sdgp_{tiling.family}_conv_{instance}",
+        kernel = kernels.SparseConv(
+            f"sdgp_{tiling.family}_conv_{instance}",
             shape=(g.batch, g.height, g.width, c_in, g.out_height, g.out_width, c_out, *g.kernel),
             window=(*g.stride, *g.padding, *g.dilation), **arguments,
         )  # fmt: skip
-    return Launch(kernel, tiling.splits, math.prod(shape), shape, final)
+    partials = (2 * tiling.splits * math.prod(shape),) if tiling.splits > 1 else None  # of float32
+    return Launch(kernel, partials, shape, strides, final)
 
 
 def _is_pointwise(geometry: Conv2dGeometry) -> bool:
     return geometry.kernel == (1, 1) and geometry.stride == (1, 1) and geometry.padding == (0, 0)
 
 
-def _channels_innermost(tensor: Tensor) -> Tensor:
+def _channels_innermost(tensor: Tensor, geometry: Geometry) -> Tensor:
     """In one block with the channels innermost, as the kernels have them; itself where it is so."""
-    return tensor.contiguous() if tensor.dim() == 2 else tensor.contiguous(memory_format=torch.channels_last)
+    if isinstance(geometry, LinearGeometry):
+        return tensor.contiguous()
+    return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A matrix or a channels_last tensor of the dtype of `like`."""
-    if len(shape) == 2:
-        return like.new_empty(shape)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def _rows_follow_each_other(dy: Tensor, geometry: Geometry) -> bool:
+    """Whether dY, whatever its rank, is a matrix [T, C] in one block of memory."""
+    if isinstance(geometry, LinearGeometry):
+        return dy.is_contiguous()
+    return dy.is_contiguous(memory_format=torch.channels_last)
 
 
 def _stream(device: torch.device) -> int:
@@ -392,7 +321,8 @@ _HERE = contextlib.nullcontext()
 
 def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Kernels are launched on the current device, which autograd sets but a direct call may not have."""
-    return _HERE if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+    # What torch.cuda.current_device() asks, which first sees to it that there is a CUDA context.
+    return _HERE if torch._C._cuda_getDevice() == device.index else torch.cuda.device(device)
 
 
 BACKEND = CutlassBackend()

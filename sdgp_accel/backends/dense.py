@@ -9,7 +9,7 @@ from sdgp_accel.geometry import Geometry, LinearGeometry
 
 
 def dgrad(dy: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """dX from dY: [T, C_out] → [T, C_in] for Linear, [N, C_out, P, Q] → [N, C_in, H, W] for Conv2d."""
+    """dX from dY: [..., C_out] → [..., C_in] for Linear, [N, C_out, P, Q] → [N, C_in, H, W] for Conv2d."""
     if isinstance(geometry, LinearGeometry):
         return dy @ weight
     # Only the shape and the memory format of the input matter to its own gradient.
@@ -24,9 +24,9 @@ def dgrad(dy: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 
 
 def wgrad(dy: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
-    """dW from dY [T, C_out] and x [T, C_in] for Linear, [N, C_out, P, Q] and [N, C_in, H, W] for Conv2d."""
+    """dW from dY [..., C_out] and x [..., C_in] for Linear, [N, C_out, P, Q] and [N, C_in, H, W] for Conv2d."""
     if isinstance(geometry, LinearGeometry):
-        return dy.t() @ x
+        return matrix_view(dy, geometry).t() @ matrix_view(x, geometry)
     memory_format = _memory_format(geometry.channels_last)
     weight = torch.empty(geometry.weight_shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format)
     _, dw, _ = torch.ops.aten.convolution_backward.default(
@@ -45,8 +45,13 @@ def wgrad_into(dy: Tensor, x: Tensor, geometry: Geometry, out: Tensor | None, ac
     return out.add_(dw) if accumulate else out.copy_(dw)
 
 
+def bias_gradient(dy: Tensor, geometry: Geometry) -> Tensor:
+    """db [C_out]: the sum of dY over its positions."""
+    return matrix_view(dy, geometry).sum(0) if isinstance(geometry, LinearGeometry) else dy.sum((0, 2, 3))
+
+
 def matrix_view(dy: Tensor, geometry: Geometry) -> Tensor:
-    """dY as [T, C]: a view for Linear and for channels_last gradients, a copy for other layouts of Conv2d's."""
+    """dY (or a Linear layer's x) as [T, C]: a view of what is contiguous or channels_last, a copy of other layouts."""
     if isinstance(geometry, LinearGeometry):
         return dy.unsqueeze(0) if dy.dim() == 1 else dy.flatten(0, -2)
     if dy.is_contiguous(memory_format=torch.channels_last):

@@ -31,26 +31,35 @@ class ReferenceBackend:
         return None
 
     def prune_compress(
-        self, dy2d: Tensor, plan: LayerPlan, rng: Rng | None, positions_per_sample: int, needs: Needs
+        self, dy: Tensor, geometry: Geometry, plan: LayerPlan, rng: Rng | None, needs: Needs
     ) -> Operands:
-        """Prune dY [T, C] once per needed pass."""
+        """Prune dY once per needed pass."""
         dgrad = wgrad = bias = None
+        matrix, positions_per_sample = dense.matrix_view(dy, geometry), geometry.positions_per_sample
         if needs.dgrad and plan.grad_input is not None:
-            dgrad = prune_matrix(dy2d, plan.grad_input, 1, positions_per_sample, rng)
+            dgrad = prune_matrix(matrix, plan.grad_input, 1, positions_per_sample, rng)
         if needs.wgrad and plan.grad_weight is not None:
             rng = rng and rng._replace(pass_index=1)
-            wgrad = prune_matrix(dy2d, plan.grad_weight, 0, positions_per_sample, rng)
+            wgrad = prune_matrix(matrix, plan.grad_weight, 0, positions_per_sample, rng)
         if needs.bias:
-            bias = dy2d.sum(0)
+            bias = matrix.sum(0)
         return Operands(dgrad, wgrad, bias)
 
     def tilings(self, geometry: Geometry, pass_name: Pass, dtype: torch.dtype, device: torch.device) -> tuple[()]:
         """None: torch launches its own kernels."""
         return ()
 
-    def dgrad(self, operand: Tensor, weight: Tensor, geometry: Geometry, tiling: None = None) -> Tensor:
+    def dgrad(
+        self,
+        operand: Tensor,
+        weight: Tensor,
+        geometry: Geometry,
+        tiling: None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> Tensor:
         """Dense dgrad of the pruned gradient."""
-        return dense.dgrad(dense.layer_view(operand, geometry), weight, geometry)
+        dx = dense.dgrad(dense.layer_view(operand, geometry), weight, geometry)
+        return dx if shape is None else dx.view(shape)
 
     def wgrad(
         self,

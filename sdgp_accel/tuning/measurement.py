@@ -54,12 +54,10 @@ def measure(
     generators alone. Raises torch.OutOfMemoryError where the operands do not fit.
     """
     x, weight, dy = _operands(geometry, dtype, device)
-    rng = Rng(torch.zeros(2, dtype=torch.int64, device=device)) if plan.draws else None
-    positions = geometry.positions_per_sample
+    rng = Rng((0, 0)) if plan.draws else None
 
     def compress(for_dgrad: bool, for_wgrad: bool) -> Operands:
-        matrix = dense.matrix_view(dy, geometry)  # a copy, and part of the cost, where dY is not channels_last
-        return backend.prune_compress(matrix, plan, rng, positions, Needs(for_dgrad, for_wgrad, False))
+        return backend.prune_compress(dy, geometry, plan, rng, Needs(for_dgrad, for_wgrad, False))
 
     candidates: dict[str, Callable[[], Any]] = {
         "dense_dgrad": lambda: dense.dgrad(dy, weight, geometry),

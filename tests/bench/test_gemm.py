@@ -31,18 +31,18 @@ RIGHT, WRONG = Tiling("sm90", "128x256", 2, 1, 8), Tiling("sm90", "128x256", 1, 
 class MadeUp(ReferenceBackend):
     """Compressed operands and two tilings; products as the reference has them, the second tiling's wrong."""
 
-    def prune_compress(self, dy2d: Any, plan: Any, rng: Any, positions_per_sample: int, needs: Any) -> Operands:
-        pruned = super().prune_compress(dy2d, plan, rng, positions_per_sample, needs)
+    def prune_compress(self, *arguments: Any) -> Operands:
+        pruned = super().prune_compress(*arguments)
         both = [None if x is None else compress_matrix(x, axis) for x, axis in ((pruned.dgrad, 1), (pruned.wgrad, 0))]
         return Operands(both[0], both[1], None)
 
     def tilings(self, *arguments: Any) -> tuple[Tiling, ...]:  # type: ignore[override]
         return RIGHT, WRONG
 
-    def dgrad(self, operand: Any, weight: Any, geometry: Any, tiling: Any = None) -> Any:
+    def dgrad(self, operand: Any, weight: Any, geometry: Any, tiling: Any = None) -> Any:  # type: ignore[override]
         return super().dgrad(operand.decompress(), weight, geometry) * (2 if tiling == WRONG else 1)
 
-    def wgrad(self, operand: Any, x: Any, geometry: Any, tiling: Any = None) -> Any:
+    def wgrad(self, operand: Any, x: Any, geometry: Any, tiling: Any = None) -> Any:  # type: ignore[override]
         return super().wgrad(operand.decompress(), x, geometry) * (2 if tiling == WRONG else 1)
 
 

@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import functools
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -133,64 +133,65 @@ class SimulatedKernels:
         size: int = self._extension.scope_workspace(t, c, positions_per_sample)
         return size
 
-    def prune_compress(self, **arguments: Any) -> None:
-        t, c = arguments["t"], arguments["c"]
-        per_sample = arguments.get("positions_per_sample", 0)
+    def PruneCompress(self, **shape: Any) -> Callable[..., None]:
+        launch = self._extension.PruneCompress(**shape)
+        t, c, per_sample = shape["t"], shape["c"], shape["positions_per_sample"]
         scale = 4 * (t // per_sample * c if per_sample else 1)
-        sizes = {
-            "dy": 2 * ((t - 1) * arguments["row_stride"] + c), "seed": 16, "bias": 4 * c,
-            "bias_partials": 4 * c * self.bias_partial_rows(t, c), "dgrad_scale": scale, "wgrad_scale": scale,
-        }  # fmt: skip
-        for name, rows in (("dgrad", t), ("wgrad", arguments.get("wgrad_pitch") or c)):
-            stored = rows * arguments.get(f"{name}_k", 0)
-            sizes |= {f"{name}_values": stored, f"{name}_metadata": stored // 8}
-        with self._visible(sizes, arguments):
-            self._extension.prune_compress(**arguments)
+        stored = (t * shape["dgrad_k"], (shape["wgrad_pitch"] or c) * shape["wgrad_k"])
+        sizes = (
+            2 * ((t - 1) * shape["row_stride"] + c), stored[0], stored[0] // 8, stored[1], stored[1] // 8, 2 * c,
+            4 * c * self.bias_partial_rows(t, c), 16, 0, 0, 0, scale, scale,
+        )  # fmt: skip
+        return self._launcher(launch, sizes)
 
-    def scope_scales(self, **arguments: Any) -> None:
-        t, c, per_sample = (arguments[name] for name in ("t", "c", "positions_per_sample"))
-        scopes = t // per_sample * c if per_sample else 1
-        sizes = {
-            "dy": 2 * ((t - 1) * arguments["row_stride"] + c), "sums": 8 * self.scope_workspace(t, c, per_sample),
-            "dgrad_scale": 4 * scopes, "wgrad_scale": 4 * scopes,
-        }  # fmt: skip
-        with self._visible(sizes, arguments):
-            self._extension.scope_scales(**arguments)
+    def ScopeScales(self, **shape: Any) -> Callable[..., None]:
+        launch = self._extension.ScopeScales(**shape)
+        t, c, per_sample = shape["t"], shape["c"], shape["positions_per_sample"]
+        scale = 4 * (t // per_sample * c if per_sample else 1)
+        dy = 2 * ((t - 1) * shape["row_stride"] + c)
+        return self._launcher(launch, (dy, 8 * self.scope_workspace(t, c, per_sample), scale, scale))
 
-    def sparse_gemm(self, name: str, **arguments: Any) -> None:
-        m, n, k = (arguments[size] for size in "mnk")
+    def SparseGemm(self, name: str, **shape: Any) -> Callable[..., None]:
+        m, n, k = (shape[size] for size in "mnk")
         rows = m if "dgrad" in name else -(-m // 8) * 8
-        with self._visible(self._product_sizes(rows, m * n, k * n, arguments), arguments):
-            self._engine.gemm(name.removeprefix("sdgp_"), **arguments)
+        return self._product(self._engine.gemm, name, shape, rows, m * n, k * n)
 
-    def sparse_conv(self, name: str, **arguments: Any) -> None:
-        batch, h, w, c_in, p, q, c_out, r, s = arguments["shape"]
+    def SparseConv(self, name: str, **shape: Any) -> Callable[..., None]:
+        batch, h, w, c_in, p, q, c_out, r, s = shape["shape"]
         x, weight = batch * h * w * c_in, c_out * r * s * c_in
         sizes = (batch * p * q, x, weight) if "dgrad" in name else (-(-c_out // 8) * 8, weight, x)
-        with self._visible(self._product_sizes(*sizes, arguments), arguments):
-            self._engine.conv(name.removeprefix("sdgp_"), **arguments)
+        return self._product(self._engine.conv, name, shape, *sizes)
 
-    def _product_sizes(self, rows: int, out: int, b: int, arguments: dict[str, Any]) -> dict[str, int]:
-        """Bytes; `rows` of A, elements of the others."""
-        assert arguments.pop("sm_count") == self._engine.SM_COUNT
-        stored = rows * arguments["padded_k"]
-        return {
-            "values": stored, "metadata": stored // 8, "b": 2 * b, "out": out * (4 if arguments["out_is_float"] else 2),
-            "workspace": 4 * arguments["splits"] * out,
-        }  # fmt: skip
+    def _product(
+        self, run: Callable[..., None], name: str, shape: dict[str, Any], rows: int, out: int, b: int
+    ) -> Callable[..., None]:
+        """`rows` of A, elements of the others."""
+        shape = dict(shape)
+        assert shape.pop("sm_count") == self._engine.SM_COUNT
+        stored = rows * shape["padded_k"]
+        names = ("values", "metadata", "b", "out", "workspace")
+        sizes = (stored, stored // 8, 2 * b, out * (4 if shape["out_is_float"] else 2), 4 * shape["splits"] * out)
 
-    @contextlib.contextmanager
-    def _visible(self, sizes: dict[str, int], arguments: dict[str, Any]) -> Iterator[None]:
-        """The tensors' exact bytes are the only memory that kernels may touch."""
-        addresses = {arguments[name]: size for name, size in sizes.items() if arguments.get(name)}
-        for address, size in addresses.items():
-            self._engine.register(address, size)
-        try:
-            with self._engine.checked():
-                yield
-        finally:
-            for address in addresses:
-                self._engine.unregister(address)
+        def launch(*addresses: int) -> None:
+            run(name.removeprefix("sdgp_"), **shape, **dict(zip(names, addresses[:5], strict=True)))
+
+        return self._launcher(launch, sizes)
+
+    def _launcher(self, launch: Callable[..., None], sizes: Sequence[int]) -> Callable[..., None]:
+        """`launch` on addresses, the exact bytes behind which are the only memory that kernels may touch."""
+
+        def checked_launch(*arguments: int) -> None:
+            visible = [(address, size) for address, size in zip(arguments, sizes, strict=False) if address and size]
+            for address, size in visible:
+                self._engine.register(address, size)
+            try:
+                with self._engine.checked():
+                    launch(*arguments)
+            finally:
+                for address, _ in visible:
+                    self._engine.unregister(address)
+
+        return checked_launch
 
 
 class GpuEngine:
@@ -212,15 +213,16 @@ class GpuEngine:
         return buffer[self.GUARD : self.GUARD + size].view(*shape)
 
     def gemm(self, name: str, **arguments: Any) -> None:
-        self._launch(cutlass_ops.kernels().sparse_gemm, name, arguments)
+        self._launch(cutlass_ops.kernels().SparseGemm, name, arguments)
 
     def conv(self, name: str, *, shape: Sequence[int], window: Sequence[int], **arguments: Any) -> None:
         arguments |= {"shape": list(shape), "window": list(window)}
-        self._launch(cutlass_ops.kernels().sparse_conv, name, arguments)
+        self._launch(cutlass_ops.kernels().SparseConv, name, arguments)
 
-    def _launch(self, function: Any, name: str, arguments: dict[str, Any]) -> None:
-        addresses = {key: x.data_ptr() if isinstance(x, Tensor) else x for key, x in arguments.items() if x is not None}
-        function(f"sdgp_{name}", sm_count=self._sm_count, **addresses)
+    def _launch(self, kind: Any, name: str, arguments: dict[str, Any]) -> None:
+        addresses = {key: arguments.pop(key) for key in _POINTERS if key in arguments}
+        product = kind(f"sdgp_{name}", sm_count=self._sm_count, **arguments)
+        product(**{key: x.data_ptr() for key, x in addresses.items() if x is not None})
         torch.cuda.synchronize()
         for buffer, size in self._outputs:
             assert buffer[: self.GUARD].isnan().all(), "written before an output"

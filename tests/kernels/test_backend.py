@@ -11,6 +11,7 @@ import cutlass_ops
 from cutlass_ops import build_kernels
 from sdgp_accel import SDGPConfig
 from sdgp_accel.backends import cutlass, dense, tiles
+from sdgp_accel.backends.sweep import StoredOperand
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.nn import SDGPConv2d, SDGPLinear
@@ -182,7 +183,7 @@ def test_wgrad_delivers_to_out(product_device, name, dtype):
     memory_format = torch.channels_last if getattr(geometry, "channels_last", False) else torch.contiguous_format
     dy = products.sparse_matrix(geometry.positions, 16, 0, torch.bfloat16).to(product_device)
     x = torch.randn(shape, device=product_device).bfloat16().contiguous(memory_format=memory_format)
-    operand = compress_matrix(dy, 0, k_align=tiles.TILE_K)
+    operand = StoredOperand.pack(compress_matrix(dy, 0))
     # Instances that other tests of the simulator compile anyway.
     wanted = {"sm90": "128x256" if name.startswith("3x3") else "256x128", "sm80": "64x128"}
     tiling = next(

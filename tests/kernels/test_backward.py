@@ -68,25 +68,31 @@ def test_backward_equals_float64_on_the_pruned_gradient(simulated, monkeypatch, 
     dtype = torch.bfloat16 if torch.rand(()) < 0.5 else torch.float16
     is_linear = isinstance(geometry, LinearGeometry)
     memory_format = torch.contiguous_format if is_linear else torch.channels_last
-    x = torch.randn((geometry.tokens, geometry.in_channels) if is_linear else geometry.input_shape).to(dtype)
+    x = torch.randn((3, 50, geometry.in_channels) if is_linear else geometry.input_shape).to(dtype)
     weight = torch.randn(geometry.weight_shape).to(dtype)
     dy = dense.layer_view(torch.randn(geometry.positions, geometry.out_channels).to(dtype), geometry)
+    if is_linear:
+        dy = dy.view(3, 50, geometry.out_channels)
     x, weight = x.contiguous(memory_format=memory_format), weight.contiguous(memory_format=memory_format)
     seed = torch.randint(-(2**63), 2**63 - 1, (2,))
+    if torch.rand(()) < 0.5:  # as on a GPU, where it comes from the host
+        seed = tuple(seed.tolist())
     monkeypatch.setattr("sdgp_accel.philox.draw", lambda device: seed)
     decision = decision_for(config, geometry)
     dx, dw, db = ops.run(dy, x, weight, True, decision)
 
     matrix, plan = dense.matrix_view(dy, geometry), decision.plan
     needs = Needs(plan.grad_input is not None, plan.grad_weight is not None, True)
-    pruned = reference.BACKEND.prune_compress(matrix, plan, Rng(seed), geometry.positions_per_sample, needs)
+    pruned = reference.BACKEND.prune_compress(dy, geometry, plan, Rng(seed), needs)
     for out, gradient, other, product, terms in (
         (dx, pruned.dgrad, weight, dense.dgrad, geometry.out_channels * weight[0, 0].numel()),
         (dw, pruned.wgrad, x, dense.wgrad, geometry.positions),
     ):
         assert out.dtype == dtype
+        assert out.shape == (weight if out is dw else x).shape
         if gradient is None:  # torch's own product
             continue
         gradient, other = dense.layer_view(gradient, geometry).double(), other.double()
-        assert_close(out, product(gradient, other, geometry), product(gradient.abs(), other.abs(), geometry), terms)
+        exact, magnitude = product(gradient, other, geometry), product(gradient.abs(), other.abs(), geometry)
+        assert_close(out, exact.view(out.shape), magnitude.view(out.shape), terms)
     assert_close(db, matrix.double().sum(0), matrix.double().abs().sum(0), geometry.positions)

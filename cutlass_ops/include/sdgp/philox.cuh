@@ -12,10 +12,14 @@ struct Stream {
   uint32_t rank_and_pass;  // 2 * rank + pass index (0 = grad_input, 1 = grad_weight)
 };
 
-__device__ __forceinline__ Stream load_stream(const int64_t* seed, uint32_t rank, uint32_t pass_index) {
-  const auto key = static_cast<uint64_t>(seed[0]);
-  return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), static_cast<uint32_t>(seed[1]),
-          2 * rank + pass_index};
+// Problem: SdgpPruneCompress.
+template <typename Problem>
+__device__ __forceinline__ Stream load_stream(const Problem& problem, uint32_t pass_index) {
+  const bool on_device = problem.seed != nullptr;
+  const auto key = static_cast<uint64_t>(on_device ? problem.seed[0] : problem.seed_values[0]);
+  const int64_t offset = on_device ? problem.seed[1] : problem.seed_values[1];
+  return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), static_cast<uint32_t>(offset),
+          2 * problem.rank + pass_index};
 }
 
 constexpr int kPhiloxRounds = 10;

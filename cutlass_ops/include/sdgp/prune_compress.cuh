@@ -270,8 +270,8 @@ __global__ void __launch_bounds__(kBlockThreads, M == 4 ? (kIsScaled || Rule::kI
 
   RuleParameters dgrad_parameters{{}, problem.eps}, wgrad_parameters{{}, problem.eps};
   if constexpr (Rule::kIsRandom) {
-    dgrad_parameters.stream = load_stream(problem.seed, problem.rank, 0);
-    wgrad_parameters.stream = load_stream(problem.seed, problem.rank, 1);
+    dgrad_parameters.stream = load_stream(problem, 0);
+    wgrad_parameters.stream = load_stream(problem, 1);
   }
   const bool is_single = problem.positions_per_sample == 0;
   SampleWalk dgrad_walk(position, t, c, kIsScaled ? problem.positions_per_sample : 0), wgrad_walk = dgrad_walk;

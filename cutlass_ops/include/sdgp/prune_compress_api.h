@@ -20,9 +20,11 @@ struct SdgpPruneCompress {
   void* wgrad_metadata;  // 16-bit words [wgrad_k / 16, wgrad_pitch], in a tiled layout of c rows
   int64_t wgrad_k;       // t padded to a multiple of 16 or more
   int64_t wgrad_pitch;   // c, or c padded to a multiple of 8: with zeros and legal metadata
-  float* bias;           // [c]: sum of dy over its positions, in a fixed order; null: not wanted
+  void* bias;            // [c], of dy's type: sum of dy over its positions, in a fixed order; null: not wanted
   float* bias_partials;  // workspace [sdgp_bias_partial_rows(t, c), c]
-  const int64_t* seed;   // device, [2]; for random and mvue
+  // For random and mvue: two numbers in device memory, or, where that pointer is null, the two that follow.
+  const int64_t* seed;
+  int64_t seed_values[2];
   uint32_t rank;
   float eps;  // rescale_magnitude
   // rescale_magnitude over more than one group: a factor per (sample, channel), [samples, c], or a single one where
@@ -54,9 +56,10 @@ struct SdgpScopeScales {
 typedef int SdgpPruneCompressFunction(const struct SdgpPruneCompress*);
 typedef int SdgpScopeScalesFunction(const struct SdgpScopeScales*);
 
-// The two stages of the bias gradient.
+// The rows of the bias gradient's workspace, and its second stage: the sums of the workspace's columns, rounded to
+// bfloat16 or float16.
 int64_t sdgp_bias_partial_rows(int64_t t, int64_t c);
-int sdgp_sum_bias_partials(const float* partials, int64_t t, int64_t c, float* bias, void* stream);
+int sdgp_sum_bias_partials(const struct SdgpPruneCompress* problem, int is_bfloat16);
 
 // The last stage of the factors, and the float64 values that the first hands on to it.
 int64_t sdgp_scope_workspace(int64_t t, int64_t c, int64_t positions_per_sample);

@@ -3,13 +3,16 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "sdgp/prune_compress.cuh"
 #include "sdgp/sample_compress.cuh"
 
 namespace sdgp {
 
 // Launches one of the kernels that give each thread a tile of dY, then sums up the bias gradient if asked for.
-inline int launch_over_tiles(void (*kernel)(SdgpPruneCompress, Cover), const SdgpPruneCompress& problem) {
+template <typename Element>
+int launch_over_tiles(void (*kernel)(SdgpPruneCompress, Cover), const SdgpPruneCompress& problem) {
   const Cover cover = cover_matrix(problem.t, problem.c, problem.wgrad_values == nullptr ? 0 : problem.wgrad_k);
   const int64_t blocks = cover.channel_blocks * cover.position_blocks;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
@@ -17,12 +20,12 @@ inline int launch_over_tiles(void (*kernel)(SdgpPruneCompress, Cover), const Sdg
                                                                                                          cover);
   const cudaError_t launched = cudaGetLastError();
   if (launched != cudaSuccess || problem.bias == nullptr) return launched;
-  return sdgp_sum_bias_partials(problem.bias_partials, problem.t, problem.c, problem.bias, problem.stream);
+  return sdgp_sum_bias_partials(&problem, std::is_same_v<Element, __nv_bfloat16>);
 }
 
 template <typename Element, template <typename, int, int> typename Rule, int N, int M, bool kIsScaled>
 int launch_prune_compress(const SdgpPruneCompress& problem) {
-  return launch_over_tiles(prune_compress_kernel<Element, Rule<Element, N, M>, M, kIsScaled>, problem);
+  return launch_over_tiles<Element>(prune_compress_kernel<Element, Rule<Element, N, M>, M, kIsScaled>, problem);
 }
 
 }  // namespace sdgp
@@ -34,9 +37,9 @@ int launch_prune_compress(const SdgpPruneCompress& problem) {
   }
 
 // The same for a rule of quad_rules.cuh.
-#define SDGP_SAMPLE_COMPRESS(NAME, ELEMENT, RULE)                                                \
-  extern "C" int NAME(const SdgpPruneCompress* problem) {                                        \
-    return sdgp::launch_over_tiles(sdgp::sample_compress_kernel<sdgp::RULE<ELEMENT>>, *problem); \
+#define SDGP_SAMPLE_COMPRESS(NAME, ELEMENT, RULE)                                                         \
+  extern "C" int NAME(const SdgpPruneCompress* problem) {                                                 \
+    return sdgp::launch_over_tiles<ELEMENT>(sdgp::sample_compress_kernel<sdgp::RULE<ELEMENT>>, *problem); \
   }
 
 // Magnitude pruning, then one factor per sample and channel: the second pass of rescale_magnitude over a wide scope.

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   };
   fetch(0);
 
-  const Stream streams[2] = {load_stream(problem.seed, problem.rank, 0), load_stream(problem.seed, problem.rank, 1)};
+  const Stream streams[2] = {load_stream(problem, 0), load_stream(problem, 1)};
   const RoundKeys keys(streams[0]);  // the streams differ only in their counters
   // Groups along channels and along positions: how many there are in a row of groups, and the tile's first.
   const auto quads_per_row = static_cast<uint64_t>((c + 3) / 4);

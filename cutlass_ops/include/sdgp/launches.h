@@ -1,0 +1,272 @@
+// A launch of a kernel as an object: what is the same in every launch of one shape, found and checked once. Calling it
+// takes addresses, 0 where there is none.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <tuple>
+
+#include "sdgp/launch_checks.h"
+#include "sdgp/prune_compress_api.h"
+#include "sdgp/sparse_conv_api.h"
+#include "sdgp/sparse_gemm_api.h"
+
+namespace sdgp {
+
+// Names of SDGP_LAYOUT_.., and how many k their tiles cover.
+constexpr std::array<std::string_view, 5> kLayouts = {"row_major", "sm80", "sm90_k32", "sm90_k64", "sm90_k128"};
+constexpr std::array<int64_t, 5> kLayoutTiles = {16, 32, 32, 64, 128};
+
+inline std::string pattern_name(const std::string& prefix, int n, int m, const std::string& dtype) {
+  return prefix + "_" + std::to_string(n) + "_" + std::to_string(m) + "_" + dtype;
+}
+
+class PruneCompress {
+ public:
+  // positions_per_sample: of a scope wider than a group, 0 for one that is the whole tensor; none: the group.
+  PruneCompress(const std::string& function, int n, int m, const std::string& dtype, int64_t t, int64_t c,
+                int64_t row_stride, int64_t dgrad_k, int64_t wgrad_k, int64_t wgrad_pitch, float eps,
+                std::optional<int64_t> positions_per_sample, const std::string& metadata_layout)
+      : draws_(function == "random" || function == "mvue"), is_wide_(positions_per_sample.has_value()) {
+    check_matrix(t, c, row_stride);
+    const auto layout = std::find(kLayouts.begin(), kLayouts.end(), metadata_layout) - kLayouts.begin();
+    if (layout == std::ssize(kLayouts))
+      throw std::invalid_argument(
+          "metadata_layout must be one of row_major, sm80, sm90_k32, sm90_k64, sm90_k128; got '" + metadata_layout +
+          "'");
+    if (dgrad_k != 0) {
+      check_padded("dgrad_k", dgrad_k, c, kLayoutTiles[layout]);
+      check_extent("t and dgrad_k", t, dgrad_k);
+    }
+    if (wgrad_pitch == 0) wgrad_pitch = c;
+    if (wgrad_k != 0) {
+      check_padded("wgrad_k", wgrad_k, t, kLayoutTiles[layout]);
+      if (wgrad_pitch != c && wgrad_pitch != (c + 7) / 8 * 8) {
+        throw std::invalid_argument("wgrad_pitch must be c = " + std::to_string(c) +
+                                    ", or that padded to a multiple of 8; got " + std::to_string(wgrad_pitch));
+      }
+      check_extent("wgrad_pitch and wgrad_k", wgrad_pitch, wgrad_k);
+    }
+    if (is_wide_) {
+      if (function != "rescale_magnitude")
+        throw std::invalid_argument("function must be 'rescale_magnitude' with positions_per_sample; got '" + function +
+                                    "'");
+      check_size("positions_per_sample", *positions_per_sample, 0);
+    }
+    name_ = pattern_name("sdgp_" + (is_wide_ ? "scaled_magnitude" : function), n, m, dtype);
+    function_ = instance<SdgpPruneCompressFunction>(name_);
+    problem_.t = t;
+    problem_.c = c;
+    problem_.row_stride = row_stride;
+    problem_.dgrad_k = dgrad_k;
+    problem_.wgrad_k = wgrad_k;
+    problem_.wgrad_pitch = wgrad_pitch;
+    problem_.eps = eps;
+    problem_.positions_per_sample = positions_per_sample.value_or(0);
+    problem_.metadata_layout = static_cast<int32_t>(layout);
+  }
+
+  // seed: an address, or 0 and the two numbers themselves.
+  void operator()(int64_t dy, int64_t dgrad_values, int64_t dgrad_metadata, int64_t wgrad_values,
+                  int64_t wgrad_metadata, int64_t bias, int64_t bias_partials, int64_t seed, int64_t key,
+                  int64_t offset, uint32_t rank, int64_t dgrad_scale, int64_t wgrad_scale, int64_t stream) const {
+    const bool for_dgrad = problem_.dgrad_k != 0, for_wgrad = problem_.wgrad_k != 0;
+    check_pointer("dy", dy, 2);
+    if (for_dgrad) {
+      check_pointer("dgrad_values", dgrad_values, 16);
+      check_pointer("dgrad_metadata", dgrad_metadata, 16);
+      if (is_wide_) check_pointer("dgrad_scale", dgrad_scale, 4);
+    }
+    if (for_wgrad) {
+      check_pointer("wgrad_values", wgrad_values, 16);
+      check_pointer("wgrad_metadata", wgrad_metadata, 16);
+      if (is_wide_) check_pointer("wgrad_scale", wgrad_scale, 4);
+    }
+    if (bias != 0) {
+      check_pointer("bias", bias, 2);
+      check_pointer("bias_partials", bias_partials, 4);
+    }
+    if (draws_ && seed != 0) check_pointer("seed", seed, 8);
+    SdgpPruneCompress problem = problem_;
+    problem.dy = pointer<const void>(dy);
+    problem.dgrad_values = pointer<void>(for_dgrad ? dgrad_values : 0);
+    problem.dgrad_metadata = pointer<void>(dgrad_metadata);
+    problem.wgrad_values = pointer<void>(for_wgrad ? wgrad_values : 0);
+    problem.wgrad_metadata = pointer<void>(wgrad_metadata);
+    problem.bias = pointer<void>(bias);
+    problem.bias_partials = pointer<float>(bias_partials);
+    problem.seed = pointer<const int64_t>(seed);
+    problem.seed_values[0] = key;
+    problem.seed_values[1] = offset;
+    problem.rank = rank;
+    problem.dgrad_scale = pointer<const float>(dgrad_scale);
+    problem.wgrad_scale = pointer<const float>(wgrad_scale);
+    problem.stream = pointer<void>(stream);
+    check_launch(name_, function_(&problem));
+  }
+
+ private:
+  bool draws_, is_wide_;
+  std::string name_;
+  SdgpPruneCompressFunction* function_;
+  SdgpPruneCompress problem_{};
+};
+
+class ScopeScales {
+ public:
+  ScopeScales(int n, int m, const std::string& dtype, int64_t t, int64_t c, int64_t row_stride,
+              int64_t positions_per_sample, float eps)
+      : name_(pattern_name("sdgp_scope_scales", n, m, dtype)) {
+    check_matrix(t, c, row_stride);
+    check_size("positions_per_sample", positions_per_sample, 0);
+    if (positions_per_sample > 0 && t % positions_per_sample != 0) {
+      throw std::invalid_argument("positions_per_sample must divide t = " + std::to_string(t) + "; got " +
+                                  std::to_string(positions_per_sample));
+    }
+    function_ = instance<SdgpScopeScalesFunction>(name_);
+    problem_.t = t;
+    problem_.c = c;
+    problem_.row_stride = row_stride;
+    problem_.positions_per_sample = positions_per_sample;
+    problem_.eps = eps;
+    needs_sums_ = sdgp_scope_workspace(t, c, positions_per_sample) > 0;
+  }
+
+  void operator()(int64_t dy, int64_t sums, int64_t dgrad_scale, int64_t wgrad_scale, int64_t stream) const {
+    check_pointer("dy", dy, 2);
+    if (needs_sums_) check_pointer("sums", sums, 8);
+    if (dgrad_scale != 0) check_pointer("dgrad_scale", dgrad_scale, 4);
+    if (wgrad_scale != 0) check_pointer("wgrad_scale", wgrad_scale, 4);
+    SdgpScopeScales problem = problem_;
+    problem.dy = pointer<const void>(dy);
+    problem.sums = pointer<double>(sums);
+    problem.dgrad_scale = pointer<float>(dgrad_scale);
+    problem.wgrad_scale = pointer<float>(wgrad_scale);
+    problem.stream = pointer<void>(stream);
+    check_launch(name_, function_(&problem));
+  }
+
+ private:
+  bool needs_sums_;
+  std::string name_;
+  SdgpScopeScalesFunction* function_;
+  SdgpScopeScales problem_{};
+};
+
+inline void check_multiple(const char* argument, int32_t size, int32_t factor) {
+  check_size(argument, size, 1);
+  if (size % factor != 0) {
+    throw std::invalid_argument(std::string(argument) + " must be a multiple of " + std::to_string(factor) + "; got " +
+                                std::to_string(size));
+  }
+}
+
+// A sparse GEMM or convolution gradient. Problem: SdgpSparseGemm or SdgpSparseConv, which call alike what is alike.
+template <typename Problem, typename Function>
+class Product {
+ public:
+  // k: how far padded_k must reach.
+  Product(const std::string& name, const Problem& problem, int64_t k)
+      : name_(name), in_chunks_(!name.ends_with("_any")), function_(instance<Function>(name)), problem_(problem) {
+    // Hopper's copies end with the operand; the others read whole tiles of 64 k.
+    check_padded("padded_k", problem.padded_k, k, name.starts_with("sdgp_sm90_") ? 16 : 64);
+    check_size("splits", problem.splits, 1);
+    check_size("group_n", problem.group_n, 1);
+    check_size("sm_count", problem.sm_count, 1);
+    if (problem.cluster_size != 1 && problem.cluster_size != 2) {
+      throw std::invalid_argument("cluster_size must be 1 or 2; got " + std::to_string(problem.cluster_size));
+    }
+  }
+
+  void operator()(int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace, int64_t stream) const {
+    check_pointer("values", values, 16);
+    check_pointer("metadata", metadata, 16);
+    check_pointer("b", b, in_chunks_ ? 16 : 2);
+    check_pointer("out", out, in_chunks_ ? 16 : problem_.out_is_float ? 4 : 2);
+    if (problem_.splits > 1) check_pointer("workspace", workspace, 16);
+    Problem problem = problem_;
+    problem.values = pointer<const void>(values);
+    problem.metadata = pointer<const void>(metadata);
+    problem.b = pointer<const void>(b);
+    problem.out = pointer<void>(out);
+    problem.workspace = pointer<void>(workspace);
+    problem.stream = pointer<void>(stream);
+    check_launch(name_, function_(&problem));
+  }
+
+ protected:
+  std::string name_;
+  bool in_chunks_;  // moves its dense operand and its output in chunks of 16 bytes; else takes any rows of 2
+  Function* function_;
+  Problem problem_;
+};
+
+// The options of a launch, in any Problem.
+template <typename Problem>
+Problem with_options(Problem problem, int32_t padded_k, int32_t splits, int32_t group_n, int32_t cluster_size,
+                     int32_t sm_count, bool out_is_float, bool accumulate) {
+  problem.padded_k = padded_k;
+  problem.splits = splits;
+  problem.group_n = group_n;
+  problem.cluster_size = cluster_size;
+  problem.sm_count = sm_count;
+  problem.out_is_float = out_is_float;
+  problem.accumulate = accumulate;
+  return problem;
+}
+
+class SparseGemm : public Product<SdgpSparseGemm, SdgpSparseGemmFunction> {
+ public:
+  template <typename... Options>
+  SparseGemm(const std::string& name, int32_t m, int32_t n, int32_t k, Options... options)
+      : Product(name, with_options(sizes(m, n, k), options...), k) {
+    check_size("m", m, 1);
+    check_size("k", k, 1);
+    check_multiple("n", n, in_chunks_ ? 8 : 1);
+  }
+
+ private:
+  static SdgpSparseGemm sizes(int32_t m, int32_t n, int32_t k) {
+    SdgpSparseGemm problem{};
+    problem.m = m;
+    problem.n = n;
+    problem.k = k;
+    return problem;
+  }
+};
+
+class SparseConv : public Product<SdgpSparseConv, SdgpSparseConvFunction> {
+ public:
+  using Shape = std::array<int32_t, 9>;   // n, h, w, c_in, p, q, c_out, r, s
+  using Window = std::array<int32_t, 6>;  // stride, padding, dilation, vertical first
+
+  template <typename... Options>
+  SparseConv(const std::string& name, const Shape& shape, const Window& window, Options... options)
+      : Product(name, with_options(sizes(shape, window), options...), reduced(name, shape)) {
+    for (const int32_t size : shape) check_size("shape", size, 1);
+    check_multiple("c_in", problem_.c_in, in_chunks_ ? 8 : 1);
+    for (const int i : {0, 1, 4, 5}) check_size("stride and dilation", window[i], 1);
+  }
+
+ private:
+  static int64_t reduced(const std::string& name, const Shape& shape) {
+    const auto [n, h, w, c_in, p, q, c_out, r, s] = shape;
+    return name.find("wgrad") != std::string::npos ? int64_t{n} * p * q : c_out;
+  }
+
+  static SdgpSparseConv sizes(const Shape& shape, const Window& window) {
+    SdgpSparseConv problem{};
+    std::tie(problem.n, problem.h, problem.w, problem.c_in, problem.p, problem.q, problem.c_out, problem.r, problem.s) =
+        std::tuple_cat(shape);
+    std::tie(problem.stride_h, problem.stride_w, problem.padding_h, problem.padding_w, problem.dilation_h,
+             problem.dilation_w) = std::tuple_cat(window);
+    return problem;
+  }
+};
+
+}  // namespace sdgp
