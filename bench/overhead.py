@@ -94,7 +94,7 @@ def pretend_gpu() -> None:
     cutlass._on_device, cutlass._stream = lambda device: here, lambda device: 0
     backends._no_sparse_tensor_cores = lambda device: None
     generator: Any = Generator()
-    philox.draw = lambda device: philox.take(generator)
+    philox.next_seed = lambda device: philox.take(generator)
 
 
 def fastest(calls: dict[str, Callable[[], Any]], batches: int) -> dict[str, float]:

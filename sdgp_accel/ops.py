@@ -79,7 +79,7 @@ def run(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decisio
         dgrad = wgrad = db = None
         if backend is not None and (prune_dgrad or prune_wgrad):
             with stage("prune_compress"):
-                rng = philox.Rng(philox.draw(dy.device), philox.data_parallel_rank(), 0) if draws else None
+                rng = philox.Rng(philox.next_seed(dy.device), philox.data_parallel_rank(), 0) if draws else None
                 needs = Needs(prune_dgrad, prune_wgrad, bias)
                 dgrad, wgrad, db = backend.prune_compress(dy, geometry, plan, rng, needs)
         elif bias:

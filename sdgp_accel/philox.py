@@ -42,7 +42,7 @@ Seed = Tensor | tuple[int, int]
 class Rng(NamedTuple):
     """What the random numbers of one pruned gradient depend on, apart from the group's index.
 
-    seed: see `draw`.
+    seed: see `draw` and `next_seed`.
     rank: data-parallel rank; ranks that share a seed still draw different numbers.
     pass_index: 0 for grad_input, 1 for grad_weight.
     """
@@ -52,26 +52,28 @@ class Rng(NamedTuple):
     pass_index: int = 0
 
 
+def draw(device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
+    """A fresh seed, int64 of shape [2], from torch's generator of `device` (or `generator`).
+
+    The numbers stay on the device: no synchronisation, safe inside a CUDA graph.
+    """
+    return torch.randint(_INT64.min, _INT64.max, (2,), dtype=torch.int64, device=device, generator=generator)
+
+
+def next_seed(device: torch.device) -> Seed:
+    """A fresh seed from torch's generator of `device`, at the least cost to the host.
+
+    A CUDA generator is itself a seed and an offset, both known to the host: `take` launches nothing. While a CUDA graph
+    is captured only the device will know them, and a CPU's generator is of another kind: those are drawn from.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return draw(device)
+    return take(torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index])
+
+
 # Sets the keys apart from those of torch's own kernels, which count under the bare seed: 64 bits of the golden ratio.
 _KEY_MASK = 0x9E3779B97F4A7C15
 _PHILOX_STEP = 4  # torch's offsets count words, and a Philox block has 4
-
-
-def draw(device: torch.device | str, generator: torch.Generator | None = None) -> Seed:
-    """A fresh seed from torch's generator of `device` (or `generator`).
-
-    A CUDA generator is itself a seed and an offset, both known to the host: they are taken, and the offset moves on.
-    That launches nothing. While a CUDA graph is captured, only the device knows them, and they are drawn there, as on
-    a CPU, whose generator is of another kind.
-    """
-    if isinstance(device, str):
-        device = torch.device(device)
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.randint(_INT64.min, _INT64.max, (2,), dtype=torch.int64, device=device, generator=generator)
-    if generator is None:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        generator = torch.cuda.default_generators[index]
-    return take(generator)
 
 
 def take(generator: torch.Generator) -> tuple[int, int]:

@@ -129,7 +129,7 @@ def _as_rng(seed: int | Seed | Rng | None, pass_name: str, device: torch.device)
     if isinstance(seed, Rng):
         return seed
     if seed is None:
-        words = draw(device)
+        words: Seed = draw(device)
     elif isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.shape != (2,) or seed.device != device:
             raise ValueError(

@@ -219,7 +219,7 @@ def _run_backward(call: _Call, is_dgrad: bool) -> tuple[Tensor, philox.Rng]:
     state = generator.get_state()
     (result,) = ops.run(call.dy, x, weight, False, call.decision)
     generator.set_state(state)
-    return result, philox.Rng(philox.draw(device), philox.data_parallel_rank(), 0 if is_dgrad else 1)
+    return result, philox.Rng(philox.next_seed(device), philox.data_parallel_rank(), 0 if is_dgrad else 1)
 
 
 def _pruned(matrix: Tensor, spec: PruneSpec, geometry: Geometry, rng: philox.Rng) -> Tensor:

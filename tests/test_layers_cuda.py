@@ -42,14 +42,31 @@ def batch() -> Tensor:
     return torch.randn(4, 8, 8, 8, device="cuda").to(memory_format=torch.channels_last)
 
 
+def test_seeds_follow_the_generator() -> None:
+    device = torch.device("cuda")
+    torch.cuda.manual_seed(3)
+    state = torch.cuda.get_rng_state()
+    first, second = philox.next_seed(device), philox.next_seed(device)
+    assert isinstance(first, tuple)
+    assert first != second
+    torch.cuda.set_rng_state(state)
+    assert philox.next_seed(device) == first
+    x = torch.randn(24, 40, device=device)
+    spec = sdgp.SDGPConfig().spec("grad_input", "group")
+    assert spec is not None
+    on_device = torch.tensor(first, device=device)
+    words = [prune_matrix(x, spec, 1, 1, philox.Rng(seed)) for seed in (first, on_device)]
+    assert torch.equal(*words)
+
+
 @pytest.mark.parametrize("function", ["magnitude", "random", "rescale_magnitude", "mvue"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_conv2d_is_dense_autograd_on_the_pruned_gradient(
     memory_format: torch.memory_format, dtype: torch.dtype, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seed = philox.draw("cuda")
-    monkeypatch.setattr(philox, "draw", lambda device: seed)
+    seed = philox.next_seed(torch.device("cuda"))
+    monkeypatch.setattr(philox, "next_seed", lambda device: seed)
     config = sdgp.SDGPConfig(prune=function, backend="reference")
     x = torch.randn(2, 8, 9, 7, device="cuda", dtype=dtype).to(memory_format=memory_format).requires_grad_()
     weight = torch.randn(16, 8, 3, 3, device="cuda", dtype=dtype).requires_grad_()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from sdgp_accel.philox import GroupWords, Rng, draw, philox4x32, philox4x32_cpu, round_keys
+from sdgp_accel.philox import GroupWords, Rng, draw, next_seed, philox4x32, philox4x32_cpu, round_keys, take
 from tests import oracle
 
 ONES = 0xFFFFFFFF
@@ -71,6 +74,47 @@ def test_draw_follows_the_generator() -> None:
     assert torch.equal(draw("cpu"), first)
     generator = torch.Generator().manual_seed(3)
     assert torch.equal(draw("cpu", generator), first)
+
+
+class Counting:
+    """A generator as CUDA's are: a seed and an offset that counts random words."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.offset = seed, 0
+
+    def initial_seed(self) -> int:
+        return self.seed
+
+    def get_offset(self) -> int:
+        return self.offset
+
+    def set_offset(self, offset: int) -> None:
+        assert offset % 4 == 0, "torch refuses other offsets"
+        self.offset = offset
+
+
+@pytest.mark.parametrize("seed", [0, 3, -1 % 2**64])
+def test_a_counting_generator_gives_seeds_on_the_host(seed: int) -> None:
+    generator: Any = Counting(seed)
+    seeds = [take(generator) for _ in range(3)]
+    assert len(set(seeds)) == 3
+    assert [offset for _, offset in seeds] == [0, 1, 2]
+    assert all(-(1 << 63) <= word < 1 << 63 for pair in seeds for word in pair)
+    generator.set_offset(4)
+    assert take(generator) == seeds[1]
+    assert take(cast("Any", Counting(seed + 1)))[0] != seeds[0][0]
+    words = [
+        torch.stack(list(GroupWords(Rng(s, 1, 1))(torch.arange(8), 4))) for s in (seeds[2], torch.tensor(seeds[2]))
+    ]
+    assert torch.equal(*words)
+
+
+def test_a_cpu_draws_its_seeds() -> None:
+    torch.manual_seed(3)
+    seed = next_seed(torch.device("cpu"))
+    torch.manual_seed(3)
+    assert isinstance(seed, Tensor)
+    assert torch.equal(seed, draw("cpu"))
 
 
 def test_words_are_uniform() -> None:

@@ -97,18 +97,19 @@ class CutlassBackend:
         self, dy: Tensor, geometry: Geometry, plan: LayerPlan, rng: Rng | None, needs: Needs
     ) -> Operands:
         """One pass over dY for both operands and the bias gradient, two where their rules differ."""
-        t, c, row_stride = geometry.positions, geometry.out_channels, geometry.out_channels
-        if not _rows_follow_each_other(dy, geometry):
+        row_stride = c = geometry.out_channels
+        if not _is_one_block(dy, geometry):
             dy = dense.matrix_view(dy, geometry)
             row_stride, column_stride = dy.stride()
             if column_stride != 1 or row_stride < c:
                 dy, row_stride = dy.contiguous(), c
-        device, samples = dy.device, geometry.positions_per_sample
-        first, *others = sweeps(cutlass_ops.kernels(), plan, needs, t, c, row_stride, samples, dy.dtype)
+        device = dy.device
+        planned = sweeps(cutlass_ops.kernels(), geometry, plan, needs, row_stride, dy.dtype)
         with _on_device(device):
-            operands = first.run(dy, rng, _stream(device))
-            for sweep in others:  # dgrad's rule has been applied, here is wgrad's
-                operands = operands._replace(wgrad=sweep.run(dy, rng, _stream(device)).wgrad)
+            stream = _stream(device)
+            operands = planned[0].run(dy, rng, stream)
+            if len(planned) > 1:  # the first has applied dgrad's rule
+                operands = operands._replace(wgrad=planned[1].run(dy, rng, stream).wgrad)
         return operands
 
     def tilings(
@@ -151,7 +152,8 @@ class CutlassBackend:
         The kernels write and add to an `out` of one block, a convolution's channels_last, at a multiple of 16 bytes; to
         others their result is copied or added.
         """
-        check_out(out, accumulate, x, geometry)
+        if out is not None or accumulate:
+            check_out(out, accumulate, x, geometry)
         x = _channels_innermost(x, geometry)
         direct = out is not None and _channels_innermost(out, geometry) is out and out.data_ptr() % 16 == 0
         dtype = x.dtype if out is None else out.dtype
@@ -298,16 +300,17 @@ def _is_pointwise(geometry: Conv2dGeometry) -> bool:
 
 def _channels_innermost(tensor: Tensor, geometry: Geometry) -> Tensor:
     """In one block with the channels innermost, as the kernels have them; itself where it is so."""
-    if isinstance(geometry, LinearGeometry):
-        return tensor.contiguous()
-    return tensor.contiguous(memory_format=torch.channels_last)
+    if _is_one_block(tensor, geometry):
+        return tensor
+    is_matrix = isinstance(geometry, LinearGeometry)
+    return tensor.contiguous(memory_format=torch.contiguous_format if is_matrix else torch.channels_last)
 
 
-def _rows_follow_each_other(dy: Tensor, geometry: Geometry) -> bool:
-    """Whether dY, whatever its rank, is a matrix [T, C] in one block of memory."""
+def _is_one_block(tensor: Tensor, geometry: Geometry) -> bool:
+    """Whether the tensor of a layer, whatever its rank, has the channels innermost and no gaps."""
     if isinstance(geometry, LinearGeometry):
-        return dy.is_contiguous()
-    return dy.is_contiguous(memory_format=torch.channels_last)
+        return tensor.is_contiguous()
+    return tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _stream(device: torch.device) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sdgp_accel.backends import CACHED_DECISIONS, Needs, Operands
 from sdgp_accel.backends.tiles import TILE_K
 from sdgp_accel.config import PruneSpec
+from sdgp_accel.geometry import Geometry
 from sdgp_accel.layer_plan import LayerPlan
 from sdgp_accel.philox import Rng
 from sdgp_accel.semi_structured import SparseOperand
@@ -150,19 +151,12 @@ class Sweep(NamedTuple):
 
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
 def sweeps(
-    kernels: Any,
-    plan: LayerPlan,
-    needs: Needs,
-    t: int,
-    c: int,
-    row_stride: int,
-    positions_per_sample: int,
-    dtype: torch.dtype,
+    kernels: Any, geometry: Geometry, plan: LayerPlan, needs: Needs, row_stride: int, dtype: torch.dtype
 ) -> tuple[Sweep, ...]:
     """The passes over dY [T, C] that `needs` asks for: one, or two for operands of different rules."""
     for_dgrad = plan.grad_input if needs.dgrad else None
     for_wgrad = plan.grad_weight if needs.wgrad else None
-    shape = (t, c, row_stride, positions_per_sample, dtype)
+    shape = (geometry.positions, geometry.out_channels, row_stride, geometry.positions_per_sample, dtype)
     if for_dgrad is not None and for_wgrad is not None and for_dgrad != for_wgrad:
         return (
             _sweep(kernels, for_dgrad, Needs(True, False, needs.bias), *shape),

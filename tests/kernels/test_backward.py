@@ -68,16 +68,17 @@ def test_backward_equals_float64_on_the_pruned_gradient(simulated, monkeypatch, 
     dtype = torch.bfloat16 if torch.rand(()) < 0.5 else torch.float16
     is_linear = isinstance(geometry, LinearGeometry)
     memory_format = torch.contiguous_format if is_linear else torch.channels_last
-    x = torch.randn((3, 50, geometry.in_channels) if is_linear else geometry.input_shape).to(dtype)
+    tokens = (geometry.positions // geometry.positions_per_sample, geometry.positions_per_sample)
+    x = torch.randn((*tokens, geometry.in_channels) if is_linear else geometry.input_shape).to(dtype)
     weight = torch.randn(geometry.weight_shape).to(dtype)
     dy = dense.layer_view(torch.randn(geometry.positions, geometry.out_channels).to(dtype), geometry)
     if is_linear:
-        dy = dy.view(3, 50, geometry.out_channels)
+        dy = dy.view(*tokens, geometry.out_channels)
     x, weight = x.contiguous(memory_format=memory_format), weight.contiguous(memory_format=memory_format)
     seed = torch.randint(-(2**63), 2**63 - 1, (2,))
     if torch.rand(()) < 0.5:  # as on a GPU, where it comes from the host
         seed = tuple(seed.tolist())
-    monkeypatch.setattr("sdgp_accel.philox.draw", lambda device: seed)
+    monkeypatch.setattr("sdgp_accel.philox.next_seed", lambda device: seed)
     decision = decision_for(config, geometry)
     dx, dw, db = ops.run(dy, x, weight, True, decision)
 
