@@ -15,7 +15,6 @@ machine, where the caches are never warm, it costs a multiple; the time of one `
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import time
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 import cutlass_ops
 import sdgp_accel as sdgp
 from sdgp_accel import backends, philox
-from sdgp_accel.backends import cutlass
+from sdgp_accel.backends import gpu
 from sdgp_accel.backends.reference import ReferenceBackend
 from sdgp_accel.provenance import provenance
 
@@ -88,10 +87,10 @@ class Generator:
 
 def pretend_gpu() -> None:
     """Make the cutlass backend take CPU tensors for those of an H100."""
-    extension, facts, here = Extension(), cutlass.Device((9, 0), 132), contextlib.nullcontext()
+    extension, facts = Extension(), gpu.Device((9, 0), 132)
     cutlass_ops.kernels, cutlass_ops.ARCHS = lambda: extension, ("90a",)
-    cutlass.device_facts = lambda device: facts
-    cutlass._on_device, cutlass._stream = lambda device: here, lambda device: 0
+    gpu.device_facts = lambda device: facts
+    gpu.current_device, gpu.stream_of = lambda: None, lambda device: 0
     backends._no_sparse_tensor_cores = lambda device: None
     generator: Any = Generator()
     philox.next_seed = lambda device: philox.take(generator)

@@ -108,9 +108,8 @@ class _Linear(torch.autograd.Function):
         if not (needs_dx or needs_dw):
             return None, None, dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy, None, None
         if _is_plain(dy, ctx.decision):
-            gradients: Sequence[Tensor] = ops.run(dy, x, weight, needs_db, ctx.decision)
-        else:
-            gradients = _once(ops.linear_backward(dy, x, weight, needs_db, ctx.plan), dy, x, weight)
+            return *ops.run(dy, x, weight, needs_db, ctx.decision), None, None
+        gradients = _once(ops.linear_backward(dy, x, weight, needs_db, ctx.plan), dy, x, weight)
         return *_place(gradients, needs_dx, needs_dw, needs_db), None, None
 
 
@@ -139,9 +138,8 @@ class _Conv2d(torch.autograd.Function):
         if not (needs_dx or needs_dw):
             return None, None, dy.sum((0, 2, 3)), None, None, None, None
         if _is_plain(dy, ctx.decision):
-            gradients: Sequence[Tensor] = ops.run(dy, x, weight, needs_db, ctx.decision)
-        else:
-            gradients = _once(ops.conv2d_backward(dy, x, weight, needs_db, *ctx.arguments), dy, x, weight)
+            return *ops.run(dy, x, weight, needs_db, ctx.decision), None, None, None, None
+        gradients = _once(ops.conv2d_backward(dy, x, weight, needs_db, *ctx.arguments), dy, x, weight)
         return *_place(gradients, needs_dx, needs_dw, needs_db), None, None, None, None
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sdgp_accel import philox
-from sdgp_accel.backends import Decision, Needs, decide_conv2d, decide_linear, dense
-from sdgp_accel.stages import stage
+from sdgp_accel.backends import Decision, Gradients, Needs, decide_conv2d, decide_linear, dense
+from sdgp_accel.stages import is_recording, stage
 
 _library = torch.library.Library("sdgp", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -38,7 +38,7 @@ def _linear_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: 
     input_shape = (*dy.shape[:-1], _in_features(x, weight))
     deterministic = torch.are_deterministic_algorithms_enabled()
     decision = decide_linear(plan, input_shape, dy.shape[-1], dy.dtype, dy.device, deterministic)
-    return run(dy, x, weight, bias, decision)
+    return _present(run(dy, x, weight, bias, decision))
 
 
 def _conv2d_backward(
@@ -62,21 +62,28 @@ def _conv2d_backward(
     decision = decide_conv2d(
         plan, input_shape, weight_shape, tuple(window), channels_last, dy.dtype, dy.device, deterministic
     )
-    return run(dy, x, weight, bias, decision)
+    return _present(run(dy, x, weight, bias, decision))
 
 
-def run(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decision: Decision) -> list[Tensor]:
+def _present(gradients: Gradients) -> list[Tensor]:
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def run(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decision: Decision) -> Gradients:
     """The gradients that are asked for, each pass on its pruned operand or on dY as it is.
 
     Linear: dy [..., C_out], x [..., C_in]; Conv2d: dy [N, C_out, P, Q], x [N, C_in, H, W]. What the ops do, and what
     the eager backward calls directly.
     """
-    geometry, backend, plan, draws, _, tilings, _ = decision
+    if decision.bound is not None and not is_recording():
+        gradients = decision.bound(dy, x, weight, bias)
+        if gradients is not None:
+            return gradients
+    geometry, backend, plan, draws, _, tilings, _, _ = decision
     prune_dgrad = backend is not None and weight is not None and plan.grad_input is not None
     prune_wgrad = backend is not None and x is not None and plan.grad_weight is not None
-    gradients: list[Tensor] = []
     with _autocast_off(device_type(dy)):
-        dgrad = wgrad = db = None
+        dgrad = wgrad = dx = dw = db = None
         if backend is not None and (prune_dgrad or prune_wgrad):
             with stage("prune_compress"):
                 rng = philox.Rng(philox.next_seed(dy.device), philox.data_parallel_rank(), 0) if draws else None
@@ -89,19 +96,17 @@ def run(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decisio
                 if backend is not None and prune_dgrad:
                     # The geometry of a Linear layer knows its input as a matrix only.
                     shape = (*dy.shape[:-1], weight.shape[1]) if weight.dim() == 2 and dy.dim() != 2 else None
-                    gradients.append(backend.dgrad(dgrad, weight, geometry, tilings.dgrad, shape))
+                    dx = backend.dgrad(dgrad, weight, geometry, tilings.dgrad, shape)
                     dgrad = None  # freed before wgrad allocates
                 else:
-                    gradients.append(dense.dgrad(dy, weight, geometry))
+                    dx = dense.dgrad(dy, weight, geometry)
         if x is not None:
             with stage("wgrad"):
                 if backend is not None and prune_wgrad:
-                    gradients.append(backend.wgrad(wgrad, x, geometry, tilings.wgrad))
+                    dw = backend.wgrad(wgrad, x, geometry, tilings.wgrad)
                 else:
-                    gradients.append(dense.wgrad(dy, x, geometry))
-        if db is not None:
-            gradients.append(db)
-    return gradients
+                    dw = dense.wgrad(dy, x, geometry)
+    return dx, dw, db
 
 
 def device_type(tensor: Tensor) -> str:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdgp_accel.backends.cutlass import BACKEND, Device, rank
+from sdgp_accel.backends.cutlass import BACKEND
+from sdgp_accel.backends.gpu import Device
+from sdgp_accel.backends.products import rank
 from sdgp_accel.backends.tiles import Tiling
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.layer_plan import decode, plan_string

@@ -25,6 +25,11 @@ def stage(name: StageName) -> contextlib.AbstractContextManager[None]:
     return _IDLE if _recorder is None else _recorder.measure(name)
 
 
+def is_recording() -> bool:
+    """Whether a recorder is active: then backwards go stage by stage."""
+    return _recorder is not None
+
+
 class StageRecorder:
     """Adds up the seconds spent in each stage while it is entered (``with recorder: loss.backward()``).
 

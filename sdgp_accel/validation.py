@@ -217,7 +217,9 @@ def _run_backward(call: _Call, is_dgrad: bool) -> tuple[Tensor, philox.Rng]:
     device = call.dy.device
     generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
     state = generator.get_state()
-    (result,) = ops.run(call.dy, x, weight, False, call.decision)
+    dx, dw, _ = ops.run(call.dy, x, weight, False, call.decision)
+    result = dx if is_dgrad else dw
+    assert result is not None
     generator.set_state(state)
     return result, philox.Rng(philox.next_seed(device), philox.data_parallel_rank(), 0 if is_dgrad else 1)
 

@@ -110,6 +110,28 @@ class Backend(Hashable, Protocol):
         Raises ValueError as `check_out` does.
         """
 
+    def bind(
+        self,
+        geometry: Geometry,
+        plan: LayerPlan,
+        tilings: Tilings,
+        input_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> BoundBackward | None:
+        """`prune_compress`, `dgrad` and `wgrad` of one layer shape as one call; None where they go one by one."""
+
+
+class BoundBackward(Protocol):
+    """The backward of one layer shape with the least work for the host: nothing is looked up or decided any more."""
+
+    def __call__(self, dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool) -> Gradients | None:
+        """The gradients that are asked for; None where a tensor lies in memory as was not foreseen."""
+
+
+# Of a layer's input, weight and bias; None for what is not asked for.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
 
 def check_out(out: Tensor | None, accumulate: bool, x: Tensor, geometry: Geometry) -> None:
     """Raises ValueError where `Backend.wgrad` cannot deliver dW to `out`."""
@@ -135,6 +157,7 @@ class Decision(NamedTuple):
     """What runs the backward of one layer shape: the backend (None: the ordinary dense backward) and why.
 
     plan: resolved for this geometry; draws: the plan's, looked up once. times: what was measured, if anything.
+    bound: the backward as one call, where the backend has that for this shape.
     """
 
     geometry: Geometry
@@ -144,6 +167,7 @@ class Decision(NamedTuple):
     reason: str
     tilings: Tilings = Tilings()
     times: BackwardTimes | None = None
+    bound: BoundBackward | None = None
 
     @property
     def name(self) -> str:
@@ -173,9 +197,8 @@ def decide_linear(
 
     deterministic: what ``torch.are_deterministic_algorithms_enabled()`` says; then nothing is measured.
     """
-    return _tuned(
-        decide(plan_text, LinearGeometry.of(input_shape, out_features), dtype, device), dtype, device, deterministic
-    )
+    decision = decide(plan_text, LinearGeometry.of(input_shape, out_features), dtype, device)
+    return _bound(_tuned(decision, dtype, device, deterministic), input_shape, dtype, device)
 
 
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
@@ -191,7 +214,17 @@ def decide_conv2d(
 ) -> Decision:
     """`decide` for ``functional.conv2d`` on an input of this shape; see `decide_linear`."""
     geometry = Conv2dGeometry.of(input_shape, weight_shape, window, channels_last)
-    return _tuned(decide(plan_text, geometry, dtype, device), dtype, device, deterministic)
+    decision = _tuned(decide(plan_text, geometry, dtype, device), dtype, device, deterministic)
+    return _bound(decision, input_shape, dtype, device)
+
+
+def _bound(
+    decision: Decision, input_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Decision:
+    geometry, backend, plan = decision.geometry, decision.backend, decision.plan
+    if backend is None or plan.grad_input is None or plan.grad_weight is None:  # one pass is torch's own op
+        return decision
+    return decision._replace(bound=backend.bind(geometry, plan, decision.tilings, input_shape, dtype, device))
 
 
 def _tuned(decision: Decision, dtype: torch.dtype, device: torch.device, deterministic: bool) -> Decision:

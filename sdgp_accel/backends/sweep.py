@@ -150,7 +150,7 @@ class Sweep(NamedTuple):
 
 
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
-def sweeps(
+def plan_sweeps(
     kernels: Any, geometry: Geometry, plan: LayerPlan, needs: Needs, row_stride: int, dtype: torch.dtype
 ) -> tuple[Sweep, ...]:
     """The passes over dY [T, C] that `needs` asks for: one, or two for operands of different rules."""
@@ -165,6 +165,14 @@ def sweeps(
     spec = for_dgrad or for_wgrad
     assert spec is not None
     return (_sweep(kernels, spec, Needs(for_dgrad is not None, for_wgrad is not None, needs.bias), *shape),)
+
+
+def run_sweeps(sweeps: tuple[Sweep, ...], dy: Tensor, rng: Rng | None, stream: int) -> Operands:
+    """The operands and the bias gradient of all passes of `plan_sweeps`. stream: of the current device."""
+    operands = sweeps[0].run(dy, rng, stream)
+    if len(sweeps) > 1:  # the first has applied dgrad's rule
+        operands = operands._replace(wgrad=sweeps[1].run(dy, rng, stream).wgrad)
+    return operands
 
 
 def _sweep(

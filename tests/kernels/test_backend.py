@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 
 import cutlass_ops
 from cutlass_ops import build_kernels
 from sdgp_accel import SDGPConfig
-from sdgp_accel.backends import cutlass, dense, tiles
+from sdgp_accel.backends import cutlass, dense, gpu, tiles
+from sdgp_accel.backends import products as sparse_products
 from sdgp_accel.backends.sweep import StoredOperand
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
@@ -30,7 +29,7 @@ needs_gpu = pytest.mark.skipif(not HAS_KERNELS, reason="no GPU with the kernels 
 @pytest.fixture
 def hopper(monkeypatch):
     """A GPU to decide for."""
-    monkeypatch.setattr(cutlass, "device_facts", lambda device: cutlass.Device((9, 0), 132, wgmma=True))
+    monkeypatch.setattr(gpu, "device_facts", lambda device: gpu.Device((9, 0), 132, wgmma=True))
     monkeypatch.setattr(cutlass_ops, "ARCHS", ("80", "90a"))
 
 
@@ -41,7 +40,7 @@ def hopper(monkeypatch):
      ("100f", (10, 0), True), ("compute_90a", (10, 0), False)],
 )  # fmt: skip
 def test_which_code_runs_where(arch, capability, expected):
-    assert cutlass.runs_on(arch, capability) is expected
+    assert gpu.runs_on(arch, capability) is expected
 
 
 def test_unavailable_names_the_command(hopper, monkeypatch):
@@ -137,7 +136,7 @@ def test_what_hopper_cannot_take_runs_on_the_other_kernels(hopper, geometry, fam
 
 @pytest.mark.parametrize(("capability", "largest"), [((8, 0), 256), ((8, 9), 128), ((9, 0), 256), ((12, 0), 128)])
 def test_tiles_fit_the_shared_memory(monkeypatch, capability, largest):
-    monkeypatch.setattr(cutlass, "device_facts", lambda device: cutlass.Device(capability, 100))
+    monkeypatch.setattr(gpu, "device_facts", lambda device: gpu.Device(capability, 100))
     monkeypatch.setattr(cutlass_ops, "ARCHS", ("80", "compute_80"))
     tilings = cutlass.BACKEND.tilings(LinearGeometry(50000, 1024, 1024), "grad_input", torch.float16, CUDA)
     assert max(int(tiling.tile.split("x")[0]) for tiling in tilings) == largest
@@ -149,15 +148,15 @@ def product_device(request, monkeypatch):
     arch = request.param
     if (test_sm90_sparse if arch == "90a" else test_sm80_sparse).ON_GPU:
         if arch == "80":
-            monkeypatch.setattr(cutlass, "_tma_can_reach", lambda geometry: False)
+            monkeypatch.setattr(sparse_products, "_tma_can_reach", lambda geometry: False)
         return CUDA
     if reason := toolchain.missing():
         pytest.skip(reason)
     simulated = SimulatedKernels(SimulatorEngine(arch))
-    facts = cutlass.Device((int(arch[0]), int(arch[1])), SimulatorEngine.SM_COUNT, wgmma=arch == "90a")
-    monkeypatch.setattr(cutlass, "device_facts", lambda device: facts)
-    monkeypatch.setattr(cutlass, "_on_device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(cutlass, "_stream", lambda device: 0)
+    facts = gpu.Device((int(arch[0]), int(arch[1])), SimulatorEngine.SM_COUNT, wgmma=arch == "90a")
+    monkeypatch.setattr(gpu, "device_facts", lambda device: facts)
+    monkeypatch.setattr(gpu, "current_device", lambda: None)  # the index of the CPU
+    monkeypatch.setattr(gpu, "stream_of", lambda device: 0)
     monkeypatch.setattr(cutlass_ops, "ARCHS", (arch,))
     monkeypatch.setattr(cutlass_ops, "kernels", lambda: simulated)
     return torch.device("cpu")

@@ -6,14 +6,12 @@ On a GPU tests/test_layers_cuda.py and test_backend.py do this with the real run
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 
 import cutlass_ops
 from sdgp_accel import SDGPConfig, ops
-from sdgp_accel.backends import Decision, Needs, _resolve_scope, cutlass, dense, reference
+from sdgp_accel.backends import Decision, Needs, _resolve_scope, cutlass, dense, gpu, reference
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.philox import Rng
@@ -44,9 +42,9 @@ def simulated(engine, monkeypatch):
     if engine.name != "sim":
         pytest.skip("a GPU runs whole layers in tests/test_layers_cuda.py")
     kernels = SimulatedKernels(SimulatorEngine("80"), engine.kernels)
-    monkeypatch.setattr(cutlass, "device_facts", lambda device: cutlass.Device((8, 0), SimulatorEngine.SM_COUNT))
-    monkeypatch.setattr(cutlass, "_on_device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(cutlass, "_stream", lambda device: 0)
+    monkeypatch.setattr(gpu, "device_facts", lambda device: gpu.Device((8, 0), SimulatorEngine.SM_COUNT))
+    monkeypatch.setattr(gpu, "current_device", lambda: None)  # the index of the CPU
+    monkeypatch.setattr(gpu, "stream_of", lambda device: 0)
     monkeypatch.setattr(cutlass_ops, "ARCHS", ("80",))
     monkeypatch.setattr(cutlass_ops, "kernels", lambda: kernels)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cutlass_ops
-from sdgp_accel.backends import cutlass
+from sdgp_accel.backends import cutlass, gpu, products
 from sdgp_accel.geometry import LinearGeometry
 from sdgp_accel.semi_structured import SparseOperand
 from tests.kernels.products import assert_close
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(not (HAS_ROOM and cutlass_ops.ARCHS), reason="no
 def family(request, monkeypatch):
     """Hopper's own kernels where this is one, and those of every GPU."""
     if request.param == "any":
-        monkeypatch.setattr(cutlass, "_tma_can_reach", lambda geometry: False)
-    elif cutlass.device_facts(CUDA).capability != cutlass.HOPPER:
+        monkeypatch.setattr(products, "_tma_can_reach", lambda geometry: False)
+    elif gpu.device_facts(CUDA).capability != gpu.HOPPER:
         pytest.skip("not a Hopper")
 
 

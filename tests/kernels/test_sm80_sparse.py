@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cutlass_ops
-from sdgp_accel.backends.cutlass import device_facts, runs_on
+from sdgp_accel.backends.gpu import device_facts, runs_on
 from tests.kernels.products import (
     ConvCase,
     Engine,

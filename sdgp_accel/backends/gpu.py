@@ -1,0 +1,63 @@
+"""The GPU that kernels run on: what decisions need to know of it, and what every launch asks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+import cutlass_ops
+
+HOPPER = (9, 0)
+
+
+class Device(NamedTuple):
+    """What decisions and launches need to know of a GPU."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    wgmma: bool = False  # a Hopper, and the build holds the kernels for it
+
+
+@functools.cache
+def device_facts(device: torch.device) -> Device:
+    """Of a CUDA device; asked once."""
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    wgmma = capability == HOPPER and "90a" in cutlass_ops.ARCHS
+    return Device(capability, properties.multi_processor_count, wgmma)
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for `arch`, as in SDGP_CUDA_ARCHS, runs on a GPU of this compute capability."""
+    number = arch.removeprefix("compute_")
+    version = (int(number.rstrip("af")[:-1]), int(number.rstrip("af")[-1]))
+    if number[-1] in "af":  # features of one architecture, which no other has
+        return version == capability
+    if arch.startswith("compute_"):  # PTX: the driver compiles it for what came later
+        return version <= capability
+    return version[0] == capability[0] and version <= capability
+
+
+def stream_of(device: torch.device) -> int:
+    """The address of torch's current stream on a CUDA device."""
+    # What torch.cuda.current_stream(device).cuda_stream is, without making an object of it.
+    stream: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return stream
+
+
+_HERE = contextlib.nullcontext()
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the current device, which autograd sets but a direct call may not have."""
+    return _HERE if current_device() == device.index else torch.cuda.device(device)
+
+
+def current_device() -> int:
+    """The index of the current CUDA device."""
+    # What torch.cuda.current_device() asks, once it has seen to it that there is a CUDA context.
+    index: int = torch._C._cuda_getDevice()
+    return index
