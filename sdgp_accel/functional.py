@@ -32,8 +32,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
     _check_floating(input)
     if not torch.is_grad_enabled() or input.dim() == 0 or _is_sharded(weight):  # of dim 0: torch's own error
         return F.linear(input, weight, bias)
-    input, weight, bias = _autocast(input, weight, bias)
-    plan, decision = _encoded(plan, "linear"), None
+    if _is_autocast(input):
+        input, weight, bias = _autocast(input, weight, bias)
+    if not isinstance(plan, str):
+        plan = _encoded(plan, "linear")
+    decision = None
     if not torch.compiler.is_compiling():
         deterministic = torch.are_deterministic_algorithms_enabled()
         decision = decide_linear(plan, input.shape, weight.shape[0], input.dtype, input.device, deterministic)
@@ -66,11 +69,14 @@ def conv2d(
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if input.dim() == 3:
         return conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, plan).squeeze(0)
-    input, weight, bias = _autocast(input, weight, bias)
+    if _is_autocast(input):
+        input, weight, bias = _autocast(input, weight, bias)
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
         input, padding = resolve_padding(input, weight, padding, stride, dilation)
-    padding, plan, decision = _pair(padding), _encoded(plan, "conv2d"), None
+    if not isinstance(plan, str):
+        plan = _encoded(plan, "conv2d")
+    padding, decision = _pair(padding), None
     window = (*stride, *padding, *dilation, groups)
     channels_last = is_channels_last(input) or is_channels_last(weight)
     if not torch.compiler.is_compiling():
@@ -126,8 +132,12 @@ class _Conv2d(torch.autograd.Function):
         decision: Decision | None,
     ) -> Tensor:
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(input if needs_dw else None, weight if needs_dx else None)
-        absent_shape = input.shape if not needs_dw else weight.shape if not needs_dx else ()
+        absent_shape: Sequence[int] = ()
+        if needs_dx and needs_dw:
+            ctx.save_for_backward(input, weight)
+        else:
+            ctx.save_for_backward(input if needs_dw else None, weight if needs_dx else None)
+            absent_shape = weight.shape if needs_dw else input.shape
         ctx.arguments, ctx.decision = (absent_shape, window, channels_last, plan), decision
         return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
 
@@ -193,22 +203,22 @@ def _is_sharded(weight: Tensor) -> bool:
     return True
 
 
-def _encoded(plan: str | SDGPConfig, kind: LayerKind) -> str:
-    if isinstance(plan, str):
-        return plan
+def _encoded(plan: SDGPConfig, kind: LayerKind) -> str:
     if not isinstance(plan, SDGPConfig):
         raise TypeError(f"plan must be an SDGPConfig or a plan string; got {plan!r}")
     return plan_string(kind, plan)
+
+
+def _is_autocast(input: Tensor) -> bool:
+    device_type = ops.device_type(input)
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast as autocast would. Inside the autograd function, where gradients are off, autocast would put an
     untracked copy of the weight into its cache, and the next dense use of that weight would lose its gradient.
     """
-    device_type = ops.device_type(input)
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return input, weight, bias
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(input.device.type)
     return _cast(input, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
 
 

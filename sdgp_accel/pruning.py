@@ -142,9 +142,7 @@ def _as_rng(seed: int | Seed | Rng | None, pass_name: str, device: torch.device)
     elif isinstance(seed, tuple) and len(seed) == 2 and all(map(_is_word, seed)):
         words = seed
     else:
-        raise ValueError(
-            f"seed must be a 64-bit int, two of them, an int64 tensor [2], an Rng or None; got {seed!r}"
-        )
+        raise ValueError(f"seed must be a 64-bit int, two of them, an int64 tensor [2], an Rng or None; got {seed!r}")
     return Rng(words, data_parallel_rank(), PASSES.index(pass_name))
 
 

@@ -218,9 +218,7 @@ def decide_conv2d(
     return _bound(decision, input_shape, dtype, device)
 
 
-def _bound(
-    decision: Decision, input_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Decision:
+def _bound(decision: Decision, input_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Decision:
     geometry, backend, plan = decision.geometry, decision.backend, decision.plan
     if backend is None or plan.grad_input is None or plan.grad_weight is None:  # one pass is torch's own op
         return decision

@@ -11,7 +11,7 @@ import torch
 
 import cutlass_ops
 from sdgp_accel import SDGPConfig, ops
-from sdgp_accel.backends import Decision, Needs, _resolve_scope, cutlass, dense, gpu, reference
+from sdgp_accel.backends import Decision, Needs, Tilings, _resolve_scope, cutlass, dense, gpu, reference
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.philox import Rng
@@ -95,3 +95,48 @@ def test_backward_equals_float64_on_the_pruned_gradient(simulated, monkeypatch, 
         exact, magnitude = product(gradient, other, geometry), product(gradient.abs(), other.abs(), geometry)
         assert_close(out, exact.view(out.shape), magnitude.view(out.shape), terms)
     assert_close(db, matrix.double().sum(0), matrix.double().abs().sum(0), geometry.positions)
+
+
+BOUND = [
+    (name, config, shape)
+    for name, shape in (("linear", (3, 50, 72)), ("3x3", None))
+    for config in (CONFIGS[0], CONFIGS[4], CONFIGS[7])
+]
+
+
+@pytest.mark.parametrize(("name", "config", "shape"), BOUND, ids=str)
+def test_one_call_gives_the_bits_of_three(simulated, monkeypatch, name, config, shape):
+    """For everything that a backward may be asked for."""
+    geometry = GEOMETRIES[name]
+    input_shape = shape or geometry.input_shape
+    memory_format = torch.contiguous_format if shape else torch.channels_last
+    x = torch.randn(input_shape).bfloat16().contiguous(memory_format=memory_format)
+    weight = torch.randn(geometry.weight_shape).bfloat16().contiguous(memory_format=memory_format)
+    dy = dense.layer_view(torch.randn(geometry.positions, geometry.out_channels).bfloat16(), geometry)
+    if shape:
+        dy = dy.view(*shape[:-1], geometry.out_channels)
+    monkeypatch.setattr("sdgp_accel.philox.draw", lambda device: torch.tensor([7, -9]))
+    decision = decision_for(config, geometry)
+    bound = cutlass.BACKEND.bind(geometry, decision.plan, Tilings(), input_shape, torch.bfloat16, CPU)
+    for asked in ((x, weight, True), (None, weight, False), (x, None, True)):
+        expected = ops.run(dy, *asked, decision)
+        gradients = bound(dy, *asked)
+        for ours, theirs in zip(gradients, expected, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                assert torch.equal(ours, theirs)
+                assert ours.stride() == theirs.stride()
+
+
+def test_one_call_declines_what_it_was_not_made_for(simulated):
+    geometry = LinearGeometry(32, 16, 16)
+    plan = decision_for({"prune": "magnitude"}, geometry).plan
+    bound = cutlass.BACKEND.bind(geometry, plan, Tilings(), (32, 16), torch.bfloat16, CPU)
+    dy, x, weight = torch.randn(3, 32, 16).bfloat16()
+    weight = weight[:16]
+    assert bound(dy.t().contiguous().t(), x, weight, False) is None
+    assert bound(dy, x.t().contiguous().t(), weight, False) is None
+    shifted = torch.zeros(16 * 16 + 1, dtype=torch.bfloat16)[1:].view(16, 16)
+    assert bound(dy, x, shifted, False) is None
+    contiguous = Conv2dGeometry.of((2, 16, 5, 5), (16, 16, 3, 3), (1, 1, 1, 1, 1, 1, 1), False)
+    assert cutlass.BACKEND.bind(contiguous, plan, Tilings(), contiguous.input_shape, torch.bfloat16, CPU) is None

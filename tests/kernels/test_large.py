@@ -7,6 +7,7 @@ import torch
 
 import cutlass_ops
 from sdgp_accel.backends import cutlass, gpu, products
+from sdgp_accel.backends.sweep import StoredOperand
 from sdgp_accel.geometry import LinearGeometry
 from sdgp_accel.semi_structured import SparseOperand
 from tests.kernels.products import assert_close
@@ -50,7 +51,7 @@ def rows_of(operand: SparseOperand, first: int, count: int) -> torch.Tensor:
 def test_dgrad(family):
     operand = random_operand(POSITIONS, WIDE, 1)
     weight = torch.randn(WIDE, NARROW, device=CUDA, dtype=torch.bfloat16)
-    dx = cutlass.BACKEND.dgrad(operand, weight, LinearGeometry(POSITIONS, NARROW, WIDE))
+    dx = cutlass.BACKEND.dgrad(StoredOperand.pack(operand), weight, LinearGeometry(POSITIONS, NARROW, WIDE))
     for first in (0, POSITIONS // 2, POSITIONS - 256):
         a, b = rows_of(operand, first, 256), weight.double()
         assert_close(dx[first : first + 256], (a @ b).cpu(), (a.abs() @ b.abs()).cpu(), WIDE)
@@ -59,7 +60,7 @@ def test_dgrad(family):
 def test_wgrad(family):
     operand = random_operand(POSITIONS, NARROW, 0)
     x = torch.randn(POSITIONS, WIDE, device=CUDA, dtype=torch.bfloat16)
-    dw = cutlass.BACKEND.wgrad(operand, x, LinearGeometry(POSITIONS, WIDE, NARROW))
+    dw = cutlass.BACKEND.wgrad(StoredOperand.pack(operand), x, LinearGeometry(POSITIONS, WIDE, NARROW))
     exact = torch.zeros(NARROW, WIDE, device=CUDA, dtype=torch.float64)
     magnitude = torch.zeros_like(exact)
     step = POSITIONS // 25
