@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdgp_accel.backends.cutlass import MAX_SIZE
+from sdgp_accel.backends.products import MAX_SIZE
 from sdgp_accel.semi_structured import compress_matrix
 from tests.kernels.products import (
     ConvCase,

@@ -17,6 +17,7 @@ from sdgp_accel.config import PruneSpec
 from sdgp_accel.philox import GroupWords, Rng
 from sdgp_accel.pruning import prune_matrix
 from sdgp_accel.semi_structured import compress_matrix
+from tests.kernels.products import assert_close
 from tests.kernels.test_far_products import ends, only, span
 from tests.kernels.test_prune_compress import DTYPES, make_gradient, new_seed
 
@@ -51,17 +52,19 @@ class Gradient(NamedTuple):
             (memory.reserve(wgrad_k // 2, pitch, dtype=dtype), memory.reserve(wgrad_k // 16, pitch, dtype=torch.int16)),
         )  # fmt: skip
 
-    def arguments(self) -> dict[str, Any]:
+    def shape(self) -> dict[str, Any]:
         t, stride = self.dy.shape
-        arguments = {"dtype": DTYPES[self.dy.dtype], "dy": self.dy.data_ptr(), "t": t, "c": self.c}
-        return arguments | {"row_stride": stride}
+        return {"dtype": DTYPES[self.dy.dtype], "t": t, "c": self.c, "row_stride": stride}
 
-    def operand_arguments(self) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"wgrad_pitch": self.wgrad[0].shape[1]}
-        for name, (values, metadata), axis in (("dgrad", self.dgrad, 1), ("wgrad", self.wgrad, 0)):
-            arguments |= {f"{name}_values": values.data_ptr(), f"{name}_metadata": metadata.data_ptr()}
-            arguments |= {f"{name}_k": values.shape[axis] * 2}
-        return arguments
+    def operand_shape(self) -> dict[str, Any]:
+        (dgrad_values, _), (wgrad_values, _) = self.dgrad, self.wgrad
+        k = {"dgrad_k": dgrad_values.shape[1] * 2, "wgrad_k": wgrad_values.shape[0] * 2}
+        return self.shape() | k | {"wgrad_pitch": wgrad_values.shape[1]}
+
+    def addresses(self) -> dict[str, int]:
+        tensors = (self.dy, *self.dgrad, *self.wgrad)
+        names = ("dy", "dgrad_values", "dgrad_metadata", "wgrad_values", "wgrad_metadata")
+        return {name: tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)}
 
     def part(self, row: int, channel: int) -> tuple[slice, slice]:
         """What the block at a row and a channel reads."""
@@ -156,11 +159,9 @@ def test_prune_compress(engine, memory, function, n, m, c, stride):
             x = make_gradient("normal", rows.stop - rows.start, channels.stop - channels.start, dtype)
             blocks[gradient.block(row, channel)] = rows, channels, x, gradient.open(row, channel, x)
     device_seed = memory.put(seed)
+    launch = engine.kernels.PruneCompress(function=function, n=n, m=m, **gradient.operand_shape())
     with memory.only_blocks(only(blocks, "compress_kernel")), engine.launching():
-        engine.kernels.prune_compress(
-            function=function, n=n, m=m, seed=device_seed.data_ptr(), rank=rank,
-            **gradient.arguments(), **gradient.operand_arguments(),
-        )  # fmt: skip
+        launch(seed=device_seed.data_ptr(), rank=rank, **gradient.addresses())
     for rows, channels, x, operands in blocks.values():
         kept = [pruned(x, spec, axis, rows.start, channels.start, c, Rng(seed, rank, 1 - axis)) for axis in (1, 0)]
         gradient.check(operands, (kept[0], kept[1]))
@@ -182,13 +183,13 @@ def test_sample_channel_scope(engine, memory):
             memory.open(factor[samples.start : samples.stop, channels])
         sum_blocks += [(sample * -(-C // CHANNELS) + channel // CHANNELS, 0, 0) for sample in samples]
     scales = {"dgrad_scale": factors[0].data_ptr(), "wgrad_scale": factors[1].data_ptr()}
-    scales |= {"positions_per_sample": per_sample}
+    rule = {"n": 2, "m": 4, "eps": spec.eps, "positions_per_sample": per_sample}
+    scope_scales = engine.kernels.ScopeScales(**rule, **gradient.shape())
     with memory.only_blocks(only(sum_blocks, "scope_sums")), engine.launching():
-        engine.kernels.scope_scales(n=2, m=4, eps=spec.eps, **gradient.arguments(), **scales)
+        scope_scales(dy=gradient.dy.data_ptr(), **scales)
+    launch = engine.kernels.PruneCompress(function=spec.function, **rule, **gradient.operand_shape())
     with memory.only_blocks(only(blocks, "compress_kernel")), engine.launching():
-        engine.kernels.prune_compress(
-            function=spec.function, n=2, m=4, **gradient.arguments(), **gradient.operand_arguments(), **scales
-        )
+        launch(**gradient.addresses(), **scales)
     for x, operands in blocks.values():
         gradient.check(operands, tuple(prune_matrix(x, spec, axis, per_sample, None) for axis in (1, 0)))
 
@@ -225,11 +226,9 @@ def test_scopes_of_several_parts(engine, memory):
     def choice(kernel, grid):
         return sum_blocks if "scope_sums" in kernel else factor_blocks
 
+    scope_scales = engine.kernels.ScopeScales(n=2, m=4, eps=0.0, positions_per_sample=per_sample, **gradient.shape())
     with memory.only_blocks(choice), engine.launching():
-        engine.kernels.scope_scales(
-            n=2, m=4, eps=0.0, positions_per_sample=per_sample, sums=sums.data_ptr(), dgrad_scale=factors[0].data_ptr(),
-            wgrad_scale=factors[1].data_ptr(), **gradient.arguments(),
-        )  # fmt: skip
+        scope_scales(gradient.dy.data_ptr(), sums.data_ptr(), *(factor.data_ptr() for factor in factors))
     for part, exact in expected:
         assert torch.equal(part, exact)
 
@@ -250,11 +249,9 @@ def test_tensor_scope(engine, memory):
     def choice(kernel, grid):
         return [(grid[0] - 1, 0, 0)]
 
+    scope_scales = engine.kernels.ScopeScales(n=2, m=4, eps=0.0, positions_per_sample=0, **gradient.shape())
     with memory.only_blocks(choice), engine.launching():
-        engine.kernels.scope_scales(
-            n=2, m=4, eps=0.0, positions_per_sample=0, sums=sums.data_ptr(), dgrad_scale=factors[0].data_ptr(),
-            wgrad_scale=factors[1].data_ptr(), **gradient.arguments(),
-        )  # fmt: skip
+        scope_scales(gradient.dy.data_ptr(), sums.data_ptr(), *(factor.data_ptr() for factor in factors))
     torch.testing.assert_close(torch.cat(factors).double(), exact[0] / exact[1:], rtol=1e-6, atol=0)
 
 
@@ -264,7 +261,7 @@ def test_bias_gradient(engine, memory):
     gradient = Gradient.reserve(memory, t, c, c, dtype)
     rows = -(-t // ROWS)
     assert engine.kernels.bias_partial_rows(t, c) == rows
-    partials, bias = memory.reserve(rows, c, dtype=torch.float32), memory.reserve(c, dtype=torch.float32)
+    partials, bias = memory.reserve(rows, c, dtype=torch.float32), memory.reserve(c, dtype=dtype)
     blocks, sum_blocks, expected = [], [], []
     for channel in ends(c):
         part, channels = gradient.part(t - 1, channel)
@@ -275,15 +272,15 @@ def test_bias_gradient(engine, memory):
         memory.open(partials[-1:, channels])
         blocks.append(gradient.block(t - 1, channel))
         sum_blocks += [(block, 0, 0) for block in range(channels.start // 32, -(-channels.stop // 32))]
-        expected.append((memory.open(bias[channels]), others.double().sum(0) + x.double().sum(0)))
+        terms = torch.cat([others.double(), x.double()])
+        exact, magnitude = terms.sum(0), terms.abs().sum(0)
+        expected.append((memory.open(bias[channels]), exact, magnitude))
 
     def choice(kernel, grid):
         return blocks if "compress_kernel" in kernel else sum_blocks
 
+    launch = engine.kernels.PruneCompress(function="magnitude", n=2, m=4, **gradient.operand_shape())
     with memory.only_blocks(choice), engine.launching():
-        engine.kernels.prune_compress(
-            function="magnitude", n=2, m=4, bias=bias.data_ptr(), bias_partials=partials.data_ptr(),
-            **gradient.arguments(), **gradient.operand_arguments(),
-        )  # fmt: skip
-    for part, exact in expected:
-        torch.testing.assert_close(part.double(), exact, rtol=1e-5, atol=1e-5)
+        launch(bias=bias.data_ptr(), bias_partials=partials.data_ptr(), **gradient.addresses())
+    for part, exact, magnitude in expected:
+        assert_close(part, exact, magnitude, t)
