@@ -364,3 +364,27 @@ def test_conv_wgrad(simulators: dict[str, Simulator], case: ConvCase) -> None:
         )  # fmt: skip
     for part, exact, magnitude, k in expected:
         assert_close(part, exact.reshape(part.shape), magnitude.reshape(part.shape), k)
+
+
+# Sizes whose products wrap around to something small in 32 bits.
+TOO_LARGE = [
+    ConvCase("sm80_conv_dgrad_bf16_128x128", ((1 << 20) + 1, 8, 64, 64), (64, 3, 3)),  # pixels of x
+    ConvCase("sm80_conv_dgrad_bf16_128x128", ((1 << 18) + 1, 8, 8, 8), (64, 1, 1), padding=(60, 60)),  # and of dY
+    ConvCase("sm80_conv_wgrad_f16_128x64_any", (1, 1, 24576, 24576), (8, 24576, 24576), padding=(0, 0)),  # columns
+    ConvCase("sm80_conv_wgrad_bf16_64x128", ((1 << 20) + 1, 8, 64, 64), (64, 3, 3)),
+    ConvCase("sm90_conv_dgrad_bf16_128x128", ((1 << 20) + 1, 8, 64, 64), (64, 3, 3)),
+    ConvCase("sm90_conv_dgrad_bf16_128x128", ((1 << 18) + 1, 8, 8, 8), (64, 1, 1), padding=(60, 60)),
+    ConvCase("sm90_conv_wgrad_bf16_128x256", ((1 << 20) + 1, 8, 64, 64), (64, 3, 3)),
+]
+
+
+@pytest.mark.parametrize("case", TOO_LARGE, ids=lambda case: f"{case.instance}-{case.x}")
+def test_sizes_beyond_32_bits_are_refused(simulators: dict[str, Simulator], case: ConvCase) -> None:
+    simulator, (images, c_in, h, w) = simulators[case.instance[:4]], case.x
+    nothing = simulator.memory.put(torch.zeros(64))
+    with pytest.raises(RuntimeError, match="status 9"), simulator.memory.only_blocks(only([])):
+        simulator.conv(
+            case.instance, shape=(images, h, w, c_in, *out_size(case), *case.filter),
+            window=[*case.stride, *case.padding, *case.dilation], padded_k=128, splits=1, group_n=1, cluster_size=1,
+            values=nothing, metadata=nothing, b=nothing, out=nothing,
+        )  # fmt: skip

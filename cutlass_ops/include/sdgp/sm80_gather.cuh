@@ -359,7 +359,7 @@ struct WgradGather {
 
   __host__ __device__ int parts() const { return 1; }
   __host__ __device__ int chunked_channels() const { return (c_in + kChunk - 1) / kChunk * kChunk; }
-  __host__ __device__ int columns() const { return vertical.filter * horizontal.filter * chunked_channels(); }
+  int64_t columns() const { return int64_t{vertical.filter} * horizontal.filter * chunked_channels(); }
   __device__ __forceinline__ Part part(int) const { return {c_out, (positions + kTileK - 1) / kTileK}; }
   __device__ __forceinline__ int64_t out_row(int, int row) const { return row < c_out ? row : -1; }
   __device__ __forceinline__ ColumnRun out_columns(int column) const {

@@ -12,12 +12,14 @@ namespace sdgp::sm80 {
 // `arguments`: SdgpSparseGemm or SdgpSparseConv. The product has `m` rows in its largest part and `columns` columns;
 // the output is [rows, row_length].
 template <typename Config, typename Arguments>
-int launch(const typename Config::Gather& gather, const Arguments& arguments, int m, int columns, int64_t rows,
+int launch(const typename Config::Gather& gather, const Arguments& arguments, int64_t m, int64_t columns, int64_t rows,
            int64_t row_length) {
   const int64_t m_tiles = (m + Config::kBlockM - 1) / Config::kBlockM;
   const int64_t n_tiles = (columns + Config::kBlockN - 1) / Config::kBlockN;
   const bool split = arguments.splits > 1;
-  if (m_tiles * n_tiles > INT_MAX || rows > INT_MAX || row_length > INT_MAX || gather.parts() > 65535)
+  // The kernel counts in 32 bits, rows and columns in whole tiles.
+  if (m_tiles * Config::kBlockM > INT_MAX || n_tiles * Config::kBlockN > INT_MAX || m_tiles * n_tiles > INT_MAX ||
+      rows > INT_MAX || row_length > INT_MAX || gather.parts() > 65535)
     return cudaErrorInvalidConfiguration;
   // Every time: the attribute belongs to the current device.
   const cudaError_t attribute = cudaFuncSetAttribute(sparse_gemm_kernel<Config>,
@@ -51,6 +53,7 @@ inline bool splits_fit(int splits, int64_t k) { return splits <= 65535 && splits
 template <typename Config>
 int launch_gemm(const SdgpSparseGemm& gemm) {
   if (!splits_fit(gemm.splits, gemm.k)) return cudaErrorInvalidValue;
+  if (gemm.k > INT_MAX - kTileK) return cudaErrorInvalidConfiguration;
   const MatrixGather gather{gemm.values, gemm.metadata, gemm.b, gemm.m, gemm.n, gemm.k, gemm.padded_k};
   return launch<Config>(gather, gemm, gemm.m, gemm.n, gemm.m, gemm.n);
 }
@@ -72,10 +75,10 @@ int launch_conv_dgrad(const SdgpSparseConv& conv) {
                            conv.padded_k,
                            dgrad_axis(conv.h, conv.p, conv.r, conv.stride_h, conv.padding_h, conv.dilation_h),
                            dgrad_axis(conv.w, conv.q, conv.s, conv.stride_w, conv.padding_w, conv.dilation_w)};
-  const int64_t pixels = static_cast<int64_t>(conv.n) * conv.h * conv.w;
-  if (pixels > INT_MAX) return cudaErrorInvalidConfiguration;
+  const int64_t pixels = int64_t{conv.n} * conv.h * conv.w;
+  if (int64_t{conv.n} * conv.p * conv.q > INT_MAX) return cudaErrorInvalidConfiguration;
   // The first class is the largest.
-  const int largest = conv.n * ((conv.h - 1) / conv.stride_h + 1) * ((conv.w - 1) / conv.stride_w + 1);
+  const int64_t largest = int64_t{conv.n} * ((conv.h - 1) / conv.stride_h + 1) * ((conv.w - 1) / conv.stride_w + 1);
   return launch<Config>(gather, conv, largest, conv.c_in, pixels, conv.c_in);
 }
 

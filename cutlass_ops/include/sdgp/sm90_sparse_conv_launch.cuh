@@ -83,6 +83,8 @@ inline DgradAxis dgrad_axis(int extent, int filter, int stride, int padding, int
 template <typename Config>
 int launch_sparse_dgrad(const SdgpSparseConv& conv) {
   if (std::max(conv.stride_h, conv.stride_w) > kMaxStride || conv.splits != 1) return cudaErrorInvalidValue;
+  const int64_t pixels = int64_t{conv.n} * conv.h * conv.w;
+  if (std::max(pixels, int64_t{conv.n} * conv.p * conv.q) > INT_MAX) return cudaErrorInvalidConfiguration;
   DgradGather gather{};
   int lower_h, lower_w;
   gather.vertical = dgrad_axis(conv.h, conv.r, conv.stride_h, conv.padding_h, conv.dilation_h, lower_h);
@@ -122,14 +124,15 @@ int launch_sparse_dgrad(const SdgpSparseConv& conv) {
                        gather.grid, kBlockK / 16, Config::kBlockM, CU_TENSOR_MAP_SWIZZLE_NONE);
   if (error == 0) error = filter_map<Config>(maps.b, conv);
   if (error != 0) return error;
-  return launch<Config>(maps, gather, Target(conv), gather.pixels, conv.c_in, parts, conv.n * conv.h * conv.w,
-                        conv.c_in);
+  return launch<Config>(maps, gather, Target(conv), gather.pixels, conv.c_in, parts, pixels, conv.c_in);
 }
 
 template <typename Config>
 int launch_sparse_wgrad(const SdgpSparseConv& conv) {
   const Target target(conv);
-  const int k_tiles = (conv.n * conv.p * conv.q + kStageK - 1) / kStageK;
+  const int64_t positions = int64_t{conv.n} * conv.p * conv.q;
+  if (positions > INT_MAX - kStageK) return cudaErrorInvalidConfiguration;
+  const int k_tiles = (static_cast<int>(positions) + kStageK - 1) / kStageK;
   if (!target.fits(k_tiles)) return cudaErrorInvalidValue;
   const PixelGrid grid{conv.p, conv.q, -conv.padding_h, -conv.padding_w, conv.stride_h, conv.stride_w};
   TensorMaps maps;
@@ -141,8 +144,9 @@ int launch_sparse_wgrad(const SdgpSparseConv& conv) {
   const int taps = conv.r * conv.s, blocks_per_tap = (conv.c_in + kSwizzleElements - 1) / kSwizzleElements;
   const WgradGather gather{grid,   conv.c_out,     k_tiles,         conv.c_in,      taps,
                            conv.s, blocks_per_tap, conv.dilation_h, conv.dilation_w};
-  return launch<Config>(maps, gather, target, conv.c_out, taps * blocks_per_tap * kSwizzleElements, target.splits,
-                        conv.c_out, taps * conv.c_in);
+  const int64_t columns = int64_t{taps} * blocks_per_tap * kSwizzleElements;
+  return launch<Config>(maps, gather, target, conv.c_out, columns, target.splits, conv.c_out,
+                        int64_t{taps} * conv.c_in);
 }
 
 }  // namespace sdgp::sm90

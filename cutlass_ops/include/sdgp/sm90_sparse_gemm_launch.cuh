@@ -80,28 +80,32 @@ struct Target {
 
 // The product has `parts` parts of `m` rows and `columns` columns; the output is [rows, row_length].
 template <typename Config>
-int launch(const TensorMaps& maps, const typename Config::Gather& gather, const Target& target, int m, int columns,
-           int parts, int rows, int row_length) {
+int launch(const TensorMaps& maps, const typename Config::Gather& gather, const Target& target, int64_t m,
+           int64_t columns, int parts, int64_t rows, int64_t row_length) {
+  // The kernel counts in 32 bits, rows and columns in whole tiles.
+  const int rows_per_unit = Config::kBlockM * target.cluster_size;
+  const int64_t m_units = (m + rows_per_unit - 1) / rows_per_unit;
+  const int64_t n_tiles = (columns + Config::kBlockN - 1) / Config::kBlockN, units = m_units * n_tiles * parts;
+  if (m_units * rows_per_unit > INT_MAX || n_tiles * Config::kBlockN > INT_MAX || units > INT_MAX || rows > INT_MAX ||
+      row_length > INT_MAX)
+    return cudaErrorInvalidConfiguration;
   // Every time: the attribute belongs to the current device.
   const cudaError_t attribute = cudaFuncSetAttribute(sparse_gemm_kernel<Config>,
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
   if (attribute != cudaSuccess) return attribute;
 
   const bool split = target.splits > 1;
-  const int n_tiles = (columns + Config::kBlockN - 1) / Config::kBlockN;
-  const Problem problem{m,
-                        n_tiles,
+  const Problem problem{static_cast<int>(m),
+                        static_cast<int>(n_tiles),
                         parts,
-                        rows,
-                        row_length,
+                        static_cast<int>(rows),
+                        static_cast<int>(row_length),
                         target.group_n,
                         split ? target.workspace : target.out,
                         split             ? Output::kPartial
                         : target.is_float ? Output::kFloat
                                           : Output::kElement,
                         !split && target.accumulate};
-  const int rows_per_unit = Config::kBlockM * target.cluster_size;
-  const int64_t units = static_cast<int64_t>((m + rows_per_unit - 1) / rows_per_unit) * n_tiles * parts;
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(target.cluster_size), 1, 1};
@@ -116,14 +120,15 @@ int launch(const TensorMaps& maps, const typename Config::Gather& gather, const 
   const cudaError_t launched =
       cudaLaunchKernelEx(&launch, sparse_gemm_kernel<Config>, maps, gather, problem, target.cluster_size);
   if (launched != cudaSuccess || !split) return launched;
-  const int64_t count = static_cast<int64_t>(rows) * row_length;
   const auto reduce = target.is_float ? reduce_partials<float> : reduce_partials<typename Config::Element>;
-  return reduce(target.workspace, target.out, count, target.splits, target.accumulate, target.sm_count, target.stream);
+  return reduce(target.workspace, target.out, rows * row_length, target.splits, target.accumulate, target.sm_count,
+                target.stream);
 }
 
 template <typename Config>
 int launch_sparse_gemm(const SdgpSparseGemm& gemm) {
   const Target target(gemm);
+  if (gemm.k > INT_MAX - kStageK) return cudaErrorInvalidConfiguration;
   const int k_tiles = (gemm.k + kStageK - 1) / kStageK;
   if (!target.fits(k_tiles)) return cudaErrorInvalidValue;
   TensorMaps maps;
