@@ -65,19 +65,27 @@ def conv2d(
     or ``"valid"``. For `plan`, the numbers and the errors see `linear`; T runs over (n, p, q).
     """
     _check_floating(input)
-    if not torch.is_grad_enabled() or input.dim() not in (3, 4) or weight.dim() != 4 or _is_sharded(weight):
+    if not torch.is_grad_enabled() or input.dim() not in (3, 4) or weight.dim() != 4:  # other dims: torch's own error
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if input.dim() == 3:
-        return conv2d(input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, plan).squeeze(0)
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    if isinstance(padding, str):
+        if _is_autocast(input):
+            input, weight, bias = _autocast(input, weight, bias)
+        input, padding = resolve_padding(input, weight, padding, stride, dilation)
+    window = (*stride, *_pair("padding", padding), *dilation, groups)
+    return convolve(input, weight, bias, window, plan if isinstance(plan, str) else _encoded(plan, "conv2d"))
+
+
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: tuple[int, ...], plan: str) -> Tensor:
+    """`conv2d` with its integers in one tuple, as a layer has them: stride, padding, dilation (two each) and groups."""
+    _check_floating(input)
+    if not torch.is_grad_enabled() or input.dim() != 4 or weight.dim() != 4 or _is_sharded(weight):
+        if torch.is_grad_enabled() and input.dim() == 3:
+            return convolve(input.unsqueeze(0), weight, bias, window, plan).squeeze(0)
+        return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
     if _is_autocast(input):
         input, weight, bias = _autocast(input, weight, bias)
-    stride, dilation = _pair(stride), _pair(dilation)
-    if isinstance(padding, str):
-        input, padding = resolve_padding(input, weight, padding, stride, dilation)
-    if not isinstance(plan, str):
-        plan = _encoded(plan, "conv2d")
-    padding, decision = _pair(padding), None
-    window = (*stride, *padding, *dilation, groups)
+    decision = None
     channels_last = is_channels_last(input) or is_channels_last(weight)
     if not torch.compiler.is_compiling():
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -85,9 +93,9 @@ def conv2d(
             plan, input.shape, weight.shape, window, channels_last, input.dtype, input.device, deterministic
         )
         if decision.backend is None:
-            return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+            return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
     elif not prunes(plan):
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
     result: Tensor = _Conv2d.apply(input, weight, bias, window, channels_last, plan, decision)
     return result
 
@@ -227,10 +235,12 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if eligible else tensor
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+def _pair(argument: str, value: int | Sequence[int]) -> tuple[int, int]:
     if isinstance(value, int):
         return value, value
-    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
+    if len(value) not in (1, 2):
+        raise ValueError(f"{argument} must be an int or two of them; got {value!r}")
+    return value[0], value[-1]
 
 
 def is_channels_last(tensor: Tensor) -> bool:

@@ -84,7 +84,12 @@ class SDGPConv2d(SDGPLayer, nn.Conv2d):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
-        return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, self._sdgp_plan)
+        elif isinstance(padding, str):
+            return functional.conv2d(
+                input, weight, bias, self.stride, padding, self.dilation, self.groups, self._sdgp_plan
+            )
+        window = (*self.stride, *padding, *self.dilation, self.groups)
+        return functional.convolve(input, weight, bias, window, self._sdgp_plan)
 
 
 def layer_kind(module: nn.Linear | nn.Conv2d) -> LayerKind:

@@ -29,6 +29,7 @@ MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 WEYL = (0x9E3779B9, 0xBB67AE85)
 MASK32 = 0xFFFFFFFF
 _INT64 = torch.iinfo(torch.int64)
+_HAS_RANKS = torch.distributed.is_available()  # a property of torch's build
 
 
 # Gives a buffer by its name, shape and dtype, uninitialised.
@@ -86,7 +87,7 @@ def take(generator: torch.Generator) -> tuple[int, int]:
 
 def data_parallel_rank() -> int:
     """This process's rank in torch.distributed's default group; 0 where there is none."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _HAS_RANKS and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     return 0
 

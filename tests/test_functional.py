@@ -337,6 +337,8 @@ def test_non_floating_input_is_refused(dtype: torch.dtype, training: bool) -> No
     [
         ({"padding": "full"}, "padding must be 'same', 'valid', an int or two ints; got 'full'"),
         ({"padding": "same", "stride": 2}, r"padding='same' needs stride 1; got stride \(2, 2\)"),
+        ({"stride": (1, 2, 3)}, r"stride must be an int or two of them; got \(1, 2, 3\)"),
+        ({"dilation": ()}, r"dilation must be an int or two of them; got \(\)"),
         ({"plan": "mvue"}, "plan must be a string .* got 'mvue'"),
         ({"plan": 3}, "plan must be"),
     ],
