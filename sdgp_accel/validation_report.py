@@ -59,7 +59,17 @@ class PassCheck:
     @property
     def ok(self) -> bool:
         """True where the error is within the tolerance and the bias within its noise; False for NaN."""
-        return self.error <= self.tolerance and (self.bias is None or self.bias.within_noise)
+        return not self.problem
+
+    @property
+    def problem(self) -> str:
+        """What is wrong, with the numbers that say so; empty where nothing is."""
+        if not self.error <= self.tolerance:  # NaN too
+            return f"error {self.error:.2e}, allowed {self.tolerance:.2e}"
+        if self.bias is not None and not self.bias.within_noise:
+            bias, noise = 100 * self.bias.value, 100 * self.bias.standard_error
+            return f"bias {bias:+.2f} % in {self.bias.draws} draws, with a standard error of {noise:.2f} %"
+        return ""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sdgp_accel import philox, validation
 from sdgp_accel.backends import reference
 from sdgp_accel.cli import main
 from sdgp_accel.pruning import prune_matrix
+from sdgp_accel.validation_report import Bias
 
 pytestmark = pytest.mark.filterwarnings("ignore:device 'cpu' has no sparse tensor cores")
 
@@ -124,6 +126,8 @@ def test_a_biased_estimate_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "prune_matrix", biased)
     report = sdgp.validate(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(64, 64), draws=64)
     assert any(not check.bias.within_noise for check in report.checks)
+    check = replace(report.checks[0], error=0.0, bias=Bias(0.2, 0.01, 64))
+    assert check.problem == "bias +20.00 % in 64 draws, with a standard error of 1.00 %"
 
 
 def test_non_finite_gradients_fail_and_non_finite_losses_are_refused() -> None:

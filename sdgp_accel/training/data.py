@@ -227,6 +227,12 @@ def _cifar10(data_dir: Path) -> tuple[Batch, Batch]:
             f"data_dir must hold the folder {CIFAR10.base_folder}; {data_dir} does not. To fetch it: "
             f"python -c \"import torchvision; torchvision.datasets.CIFAR10('{data_dir}', download=True)\""
         )
-    parts = [CIFAR10(str(data_dir), train=train) for train in (True, False)]  # checks the files' MD5 sums
+    try:
+        parts = [CIFAR10(str(data_dir), train=train) for train in (True, False)]
+    except RuntimeError as error:
+        raise ValueError(
+            f"data_dir must hold CIFAR-10's own files; some in {data_dir / CIFAR10.base_folder} are missing or have "
+            "another MD5 sum"
+        ) from error
     train, test = ((torch.from_numpy(p.data).permute(0, 3, 1, 2), torch.tensor(p.targets)) for p in parts)
     return train, test
