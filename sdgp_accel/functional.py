@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdgp_accel import ops
-from sdgp_accel.backends import Decision, decide_conv2d, decide_linear, warn_once
+from sdgp_accel.backends import Decision, check_floating, decide_conv2d, decide_linear, warn_once
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.layer_plan import LayerKind, plan_string, prunes
 
@@ -29,21 +29,25 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
 
     Raises TypeError for an input that is not floating point, and RuntimeError on double backward.
     """
-    _check_floating(input)
-    if not torch.is_grad_enabled() or input.dim() == 0 or _is_sharded(weight):  # of dim 0: torch's own error
+    is_sharded = type(weight) is not nn.Parameter and _is_sharded(weight)
+    if is_sharded or not torch.is_grad_enabled() or input.dim() == 0:  # of dim 0: torch's own error
+        check_floating(input.dtype)
         return F.linear(input, weight, bias)
-    if _is_autocast(input):
+    is_compiling = torch.compiler.is_compiling()
+    if (is_compiling or torch._C._is_any_autocast_enabled()) and _is_autocast(input):
         input, weight, bias = _autocast(input, weight, bias)
     if not isinstance(plan, str):
         plan = _encoded(plan, "linear")
     decision = None
-    if not torch.compiler.is_compiling():
-        deterministic = torch.are_deterministic_algorithms_enabled()
+    if not is_compiling:
+        deterministic = torch._C._get_deterministic_algorithms()
         decision = decide_linear(plan, input.shape, weight.shape[0], input.dtype, input.device, deterministic)
         if decision.backend is None:
             return F.linear(input, weight, bias)
-    elif not prunes(plan):
-        return F.linear(input, weight, bias)
+    else:
+        check_floating(input.dtype)
+        if not prunes(plan):
+            return F.linear(input, weight, bias)
     result: Tensor = _Linear.apply(input, weight, bias, plan, decision)
     return result
 
@@ -64,7 +68,7 @@ def conv2d(
     point, any memory format (channels_last gradients are pruned without a copy). `padding` may be ``"same"``
     or ``"valid"``. For `plan`, the numbers and the errors see `linear`; T runs over (n, p, q).
     """
-    _check_floating(input)
+    check_floating(input.dtype)
     if not torch.is_grad_enabled() or input.dim() not in (3, 4) or weight.dim() != 4:  # other dims: torch's own error
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
@@ -78,24 +82,28 @@ def conv2d(
 
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: tuple[int, ...], plan: str) -> Tensor:
     """`conv2d` with its integers in one tuple, as a layer has them: stride, padding, dilation (two each) and groups."""
-    _check_floating(input)
-    if not torch.is_grad_enabled() or input.dim() != 4 or weight.dim() != 4 or _is_sharded(weight):
+    is_sharded = type(weight) is not nn.Parameter and _is_sharded(weight)
+    if is_sharded or not torch.is_grad_enabled() or input.dim() != 4 or weight.dim() != 4:
         if torch.is_grad_enabled() and input.dim() == 3:
             return convolve(input.unsqueeze(0), weight, bias, window, plan).squeeze(0)
+        check_floating(input.dtype)
         return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
-    if _is_autocast(input):
+    is_compiling = torch.compiler.is_compiling()
+    if (is_compiling or torch._C._is_any_autocast_enabled()) and _is_autocast(input):
         input, weight, bias = _autocast(input, weight, bias)
     decision = None
     channels_last = is_channels_last(input) or is_channels_last(weight)
-    if not torch.compiler.is_compiling():
-        deterministic = torch.are_deterministic_algorithms_enabled()
+    if not is_compiling:
+        deterministic = torch._C._get_deterministic_algorithms()
         decision = decide_conv2d(
             plan, input.shape, weight.shape, window, channels_last, input.dtype, input.device, deterministic
         )
         if decision.backend is None:
             return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
-    elif not prunes(plan):
-        return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
+    else:
+        check_floating(input.dtype)
+        if not prunes(plan):
+            return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
     result: Tensor = _Conv2d.apply(input, weight, bias, window, channels_last, plan, decision)
     return result
 
@@ -110,9 +118,9 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, plan: str, decision: Decision | None
     ) -> Tensor:
-        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        needs_dx, needs_dw, _, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(input if needs_dw else None, weight if needs_dx else None)
-        ctx.plan, ctx.decision = plan, decision
+        ctx.call = plan, decision
         return F.linear(input, weight, bias)
 
     @staticmethod
@@ -121,9 +129,10 @@ class _Linear(torch.autograd.Function):
         needs_dx, needs_dw, needs_db, _, _ = ctx.needs_input_grad
         if not (needs_dx or needs_dw):
             return None, None, dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy, None, None
-        if _is_plain(dy, ctx.decision):
-            return *ops.run(dy, x, weight, needs_db, ctx.decision), None, None
-        gradients = _once(ops.linear_backward(dy, x, weight, needs_db, ctx.plan), dy, x, weight)
+        plan, decision = ctx.call
+        if _is_plain(dy, decision):
+            return *ops.run(dy, x, weight, needs_db, decision), None, None
+        gradients = _once(ops.linear_backward(dy, x, weight, needs_db, plan), dy, x, weight)
         return *_place(gradients, needs_dx, needs_dw, needs_db), None, None
 
 
@@ -146,7 +155,7 @@ class _Conv2d(torch.autograd.Function):
         else:
             ctx.save_for_backward(input if needs_dw else None, weight if needs_dx else None)
             absent_shape = weight.shape if needs_dw else input.shape
-        ctx.arguments, ctx.decision = (absent_shape, window, channels_last, plan), decision
+        ctx.call = (absent_shape, window, channels_last, plan), decision
         return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
 
     @staticmethod
@@ -155,9 +164,10 @@ class _Conv2d(torch.autograd.Function):
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
         if not (needs_dx or needs_dw):
             return None, None, dy.sum((0, 2, 3)), None, None, None, None
-        if _is_plain(dy, ctx.decision):
-            return *ops.run(dy, x, weight, needs_db, ctx.decision), None, None, None, None
-        gradients = _once(ops.conv2d_backward(dy, x, weight, needs_db, *ctx.arguments), dy, x, weight)
+        arguments, decision = ctx.call
+        if _is_plain(dy, decision):
+            return *ops.run(dy, x, weight, needs_db, decision), None, None, None, None
+        gradients = _once(ops.conv2d_backward(dy, x, weight, needs_db, *arguments), dy, x, weight)
         return *_place(gradients, needs_dx, needs_dw, needs_db), None, None, None, None
 
 
@@ -198,14 +208,10 @@ def _place(gradients: Sequence[Tensor], *needs: bool) -> list[Tensor | None]:
     return [next(position) if need else None for need in needs]
 
 
-def _check_floating(input: Tensor) -> None:
-    if not input.is_floating_point():
-        raise TypeError(f"input must be a floating point tensor; got {input.dtype}")
-
-
 def _is_sharded(weight: Tensor) -> bool:
     """True for the DTensors of tensor parallelism, which run dense: groups would have to cross the shards."""
-    if type(weight).__name__ != "DTensor":  # by name: importing torch.distributed.tensor takes half a second
+    # By name: importing torch.distributed.tensor takes half a second.
+    if type(weight).__name__ != "DTensor":
         return False
     warn_once("layers with tensor-parallel weights (DTensor) run the ordinary dense backward")
     return True

@@ -261,12 +261,19 @@ def decide(plan_text: str, geometry: Geometry, dtype: torch.dtype, device: torch
     """Which backend runs the backward of a layer of this shape, dtype and device.
 
     Raises RuntimeError where the plan asks for kernels on a device without sparse tensor cores, or where
-    ``fallback="error"`` and the kernels cannot take the layer. Warns once for each reason that concerns the
-    device as a whole.
+    ``fallback="error"`` and the kernels cannot take the layer, TypeError for a dtype of other numbers. Warns once for
+    each reason that concerns the device as a whole.
     """
+    check_floating(dtype)
     plan = _resolve_scope(decode(plan_text), geometry)
     backend, reason = _choose(plan, geometry, dtype, device)
     return Decision(geometry, backend, plan, plan.draws, reason)
+
+
+def check_floating(dtype: torch.dtype) -> None:
+    """Raise TypeError unless `dtype`, of a layer's input, is one of floating point numbers."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"input must be a floating point tensor; got {dtype}")
 
 
 Choice = tuple[Backend | None, str]

@@ -15,7 +15,7 @@ from sdgp_accel.backends.products import Launch, plan_product
 from sdgp_accel.backends.sweep import Sweep, plan_sweeps, run_sweeps
 from sdgp_accel.geometry import Geometry, LinearGeometry
 from sdgp_accel.layer_plan import LayerPlan
-from sdgp_accel.philox import Rng, data_parallel_rank, next_seed
+from sdgp_accel.philox import data_parallel_rank, next_seed
 
 
 class SparseBackward:
@@ -54,15 +54,17 @@ class SparseBackward:
             sweeps = self._prepare(needs)
         assert self._launches is not None
         stream = gpu.stream_of(device)
-        rng = Rng(next_seed(device), data_parallel_rank(), 0) if self._draws else None
-        for_dgrad, for_wgrad, db = run_sweeps(sweeps, dy, rng, stream)
+        seed, rank = (next_seed(device), data_parallel_rank()) if self._draws else (None, 0)
+        for_dgrad, for_wgrad, db = run_sweeps(sweeps, dy, seed, rank, stream)
         dx = dw = None
         if weight is not None:
+            assert for_dgrad is not None
             launch = self._launches[0]
             dx = dy.new_empty_strided(launch.shape, launch.strides)
             launch.run(for_dgrad, weight, dx, stream)
             del for_dgrad  # its memory is free for wgrad's
         if x is not None:
+            assert for_wgrad is not None
             launch = self._launches[1]
             dw = dy.new_empty_strided(launch.shape, launch.strides)
             launch.run(for_wgrad, x, dw, stream)

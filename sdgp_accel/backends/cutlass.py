@@ -14,7 +14,7 @@ import cutlass_ops
 from sdgp_accel.backends import BUILD_COMMAND, Needs, Operands, Tilings, check_out, dense, gpu
 from sdgp_accel.backends.bound import SparseBackward
 from sdgp_accel.backends.products import Launch, plan_product, rank, too_large
-from sdgp_accel.backends.sweep import DTYPE_NAMES, StoredOperand, plan_sweeps, run_sweeps
+from sdgp_accel.backends.sweep import DTYPE_NAMES, Storage, StoredOperand, plan_sweeps, run_sweeps
 from sdgp_accel.backends.tiles import Product, Tiling
 from sdgp_accel.config import Pass
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
@@ -69,8 +69,15 @@ class CutlassBackend:
                 dy, row_stride = dy.contiguous(), c
         device = dy.device
         planned = plan_sweeps(cutlass_ops.kernels(), geometry, plan, needs, row_stride, dy.dtype)
+        seed, rank = (None, 0) if rng is None else (rng.seed, rng.rank)
         with gpu.on_device(device):
-            return run_sweeps(planned, dy, rng, gpu.stream_of(device))
+            dgrad, wgrad, db = run_sweeps(planned, dy, seed, rank, gpu.stream_of(device))
+        t = geometry.positions
+        return Operands(
+            None if dgrad is None else StoredOperand(dgrad, Storage.of(1, t, c)),
+            None if wgrad is None else StoredOperand(wgrad, Storage.of(0, t, c)),
+            db,
+        )
 
     def tilings(
         self, geometry: Geometry, pass_name: Pass, dtype: torch.dtype, device: torch.device
@@ -96,7 +103,7 @@ class CutlassBackend:
             return dx if shape is None else dx.view(shape)
         dx = weight.new_empty(shape) if shape is not None else weight.new_empty_strided(launch.shape, launch.strides)
         with gpu.on_device(dx.device):
-            launch.run(operand, weight, dx, gpu.stream_of(dx.device))
+            launch.run(operand.block, weight, dx, gpu.stream_of(dx.device))
         return dx if launch.final else dx.contiguous()
 
     def wgrad(
@@ -125,7 +132,7 @@ class CutlassBackend:
         if dw is None:
             dw = (x if out is None else out).new_empty_strided(launch.shape, launch.strides)
         with gpu.on_device(dw.device):
-            launch.run(operand, x, dw, gpu.stream_of(dw.device))
+            launch.run(operand.block, x, dw, gpu.stream_of(dw.device))
         if out is not None:
             return out if direct else out.add_(dw) if accumulate else out.copy_(dw)
         return dw if launch.final else dw.contiguous()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdgp_accel.backends import CACHED_DECISIONS, gpu, tiles
-from sdgp_accel.backends.sweep import DTYPE_NAMES, Storage, StoredOperand
+from sdgp_accel.backends.sweep import DTYPE_NAMES, Storage
 from sdgp_accel.backends.tiles import Product, Tiling, rank_tilings
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 
@@ -73,28 +73,29 @@ def _product_size(geometry: Geometry, product: Product) -> tuple[int, int, int]:
 class Launch(NamedTuple):
     """What is the same in every product of one shape: the launch but for addresses, and what to allocate.
 
-    workspace: its size in 16-bit elements, as a shape; None where the kernel needs none. shape, strides: of the result;
-    a convolution's is channels_last. final: False where the layer wants it contiguous.
+    metadata_at: in the operand's `Storage`. workspace: its size in 16-bit elements, as a shape; None where the kernel
+    needs none. shape, strides: of the result; a convolution's is channels_last. final: False where the layer wants it
+    contiguous.
     """
 
     kernel: Any
+    metadata_at: int
     workspace: tuple[int] | None
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     final: bool
 
-    def run(self, operand: StoredOperand, b: Tensor, out: Tensor, stream: int) -> None:
-        """Multiply to (or add to) `out`; `b`: the weight or x. Both in one block, channels innermost.
+    def run(self, block: Tensor, b: Tensor, out: Tensor, stream: int) -> None:
+        """Multiply the operand in `block` by `b`, the weight or x, to `out` (or add to it).
 
-        stream: of the current device.
+        b, out: in one block, channels innermost. stream: of the current device.
         """
         workspace, address = None, 0
         if self.workspace is not None:
-            workspace = operand.block.new_empty_strided(self.workspace, (1,))
+            workspace = block.new_empty_strided(self.workspace, (1,))
             address = workspace.data_ptr()
-        values = operand.block.data_ptr()
-        metadata = values + operand.storage.metadata_at
-        self.kernel(values, metadata, b.data_ptr(), out.data_ptr(), address, stream)
+        values = block.data_ptr()
+        self.kernel(values, values + self.metadata_at, b.data_ptr(), out.data_ptr(), address, stream)
 
 
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
@@ -118,10 +119,11 @@ def plan_product(
             return None
         tiling = rank(geometry, product, gpu.device_facts(device), None if is_aligned else tiles.SM80_ANY)[0]
     c_in, c_out, positions = geometry.in_channels, geometry.out_channels, geometry.positions
+    storage = Storage.of(1 if product == "dgrad" else 0, positions, c_out)
     arguments: dict[str, Any] = {
         "splits": tiling.splits, "group_n": tiling.group_n, "cluster_size": tiling.cluster_size,
         "sm_count": gpu.device_facts(device).multiprocessors, "out_is_float": out_dtype == torch.float32,
-        "accumulate": accumulate, "padded_k": Storage.of(1 if product == "dgrad" else 0, positions, c_out).k,
+        "accumulate": accumulate, "padded_k": storage.k,
     }  # fmt: skip
     instance = f"{product}_{DTYPE_NAMES[dtype]}_{tiling.tile}"
     final = True
@@ -143,7 +145,7 @@ def plan_product(
             window=(*g.stride, *g.padding, *g.dilation), **arguments,
         )  # fmt: skip
     partials = (2 * tiling.splits * math.prod(shape),) if tiling.splits > 1 else None  # of float32
-    return Launch(kernel, partials, shape, strides, final)
+    return Launch(kernel, storage.metadata_at, partials, shape, strides, final)
 
 
 def _is_pointwise(geometry: Conv2dGeometry) -> bool:

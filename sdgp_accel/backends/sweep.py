@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdgp_accel.backends import CACHED_DECISIONS, Needs, Operands
+from sdgp_accel.backends import CACHED_DECISIONS, Needs
 from sdgp_accel.backends.tiles import TILE_K
 from sdgp_accel.config import PruneSpec
 from sdgp_accel.geometry import Geometry
 from sdgp_accel.layer_plan import LayerPlan
-from sdgp_accel.philox import Rng
+from sdgp_accel.philox import Seed
 from sdgp_accel.semi_structured import SparseOperand
 
 DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -92,6 +92,10 @@ class StoredOperand(NamedTuple):
         return values.view(rows, columns), metadata.view(torch.int16).view(words)
 
 
+# The blocks of both operands, and the bias gradient; None for what was not asked for.
+Blocks = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
 class Sweep(NamedTuple):
     """One pass over gradients [T, C] of one shape.
 
@@ -110,24 +114,22 @@ class Sweep(NamedTuple):
     wgrad_scale_at: int
     bias: tuple[int] | None
 
-    def run(self, dy: Tensor, rng: Rng | None, stream: int) -> Operands:
-        """dy: in the memory that the sweep was made for. rng: where the function draws."""
+    def run(self, dy: Tensor, seed: Seed | None, rank: int, stream: int) -> Blocks:
+        """dy: in the memory that the sweep was made for. seed: where the function draws."""
         address = dy.data_ptr()
         dgrad = wgrad = db = None
         first = values = metadata = wgrad_values = wgrad_metadata = 0
         if self.dgrad is not None:
-            block = dy.new_empty_strided(self.sizes[0], _UNIT)
-            first = values = block.data_ptr()
+            dgrad = dy.new_empty_strided(self.sizes[0], _UNIT)
+            first = values = dgrad.data_ptr()
             metadata = values + self.dgrad.metadata_at
-            dgrad = StoredOperand(block, self.dgrad)
         if self.wgrad is not None:
-            block = dy.new_empty_strided(self.sizes[1], _UNIT)
-            wgrad_values = block.data_ptr()
+            wgrad = dy.new_empty_strided(self.sizes[1], _UNIT)
+            wgrad_values = wgrad.data_ptr()
             wgrad_metadata = wgrad_values + self.wgrad.metadata_at
-            wgrad = StoredOperand(block, self.wgrad)
             first = first or wgrad_values
         workspace = first + self.workspace_at
-        bias = partials = seed = key = offset = rank = dgrad_scale = wgrad_scale = 0
+        bias = partials = seed_at = key = offset = dgrad_scale = wgrad_scale = 0
         if self.bias is not None:
             db = dy.new_empty_strided(self.bias, _UNIT)
             bias, partials = db.data_ptr(), workspace
@@ -136,17 +138,16 @@ class Sweep(NamedTuple):
             # Its sums lie where the partial sums of the bias gradient will: this launch ends before the next begins.
             self.scope_scales(address, workspace, dgrad_scale, wgrad_scale, stream)
         if self.draws:
-            assert rng is not None
-            rank = rng.rank
-            if isinstance(rng.seed, Tensor):
-                seed = rng.seed.data_ptr()
+            assert seed is not None
+            if isinstance(seed, Tensor):
+                seed_at = seed.data_ptr()
             else:
-                key, offset = rng.seed
+                key, offset = seed
         self.launch(
-            address, values, metadata, wgrad_values, wgrad_metadata, bias, partials, seed, key, offset, rank,
+            address, values, metadata, wgrad_values, wgrad_metadata, bias, partials, seed_at, key, offset, rank,
             dgrad_scale, wgrad_scale, stream,
         )  # fmt: skip
-        return Operands(dgrad, wgrad, db)
+        return dgrad, wgrad, db
 
 
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
@@ -167,12 +168,12 @@ def plan_sweeps(
     return (_sweep(kernels, spec, Needs(for_dgrad is not None, for_wgrad is not None, needs.bias), *shape),)
 
 
-def run_sweeps(sweeps: tuple[Sweep, ...], dy: Tensor, rng: Rng | None, stream: int) -> Operands:
-    """The operands and the bias gradient of all passes of `plan_sweeps`. stream: of the current device."""
-    operands = sweeps[0].run(dy, rng, stream)
-    if len(sweeps) > 1:  # the first has applied dgrad's rule
-        operands = operands._replace(wgrad=sweeps[1].run(dy, rng, stream).wgrad)
-    return operands
+def run_sweeps(sweeps: tuple[Sweep, ...], dy: Tensor, seed: Seed | None, rank: int, stream: int) -> Blocks:
+    """What all passes of `plan_sweeps` yield. stream: of the current device."""
+    if len(sweeps) == 1:
+        return sweeps[0].run(dy, seed, rank, stream)
+    dgrad, _, db = sweeps[0].run(dy, seed, rank, stream)
+    return dgrad, sweeps[1].run(dy, seed, rank, stream)[1], db
 
 
 def _sweep(
