@@ -37,13 +37,9 @@ class SDGPLayer(nn.Module):
     @sdgp_config.setter
     def sdgp_config(self, config: SDGPConfig) -> None:
         plan = plan_string(self.kind, config)
+        warn_of_scope(self.kind, config)
         self._sdgp_config = config
         self._sdgp_plan = plan if self._sdgp_active else INACTIVE
-        if self.kind == "linear" and config.scope == "sample_channel" and "rescale_magnitude" in config.functions:
-            warn_once(
-                "scope='sample_channel' sums over the tokens of [..., T, C]; on a 2-D input, where each row is its own "
-                "sample, a Linear layer uses scope='group'"
-            )
 
     @property
     def sdgp_active(self) -> bool:
@@ -90,6 +86,15 @@ class SDGPConv2d(SDGPLayer, nn.Conv2d):
             )
         window = (*self.stride, *padding, *self.dilation, self.groups)
         return functional.convolve(input, weight, bias, window, self._sdgp_plan)
+
+
+def warn_of_scope(kind: LayerKind, config: SDGPConfig) -> None:
+    """Warn, once, where `config` sums over what a 2-D input of such a layer does not have."""
+    if kind == "linear" and config.scope == "sample_channel" and "rescale_magnitude" in config.functions:
+        warn_once(
+            "scope='sample_channel' sums over the tokens of [..., T, C]; on a 2-D input, where each row is its own "
+            "sample, a Linear layer uses scope='group'"
+        )
 
 
 def layer_kind(module: nn.Linear | nn.Conv2d) -> LayerKind:

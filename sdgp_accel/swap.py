@@ -20,7 +20,7 @@ from sdgp_accel import batch as batches
 from sdgp_accel.backends import Decision, forget_decisions
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.layer_plan import decode, plan_string
-from sdgp_accel.nn import SDGPConv2d, SDGPLayer, SDGPLinear, decide_layer, layer_kind
+from sdgp_accel.nn import SDGPConv2d, SDGPLayer, SDGPLinear, decide_layer, layer_kind, warn_of_scope
 from sdgp_accel.report import LayerReport, SwapReport, describe_skipped, describe_swapped
 
 Filter = Callable[[nn.Module, str], bool] | str | Iterable[str] | None
@@ -269,6 +269,7 @@ def _plan_step(
             _check_restorable(module)
         return Step(module, None, describe_skipped(module, names, reason))
     assert isinstance(module, (nn.Linear, nn.Conv2d))
+    warn_of_scope(layer_kind(module), config)  # here, where nothing has changed yet: a warning may be an error
     return Step(module, config, describe_swapped(module, names, config, None))
 
 

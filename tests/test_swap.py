@@ -292,6 +292,19 @@ def test_all_or_nothing() -> None:
     assert all(type(m) is nn.Linear for m in model)
 
 
+@pytest.mark.parametrize("config", [{}, {"prune": "rescale_magnitude", "scope": "sample_channel"}], ids=str)
+def test_a_warning_made_an_error_leaves_nothing_half_swapped(config: dict[str, Any], nothing_decided: None) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if config:
+            warnings.filterwarnings("ignore", "device 'cpu' has no sparse tensor cores")
+        with pytest.raises(UserWarning, match="2-D input" if config else "nothing is accelerated here"):
+            sdgp.accelerate_(model, sdgp.SDGPConfig(**config))
+    assert [type(m) for m in model] == [nn.Conv2d, nn.Linear]
+    assert not any("sdgp" in key for m in model for key in vars(m))
+
+
 @pytest.mark.parametrize("construct", ["layer", "accelerate_"])
 def test_linear_with_sample_channel_scope_warns_once_at_construction(construct: str, nothing_decided: None) -> None:
     config = sdgp.SDGPConfig(prune="rescale_magnitude", scope="sample_channel", backend="reference")
