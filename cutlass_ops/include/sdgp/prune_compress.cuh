@@ -256,8 +256,9 @@ __device__ __forceinline__ void widen(const uint32_t (&x)[16][4], bool odd, uint
   }
 }
 
+// Blocks on a multiprocessor: as many as the registers allow without spilling any.
 template <typename Element, typename Rule, int M, bool kIsScaled>
-__global__ void __launch_bounds__(kBlockThreads, M == 4 ? (kIsScaled || Rule::kIsRandom ? 3 : 4) : 1)
+__global__ void __launch_bounds__(kBlockThreads, M == 4 ? (kIsScaled || Rule::kDrawsEachElement ? 3 : 4) : 1)
     prune_compress_kernel(const __grid_constant__ SdgpPruneCompress problem, const __grid_constant__ Cover cover) {
   constexpr int kRows = M, kChannels = kTileChannels;  // in registers at a time
   __shared__ float bias_sums[kBlockThreads][kChannels];
@@ -299,6 +300,32 @@ __global__ void __launch_bounds__(kBlockThreads, M == 4 ? (kIsScaled || Rule::kI
       }
     }
 
+    // wgrad first: it needs the rows as they are, and they take no registers while dgrad has them widened.
+    if (problem.wgrad_values != nullptr && row < problem.wgrad_k && channel < c) {
+      uint32_t values[kRows / 2][kChannels / 2], metadata[kChannels / 2];
+      const auto groups_per_row = static_cast<uint64_t>(c);
+      const uint64_t first_group = static_cast<uint64_t>(row / M) * groups_per_row + static_cast<uint64_t>(channel);
+      auto compress = [&](const uint32_t (&scaled)[kRows][kChannels / 2]) {
+        compress_along_positions<Rule, M, kRows, kChannels, kIsScaled>(x, scaled, first_group, groups_per_row, t - row,
+                                                                       wgrad_parameters, values, metadata);
+      };
+      if constexpr (kIsScaled) {
+        uint32_t scaled[kRows][kChannels / 2];
+        ScopeFactors<Element, kChannels> factors(problem.wgrad_scale, channel, c, is_single);
+        scale_rows(x, wgrad_walk, factors, scaled);
+        compress(scaled);
+      } else {
+        compress(x);
+      }
+#pragma unroll
+      for (int v = 0; v < kRows / 2; ++v) {
+        store_channels(static_cast<uint16_t*>(problem.wgrad_values) + (row / 2 + v) * problem.wgrad_pitch, channel,
+                       problem.wgrad_pitch, {values[v][0], values[v][1], values[v][2], values[v][3]});
+      }
+#pragma unroll
+      for (int p = 0; p < kChannels / 2; ++p) wgrad_metadata[p] |= metadata[p] << step;
+    }
+
     if (problem.dgrad_values != nullptr) {
       if constexpr (M == 16) {
         const bool odd = place.lane % 2 != 0;
@@ -326,31 +353,6 @@ __global__ void __launch_bounds__(kBlockThreads, M == 4 ? (kIsScaled || Rule::kI
           emit_dgrad<Rule, M, kRows, kChannels, false>(problem, x, x, row, channel, dgrad_parameters);
         }
       }
-    }
-
-    if (problem.wgrad_values != nullptr && row < problem.wgrad_k && channel < c) {
-      uint32_t values[kRows / 2][kChannels / 2], metadata[kChannels / 2];
-      const auto groups_per_row = static_cast<uint64_t>(c);
-      const uint64_t first_group = static_cast<uint64_t>(row / M) * groups_per_row + static_cast<uint64_t>(channel);
-      auto compress = [&](const uint32_t (&scaled)[kRows][kChannels / 2]) {
-        compress_along_positions<Rule, M, kRows, kChannels, kIsScaled>(x, scaled, first_group, groups_per_row, t - row,
-                                                                       wgrad_parameters, values, metadata);
-      };
-      if constexpr (kIsScaled) {
-        uint32_t scaled[kRows][kChannels / 2];
-        ScopeFactors<Element, kChannels> factors(problem.wgrad_scale, channel, c, is_single);
-        scale_rows(x, wgrad_walk, factors, scaled);
-        compress(scaled);
-      } else {
-        compress(x);
-      }
-#pragma unroll
-      for (int v = 0; v < kRows / 2; ++v) {
-        store_channels(static_cast<uint16_t*>(problem.wgrad_values) + (row / 2 + v) * problem.wgrad_pitch, channel,
-                       problem.wgrad_pitch, {values[v][0], values[v][1], values[v][2], values[v][3]});
-      }
-#pragma unroll
-      for (int p = 0; p < kChannels / 2; ++p) wgrad_metadata[p] |= metadata[p] << step;
     }
   }
 

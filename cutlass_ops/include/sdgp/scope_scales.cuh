@@ -101,6 +101,11 @@ __device__ __forceinline__ void add_along_positions(const uint32_t (&x)[M][kTile
     if constexpr (N == 2 && M == 4) {  // two additions instead of four
       const PackedQuads quads = pack_kept(group, keep);
       add(kept, quads.low), add(kept, quads.high);
+    } else if constexpr (N == 1) {  // one addition instead of M
+      uint32_t largest = 0;
+#pragma unroll
+      for (int i = 0; i < M; ++i) largest |= group[i] & keep[i];
+      add(kept, largest);
     } else {
 #pragma unroll
       for (int i = 0; i < M; ++i) add(kept, group[i] & keep[i]);
