@@ -234,15 +234,18 @@ class BenchmarkReport:
 
     def _table(self) -> Table:
         left_out = [f"{name} left out: {reason}" for name, reason in self.settings.get("left_out", {}).items()]
+        # Four contenders and their labels fit the 80 columns of a narrow terminal.
         table = Table(
             box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
             title=f"{self.name}, batch {self.batch}: ms per step on {self.machine}",
             caption="\n".join([f"medians of {self.settings['steps']} steps, in turns", *left_out]),
         )
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for contender in self.contenders:
+            name = contender.name.replace(", ", ",\n")
             remark = f"\n({self.outcome})" if contender.sdgp and not self.accelerated else ""
-            table.add_column(contender.name + remark, justify="right", no_wrap=True)
+            table.add_column(name + remark, justify="right", no_wrap=True)
         for part, title in PARTS.items():
             seconds = [contender.parts.get(part) for contender in self.contenders]
             if any(value is not None for value in seconds):
@@ -250,7 +253,7 @@ class BenchmarkReport:
         table.add_section()
         steps = [contender.step for contender in self.contenders]
         table.add_row("step", *(_ms(step.median) for step in steps), style="bold")
-        table.add_row("middle half", *(f"{_ms(step.low)} … {_ms(step.high)}" for step in steps), style="dim")
+        table.add_row("middle half", *(f"{_ms(step.low)} …\n{_ms(step.high)}" for step in steps), style="dim")
         if self.accelerated:
             ratios = ["" if c.sdgp else f"{self.ratio(c).median:.3f}" for c in self.contenders]
             table.add_row(f"{self.fastest_sdgp.name} / this", *ratios)

@@ -167,9 +167,9 @@ def _strips(contenders: Sequence[Mapping[str, Any]], scale: float) -> tuple[list
 def _memory(contenders: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, str]]:
     """Name, width in per cent and text of each contender's peak."""
     largest = max(contender["peak_bytes"] for contender in contenders) or 1
-    unit, size = ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)
+    unit, size, digits = ("GiB", 2**30, 2) if largest >= 2**30 else ("MiB", 2**20, 1)
     return [
-        (c["name"], round(100 * c["peak_bytes"] / largest, 2), f"{c['peak_bytes'] / size:,.1f} {unit}")
+        (c["name"], round(100 * c["peak_bytes"] / largest, 2), f"{c['peak_bytes'] / size:,.{digits}f} {unit}")
         for c in contenders
     ]
 
@@ -182,7 +182,7 @@ def _measured_rows(groups: Sequence[Mapping[str, Any]]) -> list[LayerRow]:
     for group in groups:
         drawn = {key: group[key] for key in keys if group[key] is not None}
         predicted = f"{1 - group['predicted_sdgp'] / group['predicted_dense']:.0%} predicted"
-        saved = "" if group["sdgp"] is None else f"{1 - group['sdgp'] / group['dense']:+.0%} saved, "
+        saved = "" if group["sdgp"] is None else _saved(1 - group["sdgp"] / group["dense"]) + ", "
         rows.append(
             LayerRow(
                 _times(group["names"]),
@@ -193,6 +193,10 @@ def _measured_rows(groups: Sequence[Mapping[str, Any]]) -> list[LayerRow]:
             )
         )
     return rows
+
+
+def _saved(share: float) -> str:
+    return f"{share:.0%} saved" if share >= 0 else f"{-share:.0%} slower"
 
 
 def _predicted_rows(prediction: Mapping[str, Any]) -> list[LayerRow]:

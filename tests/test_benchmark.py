@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from torch import nn
 
 from sdgp_accel import benchmark as public_benchmark
@@ -273,6 +275,19 @@ def test_measured_outcomes(sdgp: tuple[float, ...], outcome: str, words: str) ->
     assert sum(group["sdgp"] for group in data["layers"]) == pytest.approx(0.1)
     assert sum(group["dense"] for group in data["layers"]) == pytest.approx(0.2)
     assert "SDGP / this" in str(report)
+
+
+def test_the_table_of_four_contenders_fits_a_narrow_terminal() -> None:
+    report = measured_report((1.2, 1234.5, 4.5), dense=(1.1, 2345.6, 3.4))
+    compiled = _contender("SDGP, compiled", True, (1234.5,) * 3, {})
+    report = replace(report, contenders=(*report.contenders, compiled), accelerated=False)
+    text = io.StringIO()
+    Console(file=text, width=80).print(report)
+    table = text.getvalue().split("╭")[0]
+    assert "prune + compress" in table
+    assert "compiled" in table
+    assert "1,234,500.0" in table
+    assert max(map(len, table.splitlines())) <= 80
 
 
 def test_json_schema(tmp_path: Path) -> None:

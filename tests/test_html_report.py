@@ -93,13 +93,17 @@ def test_says_what_is_measured_and_what_predicted() -> None:
     assert 'class="verdict faster"' in page
     assert "SDGP: 0.800 × this" in page
     assert "Layer by layer, measured against the roofline" in page
-    assert "+50% saved" in page  # every layer: 0.1 of 0.2 s
+    assert "50% saved, " in page  # every layer: 0.1 of 0.2 s
     assert re.search(r'<span class="tag">prediction</span>', page)
     emulated = render(replace(measured_report(FASTER), accelerated=False).to_dict())
     assert "dense, measured" in emulated
     assert "SDGP, measured" not in emulated
     assert "% saved" not in emulated
-    assert 'class="verdict slower"' in render(measured_report((1.3, 1.3, 1.3)).to_dict())
+    slower = measured_report((1.3, 1.3, 1.3)).to_dict()
+    slower["layers"][0]["sdgp"] = 3 * slower["layers"][0]["dense"]
+    page = render(slower)
+    assert 'class="verdict slower"' in page
+    assert "200% slower, " in page
 
 
 def test_both_colour_schemes() -> None:

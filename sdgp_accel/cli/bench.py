@@ -89,11 +89,14 @@ def command(
         gpu=gpu,
         name=model,
     )
-    Console().print(report)
-    for path, save in ((json_path, report.save_json), (html_path, report.save_html)):
-        if path is not None:
-            save(path)
-            click.echo(f"wrote {path}")
+    try:
+        for path, save in ((json_path, report.save_json), (html_path, report.save_html)):
+            if path is not None:
+                save(path)
+    finally:  # what was measured is shown, whatever becomes of the files
+        Console().print(report)
+    for path in filter(None, (json_path, html_path)):
+        click.echo(f"wrote {path}")
 
 
 def _prepare(
