@@ -24,7 +24,8 @@ from sdgp_accel.philox import GroupWords, Rng, Seed, data_parallel_rank, draw
 
 # Values per piece on a CPU, at most and at least. Smaller pieces stay in a closer cache (their scratch is 6 times their
 # values), but threads that start many short operations wait for each other (Python's lock): on two cores of an EPYC
-# with 32 MiB of last-level cache, mvue on 13 million values takes 131 ms with 2^19, 116 ms with 2^20.
+# with 32 MiB of last-level cache, mvue on 13 million values takes 131 ms with 2^19, 116 ms with 2^20. Half as many for
+# 16-bit values: their scratch is float32 all the same, and would be twice as large as the tensor.
 CPU_PIECE = 1 << 20
 SMALLEST_CPU_PIECE = 1 << 18
 
@@ -289,7 +290,8 @@ def _pieces(shape: Sequence[int], depth: int, x: Tensor) -> Iterator[tuple[slice
     """Boxes that cover a grid of `shape`, whose cells are `depth` values of x; on a CPU many small ones, else one."""
     values = x.numel()
     if x.device.type == "cpu":
-        values = min(CPU_PIECE, max(SMALLEST_CPU_PIECE, values // (PIECES_PER_THREAD * torch.get_num_threads())))
+        most = CPU_PIECE * min(4, x.element_size()) // 4
+        values = min(most, max(SMALLEST_CPU_PIECE, values // (PIECES_PER_THREAD * torch.get_num_threads())))
     limit = max(1, values // depth)
     steps = []
     inner = math.prod(shape)

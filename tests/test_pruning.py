@@ -357,6 +357,15 @@ def test_bad_arguments(error: type[Exception], message: str, call: Callable[[], 
         call()
 
 
+@pytest.mark.parametrize("dtype", pruning.DTYPES)
+def test_scratch_is_no_larger_than_the_tensor(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two threads: 6 values of float32 at least for each value of a piece."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x = torch.empty(1, dtype=dtype).expand(64 * 256 * 28 * 28)
+    largest = max(piece[0].stop - piece[0].start for piece in pruning._pieces(x.shape, 1, x))
+    assert 2 * 6 * max(4, x.element_size()) * largest <= x.numel() * x.element_size()
+
+
 def test_result_is_an_ordinary_tensor_also_under_compile() -> None:
     x, config = torch.randn(8, 16, requires_grad=True), SDGPConfig(prune="magnitude")
     pruned = prune(x, config)
