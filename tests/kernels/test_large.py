@@ -1,4 +1,7 @@
-"""Operands of more than 2^31 elements, on a GPU with the memory for them: parts of the result against float64."""
+"""Operands of more than 2^31 elements, on a GPU with the memory for them: parts of the result against float64.
+
+`test_far_products` and `test_far_prune_compress` run single blocks of such launches on the simulator.
+"""
 
 from __future__ import annotations
 
