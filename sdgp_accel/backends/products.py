@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdgp_accel.backends import CACHED_DECISIONS, gpu, tiles
-from sdgp_accel.backends.sweep import DTYPE_NAMES, Storage
+from sdgp_accel.backends.sweep import CHUNK, DTYPE_NAMES, Storage
 from sdgp_accel.backends.tiles import Product, Tiling, rank_tilings
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 
@@ -24,10 +24,11 @@ MAX_REACH, MAX_STRIDE = 120, 8
 
 def too_large(geometry: Geometry) -> str | None:
     """Why the products of this layer cannot run on sparse tensor cores."""
-    positions = geometry.positions
+    positions, columns = geometry.positions, -(-geometry.in_channels // CHUNK) * CHUNK
     if isinstance(geometry, Conv2dGeometry):
         positions = max(positions, geometry.batch * geometry.height * geometry.width)
-    largest = max(positions, geometry.out_channels, math.prod(geometry.weight_shape[1:]))
+        columns *= math.prod(geometry.kernel)
+    largest = max(positions, geometry.out_channels, columns)
     return f"sparse products count rows and columns in 32 bits; got {largest}" if largest > MAX_SIZE else None
 
 

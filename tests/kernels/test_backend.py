@@ -116,6 +116,11 @@ def test_there_is_nothing_to_list_without_sparse_products(hopper):
     assert cutlass.BACKEND.tilings(LARGE, "grad_input", torch.float16, CUDA) == ()
 
 
+def test_columns_count_with_the_padding_of_the_channels():
+    geometry = Conv2dGeometry.of((1, 1, 24576, 24576), (8, 1, 24576, 24576), (1, 1, 0, 0, 1, 1, 1), True)
+    assert str(8 * 24576**2) in sparse_products.too_large(geometry)
+
+
 @pytest.mark.parametrize(
     ("geometry", "families"),
     [
