@@ -29,6 +29,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
 
     Raises TypeError for an input that is not floating point, and RuntimeError on double backward.
     """
+    _check_tensor(input)
     is_sharded = type(weight) is not nn.Parameter and _is_sharded(weight)
     if is_sharded or not torch.is_grad_enabled() or input.dim() == 0:  # of dim 0: torch's own error
         check_floating(input.dtype)
@@ -68,6 +69,7 @@ def conv2d(
     point, any memory format (channels_last gradients are pruned without a copy). `padding` may be ``"same"``
     or ``"valid"``. For `plan`, the numbers and the errors see `linear`; T runs over (n, p, q).
     """
+    _check_tensor(input)
     check_floating(input.dtype)
     if not torch.is_grad_enabled() or input.dim() not in (3, 4) or weight.dim() != 4:  # other dims: torch's own error
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -82,6 +84,7 @@ def conv2d(
 
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: tuple[int, ...], plan: str) -> Tensor:
     """`conv2d` with its integers in one tuple, as a layer has them: stride, padding, dilation (two each) and groups."""
+    _check_tensor(input)
     is_sharded = type(weight) is not nn.Parameter and _is_sharded(weight)
     if is_sharded or not torch.is_grad_enabled() or input.dim() != 4 or weight.dim() != 4:
         if torch.is_grad_enabled() and input.dim() == 3:
@@ -206,6 +209,11 @@ def _place(gradients: Sequence[Tensor], *needs: bool) -> list[Tensor | None]:
     """Put the gradients that were computed where autograd expects them."""
     position = iter(gradients)
     return [next(position) if need else None for need in needs]
+
+
+def _check_tensor(input: object) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a floating point tensor; got {input!r} of type {type(input).__name__}")
 
 
 def _is_sharded(weight: Tensor) -> bool:

@@ -71,11 +71,13 @@ class Conv2dGeometry(NamedTuple):
     ) -> Conv2dGeometry:
         """From the shapes of x [N, C_in, H, W] and W [C_out, C_in / groups, R, S].
 
-        window: stride, padding and dilation (two each, vertical first) and groups.
+        window: stride, padding and dilation (two each, vertical first) and groups. Raises ValueError for a stride < 1.
         """
         n, c_in, h, w = input_shape
         c_out, _, r, s = weight_shape
         stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups = window
+        if stride_h < 1 or stride_w < 1:
+            raise ValueError(f"stride must be positive; got {stride_h, stride_w}")
         p = (h + 2 * pad_h - dilation_h * (r - 1) - 1) // stride_h + 1
         q = (w + 2 * pad_w - dilation_w * (s - 1) - 1) // stride_w + 1
         return cls(

@@ -337,6 +337,7 @@ def test_non_floating_input_is_refused(dtype: torch.dtype, training: bool) -> No
     [
         ({"padding": "full"}, "padding must be 'same', 'valid', an int or two ints; got 'full'"),
         ({"padding": "same", "stride": 2}, r"padding='same' needs stride 1; got stride \(2, 2\)"),
+        ({"stride": 0}, r"stride must be positive; got \(0, 0\)"),
         ({"stride": (1, 2, 3)}, r"stride must be an int or two of them; got \(1, 2, 3\)"),
         ({"dilation": ()}, r"dilation must be an int or two of them; got \(\)"),
         ({"plan": "mvue"}, "plan must be a string .* got 'mvue'"),
@@ -365,6 +366,24 @@ def test_sample_channel_scope_of_linear() -> None:
     torch.testing.assert_close(dx(sample, x, dy), (kept * scale) @ weight, rtol=1e-4, atol=1e-4)
     x2d, dy2d = x.detach()[0].requires_grad_(), dy[0]
     assert torch.equal(dx(sample, x2d, dy2d), dx(group, x2d, dy2d))
+
+
+@pytest.mark.parametrize("given", [None, [1.0, 2.0]])
+@pytest.mark.parametrize("layer", [sdgp.SDGPLinear(2, 4), sdgp.SDGPConv2d(2, 4, 1)], ids=["linear", "conv2d"])
+def test_an_input_that_is_no_tensor_is_named(layer: Any, given: Any) -> None:
+    with pytest.raises(TypeError, match=r"input must be a floating point tensor; got"):
+        layer(given)
+
+
+def test_no_input_channels_have_empty_gradients() -> None:
+    x, weight = require_grad(torch.randn(2, 0, 5, 5), torch.randn(8, 0, 3, 3))
+    for function in (sdgp.functional.conv2d, F.conv2d):
+        dx, dw = torch.autograd.grad(function(x, weight).sum(), (x, weight))
+        assert dx.shape == x.shape
+        assert dw.shape == weight.shape
+    x, weight = require_grad(torch.randn(3, 0), torch.randn(8, 0))
+    dx, dw = torch.autograd.grad(sdgp.functional.linear(x, weight).sum(), (x, weight))
+    assert (dx.shape, dw.shape) == (x.shape, weight.shape)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 5)])
