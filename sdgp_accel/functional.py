@@ -49,7 +49,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
         check_floating(input.dtype)
         if not prunes(plan):
             return F.linear(input, weight, bias)
-    result: Tensor = _Linear.apply(input, weight, bias, plan, decision)
+    result: Tensor = _Linear.apply(input, weight, bias, (plan, decision))
     return result
 
 
@@ -107,7 +107,7 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: tuple[i
         check_floating(input.dtype)
         if not prunes(plan):
             return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
-    result: Tensor = _Conv2d.apply(input, weight, bias, window, channels_last, plan, decision)
+    result: Tensor = _Conv2d.apply(input, weight, bias, (window, channels_last, plan, decision))
     return result
 
 
@@ -119,24 +119,24 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: tuple[i
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, plan: str, decision: Decision | None
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: tuple[str, Decision | None]
     ) -> Tensor:
-        needs_dx, needs_dw, _, _, _ = ctx.needs_input_grad
+        needs_dx, needs_dw, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(input if needs_dw else None, weight if needs_dx else None)
-        ctx.call = plan, decision
+        ctx.call = call
         return F.linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        needs_dx, needs_dw, needs_db, _, _ = ctx.needs_input_grad
+        needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
         if not (needs_dx or needs_dw):
-            return None, None, dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy, None, None
+            return None, None, dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy, None
         plan, decision = ctx.call
         if _is_plain(dy, decision):
-            return *ops.run(dy, x, weight, needs_db, decision), None, None
+            return *ops.run(dy, x, weight, needs_db, decision), None
         gradients = _once(ops.linear_backward(dy, x, weight, needs_db, plan), dy, x, weight)
-        return *_place(gradients, needs_dx, needs_dw, needs_db), None, None
+        return *_place(gradients, needs_dx, needs_dw, needs_db), None
 
 
 class _Conv2d(torch.autograd.Function):
@@ -146,32 +146,29 @@ class _Conv2d(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        window: tuple[int, ...],
-        channels_last: bool,
-        plan: str,
-        decision: Decision | None,
+        call: tuple[tuple[int, ...], bool, str, Decision | None],
     ) -> Tensor:
-        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        needs_dx, needs_dw, _, _ = ctx.needs_input_grad
         absent_shape: Sequence[int] = ()
         if needs_dx and needs_dw:
             ctx.save_for_backward(input, weight)
         else:
             ctx.save_for_backward(input if needs_dw else None, weight if needs_dx else None)
             absent_shape = weight.shape if needs_dw else input.shape
-        ctx.call = (absent_shape, window, channels_last, plan), decision
+        ctx.call, window = (absent_shape, *call), call[0]
         return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
+        needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
         if not (needs_dx or needs_dw):
-            return None, None, dy.sum((0, 2, 3)), None, None, None, None
-        arguments, decision = ctx.call
+            return None, None, dy.sum((0, 2, 3)), None
+        *arguments, decision = ctx.call
         if _is_plain(dy, decision):
-            return *ops.run(dy, x, weight, needs_db, decision), None, None, None, None
+            return *ops.run(dy, x, weight, needs_db, decision), None
         gradients = _once(ops.conv2d_backward(dy, x, weight, needs_db, *arguments), dy, x, weight)
-        return *_place(gradients, needs_dx, needs_dw, needs_db), None, None, None, None
+        return *_place(gradients, needs_dx, needs_dw, needs_db), None
 
 
 def _is_plain(dy: Tensor, decision: Decision | None) -> bool:

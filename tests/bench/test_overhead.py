@@ -20,5 +20,5 @@ def test_every_case_is_measured(tmp_path: Path) -> None:
     cases = {(row["backend"], row["layer"], row["prune"]) for row in results}
     assert len(cases) == len(results) == 8
     for row in results:
-        assert row["overhead"] == row["sdgp"] - (row["dense"] - row["dense_ops"])
+        assert row["overhead"] == row["sdgp"] - (row["dense"] - row["replaced"])
         assert min(row["dense"], row["sdgp"], row["new_empty"]) > 0.0
