@@ -174,12 +174,12 @@ def _prune_groups(x: Tensor, out: Tensor, spec: PruneSpec, dim: int, rng: Rng | 
     source, target = x.permute(order), out.permute(order)
     size, m = x.shape[dim], spec.m
     if spec.function == "magnitude" and m == 4 and size % 4 == 0 and order[-1] == dim and _is_flat(x, source, target):
-        flat_in, flat_out = source.view(-1), target.view(-1)
+        quads_in, quads_out = source.view(-1, 4), target.view(-1, 4)
 
-        def prune_flat(piece: tuple[slice, ...], scratch: rules.Scratch) -> None:
-            rules.magnitude_quads(flat_in[piece], spec.n, flat_out[piece], scratch)
+        def prune_quads(piece: tuple[slice, ...], scratch: rules.Scratch) -> None:
+            rules.magnitude_quads(quads_in[piece].view(-1), spec.n, quads_out[piece].view(-1), scratch)
 
-        for_each(list(_pieces(flat_in.shape, 1, x)), prune_flat, x)
+        for_each(list(_pieces(quads_in.shape[:1], 4, x)), prune_quads, x)
         return
     grid_shape = [-(-size // m) if i == dim else s for i, s in enumerate(x.shape)]
     strides = [math.prod(grid_shape[d + 1 :]) for d in order]

@@ -272,6 +272,14 @@ def test_random_keeps_every_subset_equally_often() -> None:
     assert ((subsets[[3, 5, 6, 9, 10, 12]] - draws / 6).abs() < 5 * deviation).all()
 
 
+@pytest.mark.parametrize("groups", [1_500_030, 1_500_031])
+def test_pieces_hold_whole_groups(groups: int) -> None:
+    """A thread's share of the values is no multiple of 4."""
+    x = torch.randn(groups, 4)
+    kept = prune(x, SDGPConfig(prune="magnitude"))
+    assert torch.equal(kept != 0, x.abs() >= x.abs().sort(1, descending=True).values[:, 1:2])
+
+
 def test_seeds() -> None:
     x, config = torch.randn(64, 64), SDGPConfig()
     torch.manual_seed(1)
