@@ -111,15 +111,12 @@ class Backend(Hashable, Protocol):
         """
 
     def bind(
-        self,
-        geometry: Geometry,
-        plan: LayerPlan,
-        tilings: Tilings,
-        input_shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
+        self, decision: Decision, input_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> BoundBackward | None:
-        """`prune_compress`, `dgrad` and `wgrad` of one layer shape as one call; None where they go one by one."""
+        """`prune_compress`, `dgrad` and `wgrad` of a decision's shape as one call; None where they go one by one.
+
+        input_shape: the layer's own, of any rank; the geometry knows a Linear layer's as a matrix only.
+        """
 
 
 class BoundBackward(Protocol):
@@ -219,10 +216,10 @@ def decide_conv2d(
 
 
 def _bound(decision: Decision, input_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Decision:
-    geometry, backend, plan = decision.geometry, decision.backend, decision.plan
+    backend, plan = decision.backend, decision.plan
     if backend is None or plan.grad_input is None or plan.grad_weight is None:  # one pass is torch's own op
         return decision
-    return decision._replace(bound=backend.bind(geometry, plan, decision.tilings, input_shape, dtype, device))
+    return decision._replace(bound=backend.bind(decision, input_shape, dtype, device))
 
 
 def _tuned(decision: Decision, dtype: torch.dtype, device: torch.device, deterministic: bool) -> Decision:

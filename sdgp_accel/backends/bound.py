@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 import cutlass_ops
-from sdgp_accel.backends import Gradients, Needs, Tilings, gpu
+from sdgp_accel.backends import Decision, Gradients, Needs, gpu
 from sdgp_accel.backends.products import Launch, plan_product
 from sdgp_accel.backends.sweep import Sweep, plan_sweeps, run_sweeps
-from sdgp_accel.geometry import Geometry, LinearGeometry
-from sdgp_accel.layer_plan import LayerPlan
+from sdgp_accel.geometry import LinearGeometry
 from sdgp_accel.philox import data_parallel_rank, next_seed
 
 
@@ -25,17 +24,11 @@ class SparseBackward:
     """
 
     def __init__(
-        self,
-        geometry: Geometry,
-        plan: LayerPlan,
-        tilings: Tilings,
-        input_shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
+        self, decision: Decision, input_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._shape = (geometry, plan, tilings, dtype)
-        self._input_shape, self._device, self._draws = input_shape, device, plan.draws
-        is_matrix = isinstance(geometry, LinearGeometry)
+        self._shape = (decision.geometry, decision.plan, decision.tilings, dtype)
+        self._input_shape, self._device, self._draws = input_shape, device, decision.draws
+        is_matrix = isinstance(decision.geometry, LinearGeometry)
         self._memory_format = torch.contiguous_format if is_matrix else torch.channels_last
         self._launches: tuple[Launch, Launch] | None = None
         self._sweeps: dict[tuple[bool, bool, bool], tuple[Sweep, ...]] = {}

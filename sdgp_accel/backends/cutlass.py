@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import cutlass_ops
-from sdgp_accel.backends import BUILD_COMMAND, Needs, Operands, Tilings, check_out, dense, gpu
+from sdgp_accel.backends import BUILD_COMMAND, Decision, Needs, Operands, check_out, dense, gpu
 from sdgp_accel.backends.bound import SparseBackward
 from sdgp_accel.backends.products import Launch, plan_product, rank, too_large
 from sdgp_accel.backends.sweep import DTYPE_NAMES, Storage, StoredOperand, plan_sweeps, run_sweeps
@@ -138,18 +138,13 @@ class CutlassBackend:
         return dw if launch.final else dw.contiguous()
 
     def bind(
-        self,
-        geometry: Geometry,
-        plan: LayerPlan,
-        tilings: Tilings,
-        input_shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
+        self, decision: Decision, input_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> SparseBackward | None:
         """Where both passes run on sparse tensor cores and their results need no copy."""
+        geometry = decision.geometry
         if too_large(geometry) or (isinstance(geometry, Conv2dGeometry) and not geometry.channels_last):
             return None
-        return SparseBackward(geometry, plan, tilings, input_shape, dtype, device)
+        return SparseBackward(decision, input_shape, dtype, device)
 
 
 def _plan(

@@ -11,7 +11,7 @@ import torch
 
 import cutlass_ops
 from sdgp_accel import SDGPConfig, ops
-from sdgp_accel.backends import Decision, Needs, Tilings, _resolve_scope, cutlass, dense, gpu, reference
+from sdgp_accel.backends import Decision, Needs, _resolve_scope, cutlass, dense, gpu, reference
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.philox import Rng
@@ -117,7 +117,7 @@ def test_one_call_gives_the_bits_of_three(simulated, monkeypatch, name, config, 
         dy = dy.view(*shape[:-1], geometry.out_channels)
     monkeypatch.setattr("sdgp_accel.philox.draw", lambda device: torch.tensor([7, -9]))
     decision = decision_for(config, geometry)
-    bound = cutlass.BACKEND.bind(geometry, decision.plan, Tilings(), input_shape, torch.bfloat16, CPU)
+    bound = cutlass.BACKEND.bind(decision, input_shape, torch.bfloat16, CPU)
     for asked in ((x, weight, True), (None, weight, False), (x, None, True)):
         expected = ops.run(dy, *asked, decision)
         gradients = bound(dy, *asked)
@@ -130,8 +130,8 @@ def test_one_call_gives_the_bits_of_three(simulated, monkeypatch, name, config, 
 
 def test_one_call_declines_what_it_was_not_made_for(simulated):
     geometry = LinearGeometry(32, 16, 16)
-    plan = decision_for({"prune": "magnitude"}, geometry).plan
-    bound = cutlass.BACKEND.bind(geometry, plan, Tilings(), (32, 16), torch.bfloat16, CPU)
+    decision = decision_for({"prune": "magnitude"}, geometry)
+    bound = cutlass.BACKEND.bind(decision, (32, 16), torch.bfloat16, CPU)
     dy, x, weight = torch.randn(3, 32, 16).bfloat16()
     weight = weight[:16]
     assert bound(dy.t().contiguous().t(), x, weight, False) is None
@@ -139,4 +139,5 @@ def test_one_call_declines_what_it_was_not_made_for(simulated):
     shifted = torch.zeros(16 * 16 + 1, dtype=torch.bfloat16)[1:].view(16, 16)
     assert bound(dy, x, shifted, False) is None
     contiguous = Conv2dGeometry.of((2, 16, 5, 5), (16, 16, 3, 3), (1, 1, 1, 1, 1, 1, 1), False)
-    assert cutlass.BACKEND.bind(contiguous, plan, Tilings(), contiguous.input_shape, torch.bfloat16, CPU) is None
+    decision = decision._replace(geometry=contiguous)
+    assert cutlass.BACKEND.bind(decision, contiguous.input_shape, torch.bfloat16, CPU) is None
