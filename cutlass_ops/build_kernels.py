@@ -104,7 +104,7 @@ def selected_archs() -> tuple[str, ...]:
     """The architectures of SDGP_CUDA_ARCHS, each once."""
     text = os.environ.get("SDGP_CUDA_ARCHS") or DEFAULT_ARCHS
     archs = tuple(dict.fromkeys(arch.strip() for arch in text.split(";") if arch.strip()))
-    for arch in archs:
+    for arch in archs or (text,):
         if not re.fullmatch(r"(compute_)?(8[0-9]|9[0-9]a?|1[0-9]{2}[af]?)", arch):
             raise BuildError(
                 f"SDGP_CUDA_ARCHS must list architectures from 80 on such as 80;90a or compute_90; got {arch!r}"
@@ -132,9 +132,13 @@ def build(output: Path, archs: Sequence[str] | None = None, jobs: int | None = N
     # wide_scope_* take longest, several times the others: they start first.
     sources = [source for source in sorted(INSTANCES.glob("*.cu"), reverse=True) if archs_of(source, archs)]
     with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
-        bindings = pool.submit(_compile_bindings, toolkit, archs)
-        objects = list(pool.map(lambda source: compile_instance(toolkit, source, archs_of(source, archs)), sources))
-        objects.append(bindings.result())
+        tasks = [pool.submit(_compile_bindings, toolkit, archs)]
+        tasks += [pool.submit(compile_instance, toolkit, source, archs_of(source, archs)) for source in sources]
+        try:
+            objects = [task.result() for task in tasks]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # not after minutes of compiling what cannot be linked
+            raise
     link(toolkit, objects, output, text)
 
 
@@ -147,19 +151,19 @@ def source_digest() -> str:
 
 
 def stamp(archs: Sequence[str]) -> str:
-    """What is written into an extension built for `archs` now, and read by `is_current`."""
+    """What an extension built for `archs` now ends with, for `is_current` to read."""
     return f"sdgp_accel kernels, sources {source_digest()}, architectures {';'.join(archs)}."
 
 
 def is_current(extension: Path, archs: Sequence[str]) -> bool:
     """Whether `extension` was built from these sources for at least `archs`, wherever that was done.
 
-    By the stamp in the file, so without loading it, and not by its age, which a copy does not keep. Python and machine
-    are in its name (`sysconfig`'s EXT_SUFFIX).
+    By the stamp at its end, so without loading it, and not by its age, which a copy does not keep. A copy that was cut
+    short has none. Python and machine are in its name (`sysconfig`'s EXT_SUFFIX).
     """
-    if not extension.exists():
+    if not extension.is_file():
         return False
-    found = re.search(rb"sdgp_accel kernels, sources (\w{64}), architectures ([\w;]+)\.", extension.read_bytes())
+    found = re.search(rb"sdgp_accel kernels, sources (\w{64}), architectures ([\w;]+)\.\Z", extension.read_bytes())
     return (
         found is not None and found[1].decode() == source_digest() and set(archs) <= set(found[2].decode().split(";"))
     )
@@ -202,11 +206,14 @@ def _compile(toolkit: Toolkit, command: Sequence[str | Path], source: Path) -> P
         digest.update(path.read_bytes())
     target = cache / f"{source.stem}-{digest.hexdigest()[:24]}.o"
     if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            product = Path(scratch) / "object.o"
-            _run([*command, "-o", product])
-            product.replace(target)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                product = Path(scratch) / "object.o"
+                _run([*command, "-o", product])
+                product.replace(target)
+        except OSError as error:
+            raise BuildError(f"cannot keep objects in {cache}: {error}; name a folder with SDGP_CUDA_CACHE") from error
     return target
 
 
@@ -222,14 +229,16 @@ def dependencies(source: Path) -> list[Path]:
 
 
 def link(toolkit: Toolkit, objects: Sequence[Path], output: Path, text: str = "") -> None:
-    """Link objects, and `text` to be found in the file, into a shared library that uses the shared CUDA runtime."""
+    """Link objects into a shared library that uses the shared CUDA runtime and ends with `text`. All of it or none."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / "stamp.cpp"
-        source.write_text(f'extern "C" const char sdgp_stamp[] = "{text}";\n')
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+        product = Path(scratch) / output.name
         # Beside torch the runtime is already loaded; the rpath is for CUDA wheels in the same site-packages.
-        command: list[str | Path] = [_host_compiler(), "-shared", "-fPIC", "-o", output, source, *objects]
+        command: list[str | Path] = [_host_compiler(), "-shared", "-fPIC", "-o", product, *objects]
         _run([*command, toolkit.runtime, "-ldl", "-Wl,-rpath,$ORIGIN/../nvidia/cu13/lib"])
+        with product.open("ab") as file:
+            file.write(text.encode())
+        product.replace(output)
 
 
 def _host_compiler() -> str:
@@ -240,7 +249,10 @@ def _host_compiler() -> str:
 
 
 def _run(command: Sequence[str | Path]) -> str:
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"cannot run {command[0]}: {error.strerror}") from error
     if result.returncode != 0:
         raise BuildError(f"{' '.join(map(str, command))}\n{(result.stdout + result.stderr)[-4000:]}")
     return result.stdout
@@ -248,8 +260,11 @@ def _run(command: Sequence[str | Path]) -> str:
 
 if __name__ == "__main__":
     destination = extension_path()
-    if is_current(destination, selected_archs()):
-        print(f"{destination} was built from these sources already")
-    else:
-        build(destination)
-        print(destination)
+    try:
+        if is_current(destination, selected_archs()):
+            print(f"{destination} was built from these sources already")
+        else:
+            build(destination)
+            print(destination)
+    except BuildError as error:
+        raise SystemExit(str(error)) from error

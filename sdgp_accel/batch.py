@@ -27,6 +27,12 @@ def split(batch: Any) -> tuple[Any, Any]:
     return batch, None
 
 
+def check_autocast(dtype: object) -> None:
+    """Raise ValueError unless `dtype`, of ``torch.autocast`` around the forward pass, is one of 16 bits or None."""
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16; got {dtype!r}")
+
+
 def forward(model: Callable[..., Any], batch: Any) -> Any:
     """Call `model` on the inputs of `batch`: a mapping as keyword arguments, a tuple as positional ones."""
     inputs, _ = split(batch)

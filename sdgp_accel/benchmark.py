@@ -74,8 +74,7 @@ def benchmark(
     for argument, value, least in (("steps", steps, 1), ("warmup", warmup, 0)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{argument} must be an int >= {least}; got {value!r}")
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16; got {autocast!r}")
+    batches.check_autocast(autocast)
     check_model(model)
     config = checked_config(config)
     device = _device_of(model)

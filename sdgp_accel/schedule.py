@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 from sdgp_accel.config import check_choice
@@ -17,7 +18,8 @@ class Schedule:
     unit: of both: ``"fraction"`` of the whole training, ``"epochs"`` (2.5 is the middle of the third) or optimizer
     ``"steps"``. ``Schedule(end=0.9)`` trains the last tenth dense.
 
-    A function of the position alone: a resumed run needs no state of it. Raises ValueError naming the argument.
+    A function of the position alone: a resumed run needs no state of it. Raises ValueError or TypeError naming the
+    argument.
     """
 
     start: float = 0.0
@@ -26,6 +28,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_choice("unit", self.unit, get_args(Unit))
+        for name, value in (("start", self.start), ("end", self.end if self.end is not None else 0.0)):
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"{name} must be a number; got {value!r}")
         limit = 1.0 if self.unit == "fraction" else float("inf")
         if not 0.0 <= self.start < limit:
             raise ValueError(f"start must be at least 0 and below {limit:g} {self.unit}; got {self.start!r}")

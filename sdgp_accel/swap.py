@@ -180,8 +180,10 @@ def tune(
     autocast: the dtype of the autocast that training runs under. One forward pass; the model is left as it was. Layers
     that the pass does not reach are reported as `accelerate_` reports them.
 
-    Raises what `accelerate_` raises for `model` and `config`, and ValueError or TypeError for a bad `batch`.
+    Raises what `accelerate_` raises for `model` and `config`, and ValueError or TypeError for a bad `batch` or
+    `autocast`.
     """
+    batches.check_autocast(autocast)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         forget_decisions()  # each process may have taken its own before the group was there
     decisions: dict[nn.Module, Decision] = {}

@@ -94,6 +94,7 @@ def validate(
     check_model(model)
     if not isinstance(draws, int) or draws < 0 or draws == 1:
         raise ValueError(f"draws must be 0 or an int >= 2; got {draws!r}")
+    batches.check_autocast(autocast)
     with left_as_it_was(model):
         targets, swap = _targets(model, config, filter_fn)
         for target in targets:

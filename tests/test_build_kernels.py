@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,13 @@ def test_an_extension_of_these_sources_is_current_wherever_it_lies(tmp_path: Pat
     copy = shutil.copy(built, tmp_path / "elsewhere.so")
     for archs, expected in {("90a",): True, ("80", "90a"): True, ("89",): False, ("90a", "89"): False}.items():
         assert build_kernels.is_current(Path(copy), archs) is expected
+    ctypes.CDLL(copy)
+    Path(copy).write_bytes(built.read_bytes()[:-1])
+    assert not build_kernels.is_current(Path(copy), ("90a",))
+    with pytest.raises(build_kernels.BuildError):
+        build_kernels.link(toolkit, [tmp_path / "no_such.o"], built)
+    assert build_kernels.is_current(built, ("90a",))  # what failed has not touched it
+    assert {path.name for path in tmp_path.iterdir()} == {"_C.so", "elsewhere.so"}
 
 
 def test_other_sources_and_other_files_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,11 +39,55 @@ def test_other_sources_and_other_files_are_not(tmp_path: Path, monkeypatch: pyte
     assert not build_kernels.is_current(file, ("90a",))
     sources = shutil.copytree(build_kernels.HERE, tmp_path / "sources", ignore=shutil.ignore_patterns("*.so"))
     monkeypatch.setattr(build_kernels, "HERE", sources)
-    file.write_bytes(b"\0" + build_kernels.stamp(("90a",)).encode() + b"\0")
+    file.write_bytes(b"\0" + build_kernels.stamp(("90a",)).encode())
     assert build_kernels.is_current(file, ("90a",))
     header = next((sources / "include").rglob("*.cuh"))
     header.write_text(header.read_text() + "// changed\n")
     assert not build_kernels.is_current(file, ("90a",))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an extension"])
+def test_an_extension_that_does_not_load_is_left_out_and_can_be_built_anew(tmp_path: Path, content: bytes) -> None:
+    package = tmp_path / "cutlass_ops"
+    shutil.copytree(build_kernels.HERE, package, ignore=shutil.ignore_patterns("*.so"))
+    (package / build_kernels.extension_path().name).write_bytes(content)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": str(tmp_path), "SDGP_CUDA_ARCHS": "no_such"}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    used = run("-c", "import cutlass_ops; print(cutlass_ops.ARCHS, cutlass_ops.ARCHS, cutlass_ops.load_error())")
+    assert used.stdout.startswith("() () ")
+    assert len(used.stdout) > len("() () \n")
+    assert used.stderr.count("are built but do not load") == 1
+    rebuilt = run("-m", "cutlass_ops.build_kernels")  # as far as its own checks
+    assert rebuilt.returncode == 1
+    assert rebuilt.stderr.startswith("SDGP_CUDA_ARCHS must list architectures")
+    assert rebuilt.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", [";", " ; ", "70", "sm_80", "80,90a", "80 90a", "compute_70", "native", "80;x"])
+def test_architectures_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("SDGP_CUDA_ARCHS", text)
+    with pytest.raises(build_kernels.BuildError, match="SDGP_CUDA_ARCHS must list architectures"):
+        build_kernels.selected_archs()
+    monkeypatch.setenv("SDGP_CUDA_ARCHS", " 80 ;90a; 80;")
+    assert build_kernels.selected_archs() == ("80", "90a")
+
+
+def test_what_the_environment_breaks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    toolkit = build_kernels.find_toolkit()
+    if toolkit is None:
+        pytest.skip("needs a CUDA toolkit")
+    not_a_folder = tmp_path / "file"
+    not_a_folder.touch()
+    monkeypatch.setenv("SDGP_CUDA_CACHE", str(not_a_folder))
+    with pytest.raises(build_kernels.BuildError, match=rf"{not_a_folder}.*SDGP_CUDA_CACHE"):
+        build_kernels.build(tmp_path / "_C.so", ("80",), jobs=1)
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    with pytest.raises(build_kernels.BuildError, match="cannot run /no/such/compiler"):
+        build_kernels.link(toolkit, [], tmp_path / "_C.so")
 
 
 @pytest.mark.parametrize(("asked", "toolkit", "wanted"), [("", True, True), ("0", True, False), ("1", False, True)])

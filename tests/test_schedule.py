@@ -44,3 +44,10 @@ def test_on_from_start_up_to_end(schedule: Schedule, on: range) -> None:
 def test_what_cannot_be_is_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Schedule(**arguments)
+
+
+@pytest.mark.parametrize("name", ["start", "end"])
+@pytest.mark.parametrize("value", ["0.5", True, 1j, [0.5]])
+def test_what_is_no_number_is_named(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a number; got "):
+        Schedule(**{name: value})

@@ -528,6 +528,13 @@ def test_tune_covers_every_kind_of_padding(autocast: torch.dtype | None) -> None
     assert after == 4  # the layers ask for exactly what was decided
 
 
+@pytest.mark.parametrize("autocast", ["bf16", torch.float32, True])
+def test_tune_names_an_autocast_that_is_none(autocast: object) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"autocast must be None, torch\.bfloat16 or torch\.float16; got "):
+        sdgp.tune(model, torch.randn(4, 8), autocast=autocast)  # type: ignore[arg-type]
+
+
 def test_fallback_modes(pretend_gpu: Any) -> None:
     pretend_gpu(FakeKernels())
     model = nn.Sequential(nn.Linear(8, 8).to(torch.bfloat16), nn.Linear(8, 8))

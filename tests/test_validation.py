@@ -189,6 +189,7 @@ def test_bias_has_the_predicted_noise() -> None:
         ({"model": "resnet"}, "model must be a torch.nn.Module; got str"),
         ({"draws": 1}, "draws must be 0 or an int >= 2; got 1"),
         ({"draws": 2.5}, "draws must be 0 or an int >= 2; got 2.5"),
+        ({"autocast": "bf16"}, "autocast must be None, torch.bfloat16 or torch.float16; got 'bf16'"),
         ({"batch": 3}, "batch must be a tensor"),
         ({"config": "mvue"}, "config must be an SDGPConfig or None; got str"),
     ],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import importlib.util
 import json
 import platform
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -17,8 +17,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sdgp_accel import __version__
-from sdgp_accel.backends import BUILD_COMMAND, FIRST_SPARSE_CAPABILITY
+import cutlass_ops
+import sdgp_accel
+from cutlass_ops import build_kernels
+from sdgp_accel.backends import BUILD_COMMAND, FIRST_SPARSE_CAPABILITY, gpu
 
 if TYPE_CHECKING:
     from sdgp_accel.placement import Placement
@@ -43,7 +45,7 @@ class Finding:
 def find_versions() -> list[Finding]:
     cuda = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     return [
-        Finding("sdgp_accel", __version__),
+        Finding("sdgp_accel", sdgp_accel.__version__),
         Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding("torch", f"{torch.__version__}, {cuda}"),
     ]
@@ -58,9 +60,12 @@ def find_extras() -> list[Finding]:
     return findings
 
 
-def has_sparse_tensor_cores() -> bool:
-    """True where the current GPU multiplies 2:4 operands in hardware."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= FIRST_SPARSE_CAPABILITY
+def sparse_capabilities() -> list[tuple[int, int]]:
+    """The compute capabilities of the GPUs here that multiply 2:4 operands in hardware, each once."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return []
+    found = (torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    return list(dict.fromkeys(capability for capability in found if capability >= FIRST_SPARSE_CAPABILITY))
 
 
 def find_gpus() -> list[Finding]:
@@ -68,26 +73,52 @@ def find_gpus() -> list[Finding]:
         return [Finding("GPU", "none that torch can use")]
     findings = []
     for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        sparse = "" if (gpu.major, gpu.minor) >= FIRST_SPARSE_CAPABILITY else ", no sparse tensor cores"
-        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
-        findings.append(Finding(f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {memory}{sparse}"))
+        here = torch.cuda.get_device_properties(index)
+        sparse = "" if (here.major, here.minor) >= FIRST_SPARSE_CAPABILITY else ", no sparse tensor cores"
+        memory = f"{here.total_memory / 2**30:.0f} GiB"
+        findings.append(Finding(f"GPU {index}", f"{here.name}, sm_{here.major}{here.minor}, {memory}{sparse}"))
     return findings
 
 
 def find_extension() -> list[Finding]:
-    """Whether the CUDA extension is there, and for which architectures it was built."""
-    try:
-        # In a source checkout without a build, the folder cutlass_ops imports as an empty namespace: no ARCHS.
-        archs = tuple(getattr(importlib.import_module("cutlass_ops"), "ARCHS", ()))
-    except ModuleNotFoundError:
-        archs = ()
-    except ImportError as error:
-        return [Finding("cutlass_ops", f"built, but it does not load: {error}", BUILD_COMMAND)]
-    if archs:
-        return [Finding("cutlass_ops", f"built for {', '.join(map(architecture, archs))}")]
-    # Without a GPU to run it on, an absent extension is nothing to fix.
-    return [Finding("cutlass_ops", "not built", BUILD_COMMAND if has_sparse_tensor_cores() else None)]
+    """Whether the CUDA extension is there, loads, and was built for the GPUs here from the sources beside it."""
+    if error := cutlass_ops.load_error():
+        return [Finding("cutlass_ops", f"built, but it does not load: {error}", build_command())]
+    archs, gpus = cutlass_ops.ARCHS, sparse_capabilities()
+    if not archs:
+        # Without a GPU to run it on, an absent extension is nothing to fix.
+        return [Finding("cutlass_ops", "not built", build_command() if gpus else None)]
+    value = f"built for {', '.join(map(architecture, archs))}"
+    file = cutlass_ops.path()
+    if file is not None and build_kernels.INSTANCES.exists() and not build_kernels.is_current(file, archs):
+        return [Finding("cutlass_ops", f"{value}, but from other sources than are here", build_command())]
+    unfit = [capability for capability in gpus if not runs(archs, capability)]
+    if unfit:
+        return [Finding("cutlass_ops", f"{value}, not for {', '.join(map(own_arch, unfit))}", build_command())]
+    if gpu.HOPPER in gpus and own_arch(gpu.HOPPER) not in archs:
+        return [Finding("cutlass_ops", f"{value}: without the faster kernels of sm_90a", build_command())]
+    return [Finding("cutlass_ops", value)]
+
+
+def runs(archs: Iterable[str], capability: tuple[int, int]) -> bool:
+    """Whether a build for `archs` runs on a GPU of this compute capability."""
+    return any(gpu.runs_on(arch, capability) for arch in archs)
+
+
+def own_arch(capability: tuple[int, int]) -> str:
+    """What to build for on a GPU of this compute capability, as `CutlassBackend.unavailable` says."""
+    return "".join(map(str, capability)) + ("a" if capability == gpu.HOPPER else "")
+
+
+def build_command() -> str:
+    """What builds the extension for the GPUs here, in the root of a checkout.
+
+    In place where this is a checkout: Python would go on finding what lies there before what is installed.
+    """
+    archs = ";".join(map(own_arch, sparse_capabilities()))
+    is_checkout = (Path(sdgp_accel.__file__).parent.parent / "setup.py").exists()
+    command = BUILD_COMMAND.removesuffix(".") + "--editable ." if is_checkout else BUILD_COMMAND
+    return f"SDGP_CUDA_ARCHS={shlex.quote(archs)} {command}" if archs else command
 
 
 def architecture(name: str) -> str:
@@ -97,9 +128,10 @@ def architecture(name: str) -> str:
 
 def find_backend() -> list[Finding]:
     """What ``backend="auto"`` comes down to on this machine."""
-    if not has_sparse_tensor_cores():
+    gpus = sparse_capabilities()
+    if not gpus:
         value = "reference: prunes, then dense ops; the numbers of the method, no speed"
-    elif any(finding.fix for finding in find_extension()):
+    elif not any(runs(cutlass_ops.ARCHS, capability) for capability in gpus):
         value = "dense: nothing is accelerated without cutlass_ops"
     else:
         value = "cutlass where it is faster than dense, else dense"
@@ -127,8 +159,8 @@ def command(
     """Say what is built, what this machine would use, and what is missing.
 
     With a MODEL, also which kernel would run the backward of each of its layers (backend="cutlass"; "auto" measures on
-    the GPU and leaves dense what does not gain). Exits with 1 where a GPU with sparse tensor cores is here but cannot
-    be used.
+    the GPU and leaves dense what does not gain). Exits with 1 where a GPU with sparse tensor cores is here and the
+    kernels have not been built for it from these sources.
     """
     findings = diagnose()
     layers = () if model is None else _place(model, batch, image_size, seq_len, arch or _this_arch())
@@ -144,12 +176,12 @@ def command(
                 click.echo(f"{'':<{width}}  fix: {finding.fix}")
         if model is not None:
             Console().print(_table(layers, f"{model}, batch {batch}, on sm_{arch or _this_arch()}"))
-    if has_sparse_tensor_cores() and any(finding.fix == BUILD_COMMAND for finding in findings):
+    if sparse_capabilities() and any(finding.fix for finding in find_extension()):
         raise SystemExit(1)
 
 
 def _this_arch() -> str:
-    here = "".join(map(str, torch.cuda.get_device_capability())) if has_sparse_tensor_cores() else ""
+    here = "".join(map(str, next(iter(sparse_capabilities()), ())))
     return here if here in ARCHS else "90"
 
 

@@ -49,7 +49,7 @@ def _store() -> Any:
     """The default process group's; None in one process."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("WORLD_SIZE", "") not in ("", "0", "1"):
             warn_once(
                 "a layer was tuned before torch.distributed.init_process_group: ranks may choose differently; "
                 "call sdgp_accel.tune after it"

@@ -68,9 +68,10 @@ class TuningCache:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self._path.with_suffix(".lock"), timeout=LOCK_SECONDS):
-                self._layers = self._read() | {key: tuned}
+                self._layers = self._layers | self._read() | {key: tuned}  # some may never have been written
                 self._write()
-        except OSError as error:  # filelock's Timeout is one, too
+        # OSError: filelock's Timeout is one, too. NotImplementedError: its word for a file system without locks.
+        except (OSError, NotImplementedError) as error:
             warn_once(f"measured choices are not remembered in {self._path.parent}: {error}")
 
     def _read(self) -> dict[str, Tuned]:

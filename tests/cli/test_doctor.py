@@ -1,13 +1,14 @@
 """`sdgp doctor` on machines we do not have: the GPU and the extension are stood in for."""
 
 import json
-import sys
 import types
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+import cutlass_ops
+from cutlass_ops import build_kernels
 from sdgp_accel.cli import doctor, main
 
 
@@ -16,45 +17,104 @@ def run(*arguments):
 
 
 @pytest.fixture
-def hopper(monkeypatch):
-    gpu = types.SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=80 * 2**30)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+def gpus(monkeypatch):
+    """Makes GPUs of these compute capabilities be here."""
+
+    def be_here(*capabilities):
+        def properties(index):
+            major, minor = capabilities[index]
+            return types.SimpleNamespace(name=f"GPU {index}", major=major, minor=minor, total_memory=80 * 2**30)
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=0: capabilities[device])
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+
+    return be_here
 
 
 @pytest.fixture
-def no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def no_gpu(gpus):
+    gpus()
 
 
-def test_without_gpu_names_the_reference_backend_and_asks_for_nothing(no_gpu, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cutlass_ops", None)
+@pytest.fixture
+def extension(monkeypatch, tmp_path):
+    """Makes an extension be built for these architectures, from the sources here or from others; () for none."""
+
+    def be_built(*archs, sources="these", error=""):
+        file = tmp_path / "_C.so"
+        if archs:
+            text = build_kernels.stamp(archs)
+            file.write_text(text if sources == "these" else text.replace(build_kernels.source_digest(), "0" * 64))
+        monkeypatch.setattr(cutlass_ops, "path", lambda: file if archs else None)
+        monkeypatch.setattr(cutlass_ops, "load_error", lambda: error)
+        monkeypatch.setattr(cutlass_ops, "ARCHS", () if error else archs)
+
+    return be_built
+
+
+def test_without_gpu_names_the_reference_backend_and_asks_for_nothing(no_gpu, extension):
+    extension()
     result = run()
     assert result.exit_code == 0
     assert torch.__version__ in result.output
     assert "reference" in result.output
-    assert doctor.BUILD_COMMAND not in result.output
+    assert "pip install --no-cache-dir" not in result.output
 
 
-@pytest.mark.parametrize("extension", [None, types.ModuleType("cutlass_ops")], ids=["absent", "source folder only"])
-def test_idle_gpu_is_an_error_with_the_command_that_fixes_it(hopper, monkeypatch, extension):
-    monkeypatch.setitem(sys.modules, "cutlass_ops", extension)
+H100, RTX3090 = (9, 0), (8, 6)
+
+
+@pytest.mark.parametrize(
+    ("here", "archs", "change", "says", "rebuilt_for"),
+    [
+        ([H100], (), {}, "not built", "90a"),
+        ([H100], ("90a",), {"error": "file too short"}, "does not load: file too short", "90a"),
+        ([RTX3090], ("90a",), {}, "not for 86", "86"),
+        ([H100, RTX3090], ("90a",), {}, "not for 86", "'90a;86'"),
+        ([H100], ("80", "90"), {}, "without the faster kernels of sm_90a", "90a"),
+        ([H100], ("90a",), {"sources": "others"}, "from other sources", "90a"),
+        ([RTX3090], ("compute_90",), {}, "not for 86", "86"),
+    ],
+)
+def test_a_gpu_that_the_build_is_not_for_is_an_error(gpus, extension, here, archs, change, says, rebuilt_for):
+    gpus(*here)
+    extension(*archs, **change)
     result = run()
     assert result.exit_code == 1
-    assert f"fix: {doctor.BUILD_COMMAND}" in result.output
+    assert says in result.output
+    # In a checkout, Python finds what lies in it before what is installed.
+    assert f"fix: SDGP_CUDA_ARCHS={rebuilt_for} SDGP_CUDA=1 pip install --no-cache-dir --editable ." in result.output
 
 
-def test_built_extension_names_its_architectures(hopper, monkeypatch):
-    extension = types.ModuleType("cutlass_ops")
-    extension.ARCHS = ("80", "90a", "compute_90")
-    monkeypatch.setitem(sys.modules, "cutlass_ops", extension)
+def test_nothing_runs_on_kernels_of_other_gpus(gpus, extension):
+    gpus(RTX3090)
+    extension("90a")
+    assert "dense: nothing is accelerated" in run().output
+    gpus((9, 0))
+    extension("80")
+    assert "dense: nothing is accelerated" in run().output
+
+
+@pytest.mark.parametrize(("gpu", "archs"), [((8, 6), ("80",)), ((12, 0), ("compute_90",)), ((9, 0), ("80", "90a"))])
+def test_a_gpu_that_the_build_is_for(gpus, extension, gpu, archs):
+    gpus(gpu)
+    extension(*archs)
     result = run("--json")
     assert result.exit_code == 0
     findings = {finding["what"]: finding for finding in json.loads(result.output)}
-    assert "sm_80, sm_90a, compute_90" in findings["cutlass_ops"]["value"]
-    assert "H100" in findings["GPU 0"]["value"]
+    assert findings["cutlass_ops"]["value"] == f"built for {', '.join(map(doctor.architecture, archs))}"
+    assert findings['backend="auto"']["value"].startswith("cutlass")
+    assert f"sm_{gpu[0]}{gpu[1]}" in findings["GPU 0"]["value"]
+
+
+def test_gpus_without_cuda_have_no_sparse_tensor_cores(gpus, extension, monkeypatch):
+    gpus((9, 0))
+    monkeypatch.setattr(torch.version, "cuda", None)  # ROCm calls an AMD GPU a CUDA device
+    extension()
+    assert run().exit_code == 0
 
 
 def test_missing_extra_names_the_install_command(no_gpu, monkeypatch):

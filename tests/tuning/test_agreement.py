@@ -144,3 +144,13 @@ def test_the_first_value_stays_in_every_kind_of_store(
         return "slower"
 
     assert agreed("b", overtaken) == "faster"
+
+
+@pytest.mark.parametrize("size", ["", "1", "eight"])
+def test_a_world_size_of_whatever_kind_is_no_error(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    backends.warn_once.cache_clear()
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert agreed("key", lambda: "value") == "value"
+    assert len(caught) == (size == "eight")

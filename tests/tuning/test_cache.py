@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -71,6 +72,26 @@ def test_a_folder_that_cannot_be_written_only_warns(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="not remembered in"):
         remembering.add("layer", TUNED)
     assert remembering.get("layer") == TUNED
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), NotImplementedError("no flock")])
+def test_what_could_not_be_written_is_still_known_and_written_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*arguments: object, **named: object) -> None:
+        raise error
+
+    remembering = TuningCache(tmp_path, ENVIRONMENT)
+    where = (cache, "FileLock") if isinstance(error, NotImplementedError) else (cache.tempfile, "mkstemp")
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, fail)
+        with pytest.warns(UserWarning, match="not remembered in"):
+            remembering.add("first", TUNED)
+        remembering.add("second", DENSE)
+    assert remembering.get("first") == TUNED
+    remembering.add("third", DENSE)
+    again = TuningCache(tmp_path, ENVIRONMENT)
+    assert [again.get(key) for key in ("first", "second", "third")] == [TUNED, DENSE, DENSE]
 
 
 def test_the_oldest_layers_give_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
