@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sdgp_accel import ops
 from sdgp_accel.backends import Decision, check_floating, decide_conv2d, decide_linear, warn_once
 from sdgp_accel.config import SDGPConfig
+from sdgp_accel.geometry import Window, flat
 from sdgp_accel.layer_plan import LayerKind, plan_string, prunes
 
 _DEFAULT = SDGPConfig()
@@ -78,19 +79,20 @@ def conv2d(
         if _is_autocast(input):
             input, weight, bias = _autocast(input, weight, bias)
         input, padding = resolve_padding(input, weight, padding, stride, dilation)
-    window = (*stride, *_pair("padding", padding), *dilation, groups)
+    window = (stride, _pair("padding", padding), dilation, groups)
     return convolve(input, weight, bias, window, plan if isinstance(plan, str) else _encoded(plan, "conv2d"))
 
 
-def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: tuple[int, ...], plan: str) -> Tensor:
-    """`conv2d` with its integers in one tuple, as a layer has them: stride, padding, dilation (two each) and groups."""
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, plan: str) -> Tensor:
+    """`conv2d` with its integers as a layer has them."""
     _check_tensor(input)
+    input_shape, weight_shape = input.shape, weight.shape
     is_sharded = type(weight) is not nn.Parameter and _is_sharded(weight)
-    if is_sharded or not torch.is_grad_enabled() or input.dim() != 4 or weight.dim() != 4:
-        if torch.is_grad_enabled() and input.dim() == 3:
+    if is_sharded or not torch.is_grad_enabled() or len(input_shape) != 4 or len(weight_shape) != 4:
+        if torch.is_grad_enabled() and len(input_shape) == 3:
             return convolve(input.unsqueeze(0), weight, bias, window, plan).squeeze(0)
         check_floating(input.dtype)
-        return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
+        return F.conv2d(input, weight, bias, *window)
     is_compiling = torch.compiler.is_compiling()
     if (is_compiling or torch._C._is_any_autocast_enabled()) and _is_autocast(input):
         input, weight, bias = _autocast(input, weight, bias)
@@ -99,14 +101,14 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: tuple[i
     if not is_compiling:
         deterministic = torch._C._get_deterministic_algorithms()
         decision = decide_conv2d(
-            plan, input.shape, weight.shape, window, channels_last, input.dtype, input.device, deterministic
+            plan, input_shape, weight_shape, window, channels_last, input.dtype, input.device, deterministic
         )
         if decision.backend is None:
-            return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
+            return F.conv2d(input, weight, bias, *window)
     else:
         check_floating(input.dtype)
         if not prunes(plan):
-            return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
+            return F.conv2d(input, weight, bias, *window)
     result: Tensor = _Conv2d.apply(input, weight, bias, (window, channels_last, plan, decision))
     return result
 
@@ -146,17 +148,16 @@ class _Conv2d(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        call: tuple[tuple[int, ...], bool, str, Decision | None],
+        call: tuple[Window, bool, str, Decision | None],
     ) -> Tensor:
         needs_dx, needs_dw, _, _ = ctx.needs_input_grad
-        absent_shape: Sequence[int] = ()
         if needs_dx and needs_dw:
             ctx.save_for_backward(input, weight)
         else:
             ctx.save_for_backward(input if needs_dw else None, weight if needs_dx else None)
-            absent_shape = weight.shape if needs_dw else input.shape
-        ctx.call, window = (absent_shape, *call), call[0]
-        return F.conv2d(input, weight, bias, window[0:2], window[2:4], window[4:6], window[6])
+            ctx.absent_shape = weight.shape if needs_dw else input.shape
+        ctx.call = call
+        return F.conv2d(input, weight, bias, *call[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -164,11 +165,12 @@ class _Conv2d(torch.autograd.Function):
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
         if not (needs_dx or needs_dw):
             return None, None, dy.sum((0, 2, 3)), None
-        *arguments, decision = ctx.call
+        window, channels_last, plan, decision = ctx.call
         if _is_plain(dy, decision):
             return *ops.run(dy, x, weight, needs_db, decision), None
-        gradients = _once(ops.conv2d_backward(dy, x, weight, needs_db, *arguments), dy, x, weight)
-        return *_place(gradients, needs_dx, needs_dw, needs_db), None
+        absent_shape = () if needs_dx and needs_dw else ctx.absent_shape
+        gradients = ops.conv2d_backward(dy, x, weight, needs_db, absent_shape, flat(window), channels_last, plan)
+        return *_place(_once(gradients, dy, x, weight), needs_dx, needs_dw, needs_db), None
 
 
 def _is_plain(dy: Tensor, decision: Decision | None) -> bool:

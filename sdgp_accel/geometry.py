@@ -43,6 +43,16 @@ class LinearGeometry(NamedTuple):
         return self.out_channels, self.in_channels
 
 
+# Stride, padding and dilation of a convolution, vertical first, and its groups, as `nn.Conv2d` has them.
+Window = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+
+
+def flat(window: Window) -> tuple[int, ...]:
+    """The seven integers of a window. torch takes one number for both directions."""
+    stride, padding, dilation = ((pair[0], pair[-1]) for pair in window[:3])
+    return *stride, *padding, *dilation, window[3]
+
+
 class Conv2dGeometry(NamedTuple):
     """A 2-D convolution: x [batch, in_channels, height, width] → y [batch, out_channels, out_height, out_width].
 

@@ -84,7 +84,7 @@ class SDGPConv2d(SDGPLayer, nn.Conv2d):
             return functional.conv2d(
                 input, weight, bias, self.stride, padding, self.dilation, self.groups, self._sdgp_plan
             )
-        window = (*self.stride, *padding, *self.dilation, self.groups)
+        window = (self.stride, padding, self.dilation, self.groups)
         return functional.convolve(input, weight, bias, window, self._sdgp_plan)
 
 
@@ -119,7 +119,7 @@ def decide_layer(module: nn.Linear | nn.Conv2d, input: Tensor, config: SDGPConfi
         x, padding = functional.resolve_padding(x, module.weight, module.padding, stride, dilation)
     else:
         padding = _pair(module.padding)
-    window = (*stride, *padding, *dilation, module.groups)
+    window = (stride, padding, dilation, module.groups)
     channels_last = functional.is_channels_last(x) or functional.is_channels_last(module.weight)
     plan, shape = plan_string("conv2d", config), module.weight.shape
     return x, decide_conv2d(plan, x.shape, shape, window, channels_last, x.dtype, x.device, deterministic)

@@ -59,9 +59,11 @@ def _conv2d_backward(
     input_shape = tuple(absent_shape if x is None else x.shape)
     weight_shape = tuple(absent_shape if weight is None else weight.shape)
     deterministic = torch.are_deterministic_algorithms_enabled()
+    stride, padding, dilation = (tuple(window[i : i + 2]) for i in (0, 2, 4))
     decision = decide_conv2d(
-        plan, input_shape, weight_shape, tuple(window), channels_last, dy.dtype, dy.device, deterministic
-    )
+        plan, input_shape, weight_shape, (stride, padding, dilation, window[6]), channels_last, dy.dtype, dy.device,
+        deterministic,
+    )  # fmt: skip
     return _present(run(dy, x, weight, bias, decision))
 
 

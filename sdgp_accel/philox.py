@@ -87,9 +87,9 @@ def take(generator: torch.Generator) -> tuple[int, int]:
 
 def data_parallel_rank() -> int:
     """This process's rank in torch.distributed's default group; 0 where there is none."""
-    if _HAS_RANKS and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return 0
+    # What torch.distributed.get_rank() says, several times as fast.
+    group = torch.distributed.GroupMember.WORLD if _HAS_RANKS else None
+    return 0 if group is None else group.rank()
 
 
 class GroupWords:

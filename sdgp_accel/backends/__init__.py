@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sdgp_accel.config import Pass, PruneSpec
-from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
+from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry, Window, flat
 from sdgp_accel.layer_plan import LayerPlan, decode
 from sdgp_accel.philox import Rng
 
@@ -203,14 +203,14 @@ def decide_conv2d(
     plan_text: str,
     input_shape: tuple[int, ...],
     weight_shape: tuple[int, ...],
-    window: tuple[int, ...],
+    window: Window,
     channels_last: bool,
     dtype: torch.dtype,
     device: torch.device,
     deterministic: bool,
 ) -> Decision:
     """`decide` for ``functional.conv2d`` on an input of this shape; see `decide_linear`."""
-    geometry = Conv2dGeometry.of(input_shape, weight_shape, window, channels_last)
+    geometry = Conv2dGeometry.of(input_shape, weight_shape, flat(window), channels_last)
     decision = _tuned(decide(plan_text, geometry, dtype, device), dtype, device, deterministic)
     return _bound(decision, input_shape, dtype, device)
 

@@ -4,6 +4,7 @@ the shape alone is worked out at the first call, and what is left is allocations
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 import cutlass_ops
 from sdgp_accel.backends import Decision, Gradients, Needs, gpu
-from sdgp_accel.backends.products import Launch, plan_product
-from sdgp_accel.backends.sweep import Sweep, plan_sweeps, run_sweeps
+from sdgp_accel.backends.products import ALIGNMENT, Launch, plan_product
+from sdgp_accel.backends.sweep import Sweeps, plan_sweeps
 from sdgp_accel.geometry import LinearGeometry
 from sdgp_accel.philox import data_parallel_rank, next_seed
 
@@ -30,51 +31,53 @@ class SparseBackward:
         self._input_shape, self._device, self._draws = input_shape, device, decision.draws
         is_matrix = isinstance(decision.geometry, LinearGeometry)
         self._memory_format = torch.contiguous_format if is_matrix else torch.channels_last
-        self._launches: tuple[Launch, Launch] | None = None
-        self._sweeps: dict[tuple[bool, bool, bool], tuple[Sweep, ...]] = {}
+        self._sweeps: dict[tuple[bool, bool, bool], Sweeps] = {}
 
     def __call__(self, dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool) -> Gradients | None:
         """See `BoundBackward`."""
         device, memory_format = self._device, self._memory_format
         if not dy.is_contiguous(memory_format=memory_format) or gpu.current_device() != device.index:
             return None
-        for b in (x, weight):
-            if b is not None and (b.data_ptr() % 16 or not b.is_contiguous(memory_format=memory_format)):
+        x_at = weight_at = 0
+        if x is not None:
+            x_at = x.data_ptr()
+            if x_at % ALIGNMENT or not x.is_contiguous(memory_format=memory_format):
+                return None
+        if weight is not None:
+            weight_at = weight.data_ptr()
+            if weight_at % ALIGNMENT or not weight.is_contiguous(memory_format=memory_format):
                 return None
         needs = (weight is not None, x is not None, bias)
-        sweeps = self._sweeps.get(needs)
-        if sweeps is None or self._launches is None:
-            sweeps = self._prepare(needs)
-        assert self._launches is not None
+        sweeps = self._sweeps.get(needs) or self._prepare(needs)
         stream = gpu.stream_of(device)
         seed, rank = (next_seed(device), data_parallel_rank()) if self._draws else (None, 0)
-        for_dgrad, for_wgrad, db = run_sweeps(sweeps, dy, seed, rank, stream)
+        block, db = sweeps.run(dy, seed, rank, stream)
+        block_at, (dgrad, wgrad) = block.data_ptr(), self._launches
         dx = dw = None
         if weight is not None:
-            assert for_dgrad is not None
-            launch = self._launches[0]
-            dx = dy.new_empty_strided(launch.shape, launch.strides)
-            launch.run(for_dgrad, weight, dx, stream)
-            del for_dgrad  # its memory is free for wgrad's
+            dx = dy.new_empty_strided(dgrad.shape, dgrad.strides)
+            dgrad.run(block_at, weight_at, dx.data_ptr(), block_at + sweeps.spare_at, stream)
         if x is not None:
-            assert for_wgrad is not None
-            launch = self._launches[1]
-            dw = dy.new_empty_strided(launch.shape, launch.strides)
-            launch.run(for_wgrad, x, dw, stream)
+            dw = dy.new_empty_strided(wgrad.shape, wgrad.strides)
+            wgrad.run(block_at + sweeps.wgrad_at, x_at, dw.data_ptr(), block_at, stream)
         return dx, dw, db
 
-    def _prepare(self, needs: tuple[bool, bool, bool]) -> tuple[Sweep, ...]:
-        geometry, plan, tilings, dtype = self._shape
+    @functools.cached_property
+    def _launches(self) -> tuple[Launch, Launch]:
+        geometry, _, tilings, dtype = self._shape
         kernels, device = cutlass_ops.kernels(), self._device
-        if self._launches is None:
-            dgrad = plan_product(kernels, geometry, "dgrad", dtype, device, tilings.dgrad, dtype)
-            wgrad = plan_product(kernels, geometry, "wgrad", dtype, device, tilings.wgrad, dtype)
-            assert dgrad is not None
-            assert wgrad is not None
-            if isinstance(geometry, LinearGeometry):  # an input of any rank
-                dgrad = dgrad._replace(shape=self._input_shape, strides=_contiguous_strides(self._input_shape))
-            self._launches = dgrad, wgrad
-        sweeps = plan_sweeps(kernels, geometry, plan, Needs(*needs), geometry.out_channels, dtype)
+        dgrad = plan_product(kernels, geometry, "dgrad", dtype, device, tilings.dgrad, dtype)
+        wgrad = plan_product(kernels, geometry, "wgrad", dtype, device, tilings.wgrad, dtype)
+        assert dgrad is not None
+        assert wgrad is not None
+        if isinstance(geometry, LinearGeometry):  # an input of any rank
+            dgrad = dgrad._replace(shape=self._input_shape, strides=_contiguous_strides(self._input_shape))
+        return dgrad, wgrad
+
+    def _prepare(self, needs: tuple[bool, bool, bool]) -> Sweeps:
+        geometry, plan, _, dtype = self._shape
+        spare = (launch.workspace if needed else 0 for launch, needed in zip(self._launches, needs, strict=False))
+        sweeps = plan_sweeps(cutlass_ops.kernels(), geometry, plan, Needs(*needs), geometry.out_channels, dtype, *spare)
         self._sweeps[needs] = sweeps
         return sweeps
 

@@ -13,8 +13,8 @@ from torch import Tensor
 import cutlass_ops
 from sdgp_accel.backends import BUILD_COMMAND, Decision, Needs, Operands, check_out, dense, gpu
 from sdgp_accel.backends.bound import SparseBackward
-from sdgp_accel.backends.products import Launch, plan_product, rank, too_large
-from sdgp_accel.backends.sweep import DTYPE_NAMES, Storage, StoredOperand, plan_sweeps, run_sweeps
+from sdgp_accel.backends.products import ALIGNMENT, Launch, plan_product, rank, too_large
+from sdgp_accel.backends.sweep import DTYPE_NAMES, Storage, StoredOperand, plan_sweeps
 from sdgp_accel.backends.tiles import Product, Tiling
 from sdgp_accel.config import Pass
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
@@ -71,11 +71,11 @@ class CutlassBackend:
         planned = plan_sweeps(cutlass_ops.kernels(), geometry, plan, needs, row_stride, dy.dtype)
         seed, rank = (None, 0) if rng is None else (rng.seed, rng.rank)
         with gpu.on_device(device):
-            dgrad, wgrad, db = run_sweeps(planned, dy, seed, rank, gpu.stream_of(device))
+            block, db = planned.run(dy, seed, rank, gpu.stream_of(device))
         t = geometry.positions
         return Operands(
-            None if dgrad is None else StoredOperand(dgrad, Storage.of(1, t, c)),
-            None if wgrad is None else StoredOperand(wgrad, Storage.of(0, t, c)),
+            StoredOperand(block, Storage.of(1, t, c), 0) if needs.dgrad else None,
+            StoredOperand(block, Storage.of(0, t, c), planned.wgrad_at) if needs.wgrad else None,
             db,
         )
 
@@ -102,8 +102,7 @@ class CutlassBackend:
             dx = dense.dgrad(dense.layer_view(operand.decompress(), geometry), weight, geometry)
             return dx if shape is None else dx.view(shape)
         dx = weight.new_empty(shape) if shape is not None else weight.new_empty_strided(launch.shape, launch.strides)
-        with gpu.on_device(dx.device):
-            launch.run(operand.block, weight, dx, gpu.stream_of(dx.device))
+        _launch(launch, operand, weight, dx)
         return dx if launch.final else dx.contiguous()
 
     def wgrad(
@@ -123,7 +122,7 @@ class CutlassBackend:
         if out is not None or accumulate:
             check_out(out, accumulate, x, geometry)
         x = _channels_innermost(x, geometry)
-        direct = out is not None and _channels_innermost(out, geometry) is out and out.data_ptr() % 16 == 0
+        direct = out is not None and _channels_innermost(out, geometry) is out and out.data_ptr() % ALIGNMENT == 0
         dtype = x.dtype if out is None else out.dtype
         launch = _plan(geometry, "wgrad", x, tiling, dtype, accumulate and direct)
         if launch is None:
@@ -131,8 +130,7 @@ class CutlassBackend:
         dw = out if out is not None and direct else None
         if dw is None:
             dw = (x if out is None else out).new_empty_strided(launch.shape, launch.strides)
-        with gpu.on_device(dw.device):
-            launch.run(operand.block, x, dw, gpu.stream_of(dw.device))
+        _launch(launch, operand, x, dw)
         if out is not None:
             return out if direct else out.add_(dw) if accumulate else out.copy_(dw)
         return dw if launch.final else dw.contiguous()
@@ -147,10 +145,17 @@ class CutlassBackend:
         return SparseBackward(decision, input_shape, dtype, device)
 
 
+def _launch(launch: Launch, operand: StoredOperand, b: Tensor, out: Tensor) -> None:
+    with gpu.on_device(out.device):
+        workspace = out.new_empty(launch.workspace, dtype=torch.uint8)
+        stream = gpu.stream_of(out.device)
+        launch.run(operand.address, b.data_ptr(), out.data_ptr(), workspace.data_ptr(), stream)
+
+
 def _plan(
     geometry: Geometry, product: Product, b: Tensor, tiling: Tiling | None, out_dtype: torch.dtype, accumulate: bool
 ) -> Launch | None:
-    is_aligned = b.data_ptr() % 16 == 0
+    is_aligned = b.data_ptr() % ALIGNMENT == 0
     kernels = cutlass_ops.kernels()
     return plan_product(kernels, geometry, product, b.dtype, b.device, tiling, out_dtype, accumulate, is_aligned)
 

@@ -9,7 +9,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from sdgp_accel.backends import CACHED_DECISIONS, gpu, tiles
 from sdgp_accel.backends.sweep import CHUNK, DTYPE_NAMES, Storage
@@ -20,6 +19,7 @@ MAX_SIZE = (1 << 31) - 1024  # the products count positions and channels, rounde
 # TMA's im2col mode has 8 signed bits for the corners of a 4-D tensor's box and strides of at most 8 (CUDA driver API,
 # cuTensorMapEncodeIm2col); the corners go beyond padding and reach of the filter by less than a stride.
 MAX_REACH, MAX_STRIDE = 120, 8
+ALIGNMENT = 16  # bytes, of the weight or x: TMA's, and cp.async's copies
 
 
 def too_large(geometry: Geometry) -> str | None:
@@ -74,29 +74,23 @@ def _product_size(geometry: Geometry, product: Product) -> tuple[int, int, int]:
 class Launch(NamedTuple):
     """What is the same in every product of one shape: the launch but for addresses, and what to allocate.
 
-    metadata_at: in the operand's `Storage`. workspace: its size in 16-bit elements, as a shape; None where the kernel
-    needs none. shape, strides: of the result; a convolution's is channels_last. final: False where the layer wants it
-    contiguous.
+    metadata_at: in the operand's `Storage`. workspace: bytes that the kernel needs. shape, strides: of the result; a
+    convolution's is channels_last. final: False where the layer wants it contiguous.
     """
 
     kernel: Any
     metadata_at: int
-    workspace: tuple[int] | None
+    workspace: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     final: bool
 
-    def run(self, block: Tensor, b: Tensor, out: Tensor, stream: int) -> None:
-        """Multiply the operand in `block` by `b`, the weight or x, to `out` (or add to it).
+    def run(self, values: int, b: int, out: int, workspace: int, stream: int) -> None:
+        """Multiply the operand whose values begin at `values` by the weight or x at `b`, to `out` (or add to it).
 
-        b, out: in one block, channels innermost. stream: of the current device.
+        All of them addresses; b and out in one block, channels innermost. stream: of the current device.
         """
-        workspace, address = None, 0
-        if self.workspace is not None:
-            workspace = block.new_empty_strided(self.workspace, (1,))
-            address = workspace.data_ptr()
-        values = block.data_ptr()
-        self.kernel(values, values + self.metadata_at, b.data_ptr(), out.data_ptr(), address, stream)
+        self.kernel(values, values + self.metadata_at, b, out, workspace, stream)
 
 
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
@@ -145,7 +139,7 @@ def plan_product(
             shape=(g.batch, g.height, g.width, c_in, g.out_height, g.out_width, c_out, *g.kernel),
             window=(*g.stride, *g.padding, *g.dilation), **arguments,
         )  # fmt: skip
-    partials = (2 * tiling.splits * math.prod(shape),) if tiling.splits > 1 else None  # of float32
+    partials = 4 * tiling.splits * math.prod(shape) if tiling.splits > 1 else 0  # in float32
     return Launch(kernel, storage.metadata_at, partials, shape, strides, final)
 
 

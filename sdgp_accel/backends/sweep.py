@@ -1,8 +1,8 @@
 """Launches of the prune+compress kernels. What is the same for every gradient of one shape is worked out once, so that
 a backward is left with allocations, sums of addresses and the launch itself.
 
-An operand is one block of 16-bit elements, and the sweep's workspace lies behind the first one: each allocation
-costs the host about as much as a launch.
+The operands of a backward, and the workspace of its launches, lie in one block of 16-bit elements: an allocation costs
+the host more than a launch.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from sdgp_accel.semi_structured import SparseOperand
 
 DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 CHUNK = 8  # 16-bit values in 16 bytes: the rows of wgrad's operand are padded to whole ones
-_ALIGNMENT = 16  # bytes, of what the kernels access in vectors
+_ALIGNMENT = 128  # bytes, of what is read or written on its own: lines of the L2 cache; vectors need 16
 _UNIT = (1,)
 
 
 class Storage(NamedTuple):
-    """Where in its block an operand lies: values first, the metadata `metadata_at` bytes behind their beginning.
+    """How an operand is stored: values first, the metadata `metadata_at` bytes behind their beginning.
 
     axis, shape: of the `SparseOperand`. stored: rows and columns of the values; the metadata has an eighth of them
     along `axis`. pitch: channels in a stored row of wgrad's, C padded to whole chunks.
@@ -57,25 +57,35 @@ class Storage(NamedTuple):
         """Bytes of values and metadata."""
         return self.metadata_at + self.metadata_at // 8
 
+    @property
+    def padded_nbytes(self) -> int:
+        """As far as what follows begins."""
+        return _padded(self.nbytes, _ALIGNMENT)
+
 
 class StoredOperand(NamedTuple):
-    """A 2:4 operand in one block: what the kernels write and read."""
+    """A 2:4 operand as the kernels write and read it: in a block of 16-bit elements, from byte `at` on."""
 
     block: Tensor
     storage: Storage
+    at: int = 0
 
-    @classmethod
-    def pack(cls, operand: SparseOperand) -> StoredOperand:
-        """A copy of `operand`, row-major."""
-        storage = Storage.of(operand.axis, *operand.shape)
-        packed = cls(operand.values.new_zeros(-(-storage.nbytes // 2)), storage)
-        for target, source in zip(packed._matrices(), (operand.values, operand.metadata), strict=True):
-            target[: source.shape[0], : source.shape[1]] = source
-        return packed
+    @property
+    def address(self) -> int:
+        """Of the values."""
+        return self.block.data_ptr() + self.at
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """The memory of values and metadata, with all that pads them."""
+        (rows, columns), size = self.storage.stored, math.prod(self.storage.stored)
+        words = (rows, columns // 8) if self.storage.axis == 1 else (rows // 8, columns)
+        begin = self.at // 2
+        values, metadata = self.block[begin : begin + size], self.block[begin + size : begin + size + size // 8]
+        return values.view(rows, columns), metadata.view(torch.int16).view(words)
 
     def unpack(self) -> SparseOperand:
         """The same memory as values and metadata."""
-        values, metadata = self._matrices()
+        values, metadata = self.matrices()
         if self.storage.axis == 0:  # without the channels that fill up the last chunk
             channels = self.storage.shape[1]
             values, metadata = values[:, :channels], metadata[:, :channels]
@@ -85,131 +95,156 @@ class StoredOperand(NamedTuple):
         """The dense matrix [T, C]."""
         return self.unpack().decompress()
 
-    def _matrices(self) -> tuple[Tensor, Tensor]:
-        (rows, columns), size = self.storage.stored, math.prod(self.storage.stored)
-        words = (rows, columns // 8) if self.storage.axis == 1 else (rows // 8, columns)
-        values, metadata = self.block[:size], self.block[size : size + size // 8]
-        return values.view(rows, columns), metadata.view(torch.int16).view(words)
-
-
-# The blocks of both operands, and the bias gradient; None for what was not asked for.
-Blocks = tuple[Tensor | None, Tensor | None, Tensor | None]
-
 
 class Sweep(NamedTuple):
     """One pass over gradients [T, C] of one shape.
 
-    sizes: elements of the blocks, as shapes; the workspace of all that follows lies `workspace_at` bytes behind the
-    beginning of the first block there is, and in it the others at so many bytes. bias: shape of the bias gradient.
+    dgrad, wgrad: where in the block the values and the metadata of the operand begin; None for what is not asked for.
+    workspace, dgrad_scale, wgrad_scale: where these begin.
     """
 
     launch: Any
     scope_scales: Any
-    draws: bool
-    dgrad: Storage | None
-    wgrad: Storage | None
-    sizes: tuple[tuple[int], tuple[int]]
-    workspace_at: int
-    dgrad_scale_at: int
-    wgrad_scale_at: int
+    dgrad: tuple[int, int] | None
+    wgrad: tuple[int, int] | None
+    workspace: int
+    dgrad_scale: int
+    wgrad_scale: int
+
+    def run(self, dy: int, block: int, bias: int, seed: tuple[int, int, int], rank: int, stream: int) -> None:
+        """Launch it, on addresses; 0 for no bias gradient. seed: its address, or 0 and the two numbers."""
+        values = metadata = wgrad_values = wgrad_metadata = dgrad_scale = wgrad_scale = 0
+        if self.dgrad is not None:
+            values, metadata = block + self.dgrad[0], block + self.dgrad[1]
+        if self.wgrad is not None:
+            wgrad_values, wgrad_metadata = block + self.wgrad[0], block + self.wgrad[1]
+        workspace = block + self.workspace
+        if self.scope_scales is not None:
+            dgrad_scale, wgrad_scale = block + self.dgrad_scale, block + self.wgrad_scale
+            # Its sums lie where the partial sums of the bias gradient will: this launch ends before the next begins.
+            self.scope_scales(dy, workspace, dgrad_scale, wgrad_scale, stream)
+        self.launch(
+            dy, values, metadata, wgrad_values, wgrad_metadata, bias, workspace, *seed, rank, dgrad_scale, wgrad_scale,
+            stream,
+        )  # fmt: skip
+
+
+class Sweeps(NamedTuple):
+    """All passes over gradients of one shape, and the block that they fill.
+
+    size: elements of the block, as a shape. wgrad_at: where wgrad's operand begins; dgrad's begins with the block.
+    spare_at: where the bytes begin that dgrad's product asked for. bias: shape of the bias gradient, if asked for.
+    """
+
+    passes: tuple[Sweep, ...]
+    size: tuple[int]
+    wgrad_at: int
+    spare_at: int
     bias: tuple[int] | None
 
-    def run(self, dy: Tensor, seed: Seed | None, rank: int, stream: int) -> Blocks:
-        """dy: in the memory that the sweep was made for. seed: where the function draws."""
-        address = dy.data_ptr()
-        dgrad = wgrad = db = None
-        first = values = metadata = wgrad_values = wgrad_metadata = 0
-        if self.dgrad is not None:
-            dgrad = dy.new_empty_strided(self.sizes[0], _UNIT)
-            first = values = dgrad.data_ptr()
-            metadata = values + self.dgrad.metadata_at
-        if self.wgrad is not None:
-            wgrad = dy.new_empty_strided(self.sizes[1], _UNIT)
-            wgrad_values = wgrad.data_ptr()
-            wgrad_metadata = wgrad_values + self.wgrad.metadata_at
-            first = first or wgrad_values
-        workspace = first + self.workspace_at
-        bias = partials = seed_at = key = offset = dgrad_scale = wgrad_scale = 0
+    def run(self, dy: Tensor, seed: Seed | None, rank: int, stream: int) -> tuple[Tensor, Tensor | None]:
+        """The block, filled, and the bias gradient.
+
+        dy: in the memory that the passes were made for. seed: where a function draws. stream: of the current device.
+        """
+        block, db, bias = dy.new_empty_strided(self.size, _UNIT), None, 0
         if self.bias is not None:
             db = dy.new_empty_strided(self.bias, _UNIT)
-            bias, partials = db.data_ptr(), workspace
-        if self.scope_scales is not None:
-            dgrad_scale, wgrad_scale = workspace + self.dgrad_scale_at, workspace + self.wgrad_scale_at
-            # Its sums lie where the partial sums of the bias gradient will: this launch ends before the next begins.
-            self.scope_scales(address, workspace, dgrad_scale, wgrad_scale, stream)
-        if self.draws:
-            assert seed is not None
-            if isinstance(seed, Tensor):
-                seed_at = seed.data_ptr()
-            else:
-                key, offset = seed
-        self.launch(
-            address, values, metadata, wgrad_values, wgrad_metadata, bias, partials, seed_at, key, offset, rank,
-            dgrad_scale, wgrad_scale, stream,
-        )  # fmt: skip
-        return dgrad, wgrad, db
+            bias = db.data_ptr()
+        drawn = (0, 0, 0)
+        if seed is not None:
+            drawn = (0, *seed) if isinstance(seed, tuple) else (seed.data_ptr(), 0, 0)
+        for sweep in self.passes:
+            sweep.run(dy.data_ptr(), block.data_ptr(), bias, drawn, rank, stream)
+            bias = 0  # the first pass has summed it
+        return block, db
 
 
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
 def plan_sweeps(
-    kernels: Any, geometry: Geometry, plan: LayerPlan, needs: Needs, row_stride: int, dtype: torch.dtype
-) -> tuple[Sweep, ...]:
-    """The passes over dY [T, C] that `needs` asks for: one, or two for operands of different rules."""
+    kernels: Any,
+    geometry: Geometry,
+    plan: LayerPlan,
+    needs: Needs,
+    row_stride: int,
+    dtype: torch.dtype,
+    dgrad_spare: int = 0,
+    wgrad_spare: int = 0,
+) -> Sweeps:
+    """The passes over dY [T, C] that `needs` asks for: one, or two for operands of different rules.
+
+    dgrad_spare: bytes that the block has for dgrad's product, behind the operands. wgrad_spare: those that it has for
+    wgrad's product from its beginning, where by then nothing is needed any more.
+    """
+    t, c, positions_per_sample = geometry.positions, geometry.out_channels, geometry.positions_per_sample
     for_dgrad = plan.grad_input if needs.dgrad else None
     for_wgrad = plan.grad_weight if needs.wgrad else None
-    shape = (geometry.positions, geometry.out_channels, row_stride, geometry.positions_per_sample, dtype)
-    if for_dgrad is not None and for_wgrad is not None and for_dgrad != for_wgrad:
-        return (
-            _sweep(kernels, for_dgrad, Needs(True, False, needs.bias), *shape),
-            _sweep(kernels, for_wgrad, Needs(False, True, False), *shape),
+    specs = [spec for spec in dict.fromkeys((for_dgrad, for_wgrad)) if spec is not None]
+    dgrad = Storage.of(1, t, c) if for_dgrad is not None else None
+    wgrad = Storage.of(0, t, c) if for_wgrad is not None else None
+    workspace = dgrad.padded_nbytes if dgrad is not None else 0
+    scopes = [_Scope.of(kernels, spec, t, c, positions_per_sample, needs.bias) for spec in specs]
+    wgrad_at = _padded(max(wgrad_spare, workspace + max(scope.nbytes for scope in scopes)), _ALIGNMENT)
+    spare_at = wgrad_at + (wgrad.padded_nbytes if wgrad is not None else 0)
+    gradient = {"t": t, "c": c, "row_stride": row_stride, "dtype": DTYPE_NAMES[dtype]}
+    passes = [
+        _sweep(
+            kernels, spec, gradient, scope, workspace, dgrad if spec == for_dgrad else None,
+            wgrad if spec == for_wgrad else None, wgrad_at,
         )
-    spec = for_dgrad or for_wgrad
-    assert spec is not None
-    return (_sweep(kernels, spec, Needs(for_dgrad is not None, for_wgrad is not None, needs.bias), *shape),)
+        for spec, scope in zip(specs, scopes, strict=True)
+    ]  # fmt: skip
+    size = (-(-(spare_at + dgrad_spare) // 2),)
+    return Sweeps(tuple(passes), size, wgrad_at, spare_at, (c,) if needs.bias else None)
 
 
-def run_sweeps(sweeps: tuple[Sweep, ...], dy: Tensor, seed: Seed | None, rank: int, stream: int) -> Blocks:
-    """What all passes of `plan_sweeps` yield. stream: of the current device."""
-    if len(sweeps) == 1:
-        return sweeps[0].run(dy, seed, rank, stream)
-    dgrad, _, db = sweeps[0].run(dy, seed, rank, stream)
-    return dgrad, sweeps[1].run(dy, seed, rank, stream)[1], db
+class _Scope(NamedTuple):
+    """Over what one rule scales, and the workspace of its pass: bytes from the workspace's beginning.
+
+    positions_per_sample: of a scope wider than a group, 0 for the whole tensor; None for the group.
+    """
+
+    positions_per_sample: int | None
+    dgrad_scale: int
+    wgrad_scale: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, kernels: Any, spec: PruneSpec, t: int, c: int, positions_per_sample: int, bias: bool) -> _Scope:
+        samples, sums, scopes = None, 0, 0
+        if spec.function == "rescale_magnitude" and spec.scope != "group":
+            samples = positions_per_sample if spec.scope == "sample_channel" else 0
+            sums, scopes = 8 * kernels.scope_workspace(t, c, samples), t // samples * c if samples else 1
+        partials = 4 * c * kernels.bias_partial_rows(t, c) if bias else 0
+        dgrad_scale = _padded(max(sums, partials), _ALIGNMENT)
+        wgrad_scale = dgrad_scale + _padded(4 * scopes, _ALIGNMENT)
+        return cls(samples, dgrad_scale, wgrad_scale, wgrad_scale + 4 * scopes)
 
 
 def _sweep(
     kernels: Any,
     spec: PruneSpec,
-    needs: Needs,
-    t: int,
-    c: int,
-    row_stride: int,
-    positions_per_sample: int,
-    dtype: torch.dtype,
+    gradient: dict[str, Any],
+    scope: _Scope,
+    workspace: int,
+    dgrad: Storage | None,
+    wgrad: Storage | None,
+    wgrad_at: int,
 ) -> Sweep:
-    dgrad = Storage.of(1, t, c) if needs.dgrad else None
-    wgrad = Storage.of(0, t, c) if needs.wgrad else None
-    rule = {"n": spec.n, "m": spec.m, "eps": spec.eps, "dtype": DTYPE_NAMES[dtype]}
-    gradient = {"t": t, "c": c, "row_stride": row_stride}
-    scope_scales, samples, sums, scopes = None, None, 0, 0
-    if spec.function == "rescale_magnitude" and spec.scope != "group":
-        samples = positions_per_sample if spec.scope == "sample_channel" else 0  # 0: the whole tensor is one scope
-        scope_scales = kernels.ScopeScales(**rule, **gradient, positions_per_sample=samples)
-        sums, scopes = 8 * kernels.scope_workspace(t, c, samples), t // samples * c if samples else 1
+    rule = {"n": spec.n, "m": spec.m, "eps": spec.eps, "positions_per_sample": scope.positions_per_sample, **gradient}
     launch = kernels.PruneCompress(
-        function=spec.function, **rule, **gradient, positions_per_sample=samples,
+        function=spec.function, **rule,
         dgrad_k=dgrad.k if dgrad else 0, wgrad_k=wgrad.k if wgrad else 0, wgrad_pitch=wgrad.stored[1] if wgrad else 0,
     )  # fmt: skip
-    partials = 4 * c * kernels.bias_partial_rows(t, c) if needs.bias else 0
-    dgrad_scale_at = _padded(max(sums, partials), _ALIGNMENT)
-    wgrad_scale_at = dgrad_scale_at + _padded(4 * scopes, _ALIGNMENT)
-    workspace = wgrad_scale_at + 4 * scopes
-    first, *others = [_padded(storage.nbytes, _ALIGNMENT) for storage in (dgrad, wgrad) if storage is not None]
-    lengths = [first + workspace, *others]
-    sizes = (lengths[0] // 2, lengths[-1] // 2)
     return Sweep(
-        launch, scope_scales, spec.is_random, dgrad, wgrad, ((sizes[0],), (sizes[1],)), first, dgrad_scale_at,
-        wgrad_scale_at, (c,) if needs.bias else None,
-    )  # fmt: skip
+        launch,
+        None if scope.positions_per_sample is None else kernels.ScopeScales(**rule),
+        None if dgrad is None else (0, dgrad.metadata_at),
+        None if wgrad is None else (wgrad_at, wgrad_at + wgrad.metadata_at),
+        workspace,
+        workspace + scope.dgrad_scale,
+        workspace + scope.wgrad_scale,
+    )
 
 
 def _padded(size: int, multiple: int) -> int:

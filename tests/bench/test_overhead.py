@@ -20,5 +20,7 @@ def test_every_case_is_measured(tmp_path: Path) -> None:
     cases = {(row["backend"], row["layer"], row["prune"]) for row in results}
     assert len(cases) == len(results) == 8
     for row in results:
-        assert row["overhead"] == row["sdgp"] - (row["dense"] - row["replaced"])
-        assert min(row["dense"], row["sdgp"], row["new_empty"]) > 0.0
+        (dense_forward, dense_backward), (forward, backward) = row["dense"], row["sdgp"]
+        assert row["forward"] == forward - dense_forward
+        assert row["backward"] == backward - dense_backward + row["replaced"]
+        assert min(*row["dense"], *row["sdgp"], row["new_empty"]) > 0.0

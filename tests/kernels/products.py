@@ -20,6 +20,7 @@ from torch import Tensor
 
 import cutlass_ops
 from cutlass_ops import build_kernels
+from sdgp_accel.backends.sweep import Storage, StoredOperand
 from sdgp_accel.semi_structured import SparseOperand, compress_matrix
 
 _POINTERS = ("values", "metadata", "b", "out", "workspace")
@@ -309,6 +310,15 @@ def arguments(engine: Engine, operand: SparseOperand, b: Tensor, out: Tensor, sp
         "values": engine.put(operand.values), "metadata": engine.put(operand.metadata), "b": engine.put(b),
         "out": out, "workspace": workspace, "padded_k": operand.values.shape[operand.axis] * 2, "splits": splits,
     }  # fmt: skip
+
+
+def stored(operand: SparseOperand) -> StoredOperand:
+    """A copy of `operand`, row-major, as the backend has it: in the middle of a block."""
+    storage, at = Storage.of(operand.axis, *operand.shape), 256
+    packed = StoredOperand(operand.values.new_zeros(-(-(at + storage.nbytes) // 2)), storage, at)
+    for target, source in zip(packed.matrices(), (operand.values, operand.metadata), strict=True):
+        target[: source.shape[0], : source.shape[1]] = source
+    return packed
 
 
 def assert_close(out: Tensor, exact: Tensor, magnitude: Tensor, k: int) -> None:

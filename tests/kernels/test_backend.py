@@ -10,7 +10,6 @@ from cutlass_ops import build_kernels
 from sdgp_accel import SDGPConfig
 from sdgp_accel.backends import cutlass, dense, gpu, tiles
 from sdgp_accel.backends import products as sparse_products
-from sdgp_accel.backends.sweep import StoredOperand
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.nn import SDGPConv2d, SDGPLinear
@@ -187,7 +186,7 @@ def test_wgrad_delivers_to_out(product_device, name, dtype):
     memory_format = torch.channels_last if getattr(geometry, "channels_last", False) else torch.contiguous_format
     dy = products.sparse_matrix(geometry.positions, 16, 0, torch.bfloat16).to(product_device)
     x = torch.randn(shape, device=product_device).bfloat16().contiguous(memory_format=memory_format)
-    operand = StoredOperand.pack(compress_matrix(dy, 0))
+    operand = products.stored(compress_matrix(dy, 0))
     # Instances that other tests of the simulator compile anyway.
     wanted = {"sm90": "128x256" if name.startswith("3x3") else "256x128", "sm80": "64x128"}
     tiling = next(

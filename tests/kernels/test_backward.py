@@ -11,7 +11,7 @@ import torch
 
 import cutlass_ops
 from sdgp_accel import SDGPConfig, ops
-from sdgp_accel.backends import Decision, Needs, _resolve_scope, cutlass, dense, gpu, reference
+from sdgp_accel.backends import Decision, Needs, Tilings, _resolve_scope, cutlass, dense, gpu, reference
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.philox import Rng
@@ -28,6 +28,7 @@ CONFIGS = [
 ]  # fmt: skip
 GEOMETRIES = {
     "linear": LinearGeometry(3 * 50, 72, 40, 50),
+    "linear_wide": LinearGeometry(3 * 50, 72, 200, 50),
     "linear_odd": LinearGeometry(3 * 37, 36, 21, 37),
     "pointwise": Conv2dGeometry.of((2, 24, 9, 7), (40, 24, 1, 1), (1, 1, 0, 0, 1, 1, 1), True),
     "3x3": Conv2dGeometry.of((2, 24, 9, 7), (40, 24, 3, 3), (1, 1, 1, 1, 1, 1, 1), True),
@@ -99,14 +100,15 @@ def test_backward_equals_float64_on_the_pruned_gradient(simulated, monkeypatch, 
 
 BOUND = [
     (name, config, shape)
-    for name, shape in (("linear", (3, 50, 72)), ("3x3", None))
+    for name, shape in (("linear_wide", (3, 50, 72)), ("3x3", None))
     for config in (CONFIGS[0], CONFIGS[4], CONFIGS[7])
 ]
 
 
+@pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize(("name", "config", "shape"), BOUND, ids=str)
-def test_one_call_gives_the_bits_of_three(simulated, monkeypatch, name, config, shape):
-    """For everything that a backward may be asked for."""
+def test_one_call_gives_the_bits_of_three(simulated, monkeypatch, name, config, shape, splits):
+    """For everything that a backward may be asked for, with the partial sums of both products in its one block."""
     geometry = GEOMETRIES[name]
     input_shape = shape or geometry.input_shape
     memory_format = torch.contiguous_format if shape else torch.channels_last
@@ -116,7 +118,13 @@ def test_one_call_gives_the_bits_of_three(simulated, monkeypatch, name, config, 
     if shape:
         dy = dy.view(*shape[:-1], geometry.out_channels)
     monkeypatch.setattr("sdgp_accel.philox.draw", lambda device: torch.tensor([7, -9]))
-    decision = decision_for(config, geometry)
+    dgrad, wgrad = (
+        cutlass.BACKEND.tilings(geometry, name, torch.bfloat16, CPU)[0]._replace(splits=splits)
+        for name in ("grad_input", "grad_weight")
+    )
+    if not shape:  # a convolution's dgrad is not split
+        dgrad = dgrad._replace(splits=1)
+    decision = decision_for(config, geometry)._replace(tilings=Tilings(dgrad, wgrad))
     bound = cutlass.BACKEND.bind(decision, input_shape, torch.bfloat16, CPU)
     for asked in ((x, weight, True), (None, weight, False), (x, None, True)):
         expected = ops.run(dy, *asked, decision)

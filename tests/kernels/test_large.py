@@ -10,10 +10,9 @@ import torch
 
 import cutlass_ops
 from sdgp_accel.backends import cutlass, gpu, products
-from sdgp_accel.backends.sweep import StoredOperand
 from sdgp_accel.geometry import LinearGeometry
 from sdgp_accel.semi_structured import SparseOperand
-from tests.kernels.products import assert_close
+from tests.kernels.products import assert_close, stored
 
 CUDA = torch.device("cuda", 0)
 POSITIONS, WIDE, NARROW = 1_200_000, 4096, 64  # 4.9e9 elements; compressed 2.5e9
@@ -54,7 +53,7 @@ def rows_of(operand: SparseOperand, first: int, count: int) -> torch.Tensor:
 def test_dgrad(family):
     operand = random_operand(POSITIONS, WIDE, 1)
     weight = torch.randn(WIDE, NARROW, device=CUDA, dtype=torch.bfloat16)
-    dx = cutlass.BACKEND.dgrad(StoredOperand.pack(operand), weight, LinearGeometry(POSITIONS, NARROW, WIDE))
+    dx = cutlass.BACKEND.dgrad(stored(operand), weight, LinearGeometry(POSITIONS, NARROW, WIDE))
     for first in (0, POSITIONS // 2, POSITIONS - 256):
         a, b = rows_of(operand, first, 256), weight.double()
         assert_close(dx[first : first + 256], (a @ b).cpu(), (a.abs() @ b.abs()).cpu(), WIDE)
@@ -63,7 +62,7 @@ def test_dgrad(family):
 def test_wgrad(family):
     operand = random_operand(POSITIONS, NARROW, 0)
     x = torch.randn(POSITIONS, WIDE, device=CUDA, dtype=torch.bfloat16)
-    dw = cutlass.BACKEND.wgrad(StoredOperand.pack(operand), x, LinearGeometry(POSITIONS, WIDE, NARROW))
+    dw = cutlass.BACKEND.wgrad(stored(operand), x, LinearGeometry(POSITIONS, WIDE, NARROW))
     exact = torch.zeros(NARROW, WIDE, device=CUDA, dtype=torch.float64)
     magnitude = torch.zeros_like(exact)
     step = POSITIONS // 25
