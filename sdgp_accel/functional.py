@@ -35,22 +35,28 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
     if is_sharded or not torch.is_grad_enabled() or input.dim() == 0:  # of dim 0: torch's own error
         check_floating(input.dtype)
         return F.linear(input, weight, bias)
-    is_compiling = torch.compiler.is_compiling()
-    if (is_compiling or torch._C._is_any_autocast_enabled()) and _is_autocast(input):
-        input, weight, bias = _autocast(input, weight, bias)
     if not isinstance(plan, str):
         plan = _encoded(plan, "linear")
-    decision = None
-    if not is_compiling:
-        deterministic = torch._C._get_deterministic_algorithms()
-        decision = decide_linear(plan, input.shape, weight.shape[0], input.dtype, input.device, deterministic)
-        if decision.backend is None:
-            return F.linear(input, weight, bias)
-    else:
+    if torch.compiler.is_compiling():
+        if _is_autocast(input):
+            input, weight, bias = _autocast(input, weight, bias)
         check_floating(input.dtype)
         if not prunes(plan):
             return F.linear(input, weight, bias)
-    result: Tensor = _Linear.apply(input, weight, bias, (plan, decision))
+        traced: Tensor = _Linear.apply(input, weight, bias, (plan, None, False))
+        return traced
+    is_autocast = torch._C._is_any_autocast_enabled() and _is_autocast(input)
+    if is_autocast and not _casts_inside(weight, bias):
+        input, weight, bias = _autocast(input, weight, bias)
+        is_autocast = False
+    dtype = _autocast_dtype(input) if is_autocast else input.dtype
+    deterministic = torch._C._get_deterministic_algorithms()
+    decision = decide_linear(plan, input.shape, weight.shape[0], dtype, input.device, deterministic, weight.dtype)
+    if decision.backend is None:
+        return F.linear(input, weight, bias)
+    if is_autocast:
+        input = input.to(dtype)
+    result: Tensor = _Linear.apply(input, weight, bias, (plan, decision, is_autocast))
     return result
 
 
@@ -77,7 +83,7 @@ def conv2d(
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     if isinstance(padding, str):
         if _is_autocast(input):
-            input, weight, bias = _autocast(input, weight, bias)
+            input = input.to(_autocast_dtype(input))
         input, padding = resolve_padding(input, weight, padding, stride, dilation)
     window = (stride, _pair("padding", padding), dilation, groups)
     return convolve(input, weight, bias, window, plan if isinstance(plan, str) else _encoded(plan, "conv2d"))
@@ -93,36 +99,47 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window,
             return convolve(input.unsqueeze(0), weight, bias, window, plan).squeeze(0)
         check_floating(input.dtype)
         return F.conv2d(input, weight, bias, *window)
-    is_compiling = torch.compiler.is_compiling()
-    if (is_compiling or torch._C._is_any_autocast_enabled()) and _is_autocast(input):
-        input, weight, bias = _autocast(input, weight, bias)
-    decision = None
     channels_last = is_channels_last(input) or is_channels_last(weight)
-    if not is_compiling:
-        deterministic = torch._C._get_deterministic_algorithms()
-        decision = decide_conv2d(
-            plan, input_shape, weight_shape, window, channels_last, input.dtype, input.device, deterministic
-        )
-        if decision.backend is None:
-            return F.conv2d(input, weight, bias, *window)
-    else:
+    if torch.compiler.is_compiling():
+        if _is_autocast(input):
+            input, weight, bias = _autocast(input, weight, bias)
         check_floating(input.dtype)
         if not prunes(plan):
             return F.conv2d(input, weight, bias, *window)
-    result: Tensor = _Conv2d.apply(input, weight, bias, (window, channels_last, plan, decision))
+        traced: Tensor = _Conv2d.apply(input, weight, bias, (plan, None, False, window, channels_last))
+        return traced
+    is_autocast = torch._C._is_any_autocast_enabled() and _is_autocast(input)
+    if is_autocast and not _casts_inside(weight, bias):
+        input, weight, bias = _autocast(input, weight, bias)
+        is_autocast = False
+    dtype = _autocast_dtype(input) if is_autocast else input.dtype
+    deterministic = torch._C._get_deterministic_algorithms()
+    decision = decide_conv2d(
+        plan, input_shape, weight_shape, window, channels_last, dtype, input.device, deterministic, weight.dtype
+    )
+    if decision.backend is None:
+        return F.conv2d(input, weight, bias, *window)
+    if is_autocast:
+        input = input.to(dtype)
+    result: Tensor = _Conv2d.apply(input, weight, bias, (plan, decision, is_autocast, window, channels_last))
     return result
 
 
 # Both functions: forward and setup_context in one, since the split form costs 14 µs more per call; and an eager
 # backward that calls what the op calls, with the decision taken in forward, which saves 5 to 10 µs. The op is for
-# whatever traces (torch.compile and other tensor subclasses) and for a backward that is itself recorded.
+# whatever traces (torch.compile and other tensor subclasses) and for a backward that is itself recorded. Under autocast
+# parameters are cast within: their gradients may then come from the kernels as they are to be, in float32. autograd
+# casts what comes in another dtype.
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: tuple[str, Decision | None]
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: tuple[str, Decision | None, bool]
     ) -> Tensor:
+        if call[2]:
+            ctx.parameter = weight
+            weight, bias = _autocast_parameters(weight, bias)
         needs_dx, needs_dw, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(input if needs_dw else None, weight if needs_dx else None)
         ctx.call = call
@@ -134,11 +151,12 @@ class _Linear(torch.autograd.Function):
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
         if not (needs_dx or needs_dw):
             return None, None, dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy, None
-        plan, decision = ctx.call
+        plan, decision, is_autocast = ctx.call
         if _is_plain(dy, decision):
             return *ops.run(dy, x, weight, needs_db, decision), None
-        gradients = _once(ops.linear_backward(dy, x, weight, needs_db, plan), dy, x, weight)
-        return *_place(gradients, needs_dx, needs_dw, needs_db), None
+        gradients = ops.linear_backward(dy, x, weight, needs_db, plan)
+        used = ctx.parameter if is_autocast and needs_dx else weight
+        return *_place(_once(gradients, dy, x, used), needs_dx, needs_dw, needs_db), None
 
 
 class _Conv2d(torch.autograd.Function):
@@ -148,8 +166,11 @@ class _Conv2d(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        call: tuple[Window, bool, str, Decision | None],
+        call: tuple[str, Decision | None, bool, Window, bool],
     ) -> Tensor:
+        if call[2]:
+            ctx.parameter = weight
+            weight, bias = _autocast_parameters(weight, bias)
         needs_dx, needs_dw, _, _ = ctx.needs_input_grad
         if needs_dx and needs_dw:
             ctx.save_for_backward(input, weight)
@@ -157,7 +178,7 @@ class _Conv2d(torch.autograd.Function):
             ctx.save_for_backward(input if needs_dw else None, weight if needs_dx else None)
             ctx.absent_shape = weight.shape if needs_dw else input.shape
         ctx.call = call
-        return F.conv2d(input, weight, bias, *call[0])
+        return F.conv2d(input, weight, bias, *call[3])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -165,12 +186,13 @@ class _Conv2d(torch.autograd.Function):
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
         if not (needs_dx or needs_dw):
             return None, None, dy.sum((0, 2, 3)), None
-        window, channels_last, plan, decision = ctx.call
+        plan, decision, is_autocast, window, channels_last = ctx.call
         if _is_plain(dy, decision):
             return *ops.run(dy, x, weight, needs_db, decision), None
         absent_shape = () if needs_dx and needs_dw else ctx.absent_shape
         gradients = ops.conv2d_backward(dy, x, weight, needs_db, absent_shape, flat(window), channels_last, plan)
-        return *_place(_once(gradients, dy, x, weight), needs_dx, needs_dw, needs_db), None
+        used = ctx.parameter if is_autocast and needs_dx else weight
+        return *_place(_once(gradients, dy, x, used), needs_dx, needs_dw, needs_db), None
 
 
 def _is_plain(dy: Tensor, decision: Decision | None) -> bool:
@@ -235,17 +257,29 @@ def _is_autocast(input: Tensor) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
+def _casts_inside(weight: Tensor, bias: Tensor | None) -> bool:
+    """True for parameters, which live on in any case: a weight that was computed would be kept for backward."""
+    return type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
+
+
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast as autocast would. Inside the autograd function, where gradients are off, autocast would put an
     untracked copy of the weight into its cache, and the next dense use of that weight would lose its gradient.
     """
-    dtype = torch.get_autocast_dtype(input.device.type)
-    return _cast(input, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+    return input.to(_autocast_dtype(input)), *_autocast_parameters(weight, bias)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64  # autocast's own rule
-    return tensor.to(dtype) if eligible else tensor
+def _autocast_parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    weight = weight.to(_autocast_dtype(weight))
+    return weight, None if bias is None else bias.to(_autocast_dtype(bias))
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """What autocast casts `tensor` to: by its own rule, float64 and numbers of other kinds stay as they are."""
+    dtype = tensor.dtype
+    if dtype == torch.float64 or not dtype.is_floating_point:
+        return dtype
+    return torch.get_autocast_dtype(ops.device_type(tensor))
 
 
 def _pair(argument: str, value: int | Sequence[int]) -> tuple[int, int]:

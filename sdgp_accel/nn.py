@@ -109,7 +109,9 @@ def decide_layer(module: nn.Linear | nn.Conv2d, input: Tensor, config: SDGPConfi
     deterministic = torch.are_deterministic_algorithms_enabled()
     if isinstance(module, nn.Linear):
         plan = plan_string("linear", config)
-        return input, decide_linear(plan, input.shape, module.out_features, input.dtype, input.device, deterministic)
+        return input, decide_linear(
+            plan, input.shape, module.out_features, input.dtype, input.device, deterministic, module.weight.dtype
+        )
     x = input.unsqueeze(0) if input.dim() == 3 else input
     stride, dilation = _pair(module.stride), _pair(module.dilation)
     if module.padding_mode != "zeros":
@@ -121,8 +123,10 @@ def decide_layer(module: nn.Linear | nn.Conv2d, input: Tensor, config: SDGPConfi
         padding = _pair(module.padding)
     window = (stride, padding, dilation, module.groups)
     channels_last = functional.is_channels_last(x) or functional.is_channels_last(module.weight)
-    plan, shape = plan_string("conv2d", config), module.weight.shape
-    return x, decide_conv2d(plan, x.shape, shape, window, channels_last, x.dtype, x.device, deterministic)
+    plan, weight = plan_string("conv2d", config), module.weight
+    return x, decide_conv2d(
+        plan, x.shape, weight.shape, window, channels_last, x.dtype, x.device, deterministic, weight.dtype
+    )
 
 
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:

@@ -37,7 +37,7 @@ def _linear_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: 
     """dy [..., C_out], x [..., C_in], weight [C_out, C_in]; at least one of x and weight is given."""
     input_shape = (*dy.shape[:-1], _in_features(x, weight))
     deterministic = torch.are_deterministic_algorithms_enabled()
-    decision = decide_linear(plan, input_shape, dy.shape[-1], dy.dtype, dy.device, deterministic)
+    decision = decide_linear(plan, input_shape, dy.shape[-1], dy.dtype, dy.device, deterministic, dy.dtype)
     return _present(run(dy, x, weight, bias, decision))
 
 
@@ -62,7 +62,7 @@ def _conv2d_backward(
     stride, padding, dilation = (tuple(window[i : i + 2]) for i in (0, 2, 4))
     decision = decide_conv2d(
         plan, input_shape, weight_shape, (stride, padding, dilation, window[6]), channels_last, dy.dtype, dy.device,
-        deterministic,
+        deterministic, dy.dtype,
     )  # fmt: skip
     return _present(run(dy, x, weight, bias, decision))
 

@@ -67,6 +67,54 @@ def test_autocast_forward_has_the_dense_bits(dtype: torch.dtype, memory_format: 
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+class CastCounter(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the casts between dtypes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **kwargs or {})
+
+
+def test_autocast_of_a_layer_that_runs_dense_is_torchs_own() -> None:
+    """Which casts a parameter once, however often it is used."""
+    layer = sdgp.SDGPLinear(8, 8, config=sdgp.SDGPConfig(grad_input="dense", grad_weight="dense"))
+    x = torch.randn(4, 8).bfloat16()
+    with CastCounter() as casts, torch.autocast("cpu", torch.bfloat16):
+        layer(layer(x))
+    assert casts.count == 2
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_no_double_backward_through_parameters_that_autocast_casts(kind: str) -> None:
+    layer = sdgp.SDGPLinear(8, 8) if kind == "linear" else sdgp.SDGPConv2d(8, 8, 3)
+    x = torch.randn((4, 8) if kind == "linear" else (2, 8, 5, 5), requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x).float()
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("computed", ["weight", "bias"])
+def test_autocast_of_a_computed_weight(computed: str) -> None:
+    weight, bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
+    x = torch.randn(4, 8)
+    for scale in (1.0, 2.0):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = sdgp.functional.linear(
+                x, weight * scale if computed == "weight" else weight, bias * scale if computed == "bias" else bias,
+                sdgp.SDGPConfig(prune="magnitude"),
+            )  # fmt: skip
+        assert y.dtype == torch.bfloat16
+        dw, db = torch.autograd.grad(y.float().sum(), [weight, bias])
+        if scale == 1.0:
+            expected = dw, db
+    assert torch.equal(dw, expected[0] * (scale if computed == "weight" else 1.0))
+    assert torch.equal(db, expected[1] * (scale if computed == "bias" else 1.0))
+
+
 def test_autocast_leaves_float64_alone_and_backward_may_run_under_it() -> None:
     layer = sdgp.SDGPLinear(8, 8, dtype=torch.float64, config=MAGNITUDE)
     with torch.autocast("cpu", torch.bfloat16):

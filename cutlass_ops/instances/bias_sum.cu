@@ -11,9 +11,14 @@ namespace {
 
 constexpr int kRows = 32;
 
+__device__ void store(float* target, float sum) { *target = sum; }
+__device__ void store(__half* target, float sum) { *target = __float2half_rn(sum); }
+__device__ void store(__nv_bfloat16* target, float sum) { *target = __float2bfloat16_rn(sum); }
+
 // bias[channel] = the sum of a column of partials [rows, c], in a fixed order, rounded once. A block takes 32 channels.
+template <typename Bias>
 __global__ void __launch_bounds__(32 * kRows)
-    sum_bias_partials(const float* partials, int64_t rows, int64_t c, void* bias, bool is_bfloat16) {
+    sum_bias_partials(const float* partials, int64_t rows, int64_t c, Bias* bias) {
   __shared__ float sums[kRows][32];
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
   float sum = 0.0f;
@@ -26,11 +31,17 @@ __global__ void __launch_bounds__(32 * kRows)
   if (threadIdx.y != 0 || channel >= c) return;
   float total = 0.0f;
   for (int r = 0; r < kRows; ++r) total += sums[r][threadIdx.x];
-  if (is_bfloat16) {
-    static_cast<__nv_bfloat16*>(bias)[channel] = __float2bfloat16_rn(total);
-  } else {
-    static_cast<__half*>(bias)[channel] = __float2half_rn(total);
-  }
+  store(bias + channel, total);
+}
+
+template <typename Bias>
+int launch(const SdgpPruneCompress& problem) {
+  const int64_t blocks = (problem.c + 31) / 32;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  const dim3 threads(32, kRows);
+  sum_bias_partials<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(problem.stream)>>>(
+      problem.bias_partials, sdgp_bias_partial_rows(problem.t, problem.c), problem.c, static_cast<Bias*>(problem.bias));
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -39,12 +50,6 @@ __global__ void __launch_bounds__(32 * kRows)
 extern "C" int64_t sdgp_bias_partial_rows(int64_t t, int64_t c) { return sdgp::cover_matrix(t, c, 0).position_blocks; }
 
 extern "C" int sdgp_sum_bias_partials(const SdgpPruneCompress* problem, int is_bfloat16) {
-  const int64_t blocks = (problem->c + 31) / 32;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const dim3 threads(32, sdgp::kRows);
-  const auto stream = static_cast<cudaStream_t>(problem->stream);
-  sdgp::sum_bias_partials<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(
-      problem->bias_partials, sdgp_bias_partial_rows(problem->t, problem->c), problem->c, problem->bias,
-      is_bfloat16 != 0);
-  return cudaGetLastError();
+  if (problem->bias_is_float != 0) return sdgp::launch<float>(*problem);
+  return is_bfloat16 != 0 ? sdgp::launch<__nv_bfloat16>(*problem) : sdgp::launch<__half>(*problem);
 }

@@ -111,11 +111,17 @@ class Backend(Hashable, Protocol):
         """
 
     def bind(
-        self, decision: Decision, input_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        self,
+        decision: Decision,
+        input_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        weight_dtype: torch.dtype,
     ) -> BoundBackward | None:
         """`prune_compress`, `dgrad` and `wgrad` of a decision's shape as one call; None where they go one by one.
 
-        input_shape: the layer's own, of any rank; the geometry knows a Linear layer's as a matrix only.
+        input_shape: the layer's own, of any rank; the geometry knows a Linear layer's as a matrix only. weight_dtype:
+        that of the layer's parameters, which autocast has cast to `dtype`; their gradients may come in it at once.
         """
 
 
@@ -189,13 +195,17 @@ def decide_linear(
     dtype: torch.dtype,
     device: torch.device,
     deterministic: bool,
+    weight_dtype: torch.dtype,
 ) -> Decision:
     """`decide` for ``functional.linear`` on an input of this shape, measured where it is to be, remembered.
 
-    deterministic: what ``torch.are_deterministic_algorithms_enabled()`` says; then nothing is measured.
+    dtype: that of the computation. deterministic: what ``torch.are_deterministic_algorithms_enabled()`` says; then
+    nothing is measured. weight_dtype: as for `Backend.bind`.
     """
-    decision = decide(plan_text, LinearGeometry.of(input_shape, out_features), dtype, device)
-    return _bound(_tuned(decision, dtype, device, deterministic), input_shape, dtype, device)
+    decision = _tuned(
+        decide(plan_text, LinearGeometry.of(input_shape, out_features), dtype, device), dtype, device, deterministic
+    )
+    return _bound(decision, input_shape, dtype, device, weight_dtype)
 
 
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
@@ -208,18 +218,25 @@ def decide_conv2d(
     dtype: torch.dtype,
     device: torch.device,
     deterministic: bool,
+    weight_dtype: torch.dtype,
 ) -> Decision:
     """`decide` for ``functional.conv2d`` on an input of this shape; see `decide_linear`."""
     geometry = Conv2dGeometry.of(input_shape, weight_shape, flat(window), channels_last)
     decision = _tuned(decide(plan_text, geometry, dtype, device), dtype, device, deterministic)
-    return _bound(decision, input_shape, dtype, device)
+    return _bound(decision, input_shape, dtype, device, weight_dtype)
 
 
-def _bound(decision: Decision, input_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Decision:
+def _bound(
+    decision: Decision,
+    input_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    weight_dtype: torch.dtype,
+) -> Decision:
     backend, plan = decision.backend, decision.plan
     if backend is None or plan.grad_input is None or plan.grad_weight is None:  # one pass is torch's own op
         return decision
-    return decision._replace(bound=backend.bind(decision, input_shape, dtype, device))
+    return decision._replace(bound=backend.bind(decision, input_shape, dtype, device, weight_dtype))
 
 
 def _tuned(decision: Decision, dtype: torch.dtype, device: torch.device, deterministic: bool) -> Decision:

@@ -25,9 +25,15 @@ class SparseBackward:
     """
 
     def __init__(
-        self, decision: Decision, input_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        self,
+        decision: Decision,
+        input_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        weight_dtype: torch.dtype,
     ) -> None:
         self._shape = (decision.geometry, decision.plan, decision.tilings, dtype)
+        self._out_dtype = torch.float32 if weight_dtype == torch.float32 else dtype
         self._input_shape, self._device, self._draws = input_shape, device, decision.draws
         is_matrix = isinstance(decision.geometry, LinearGeometry)
         self._memory_format = torch.contiguous_format if is_matrix else torch.channels_last
@@ -58,7 +64,7 @@ class SparseBackward:
             dx = dy.new_empty_strided(dgrad.shape, dgrad.strides)
             dgrad.run(block_at, weight_at, dx.data_ptr(), block_at + sweeps.spare_at, stream)
         if x is not None:
-            dw = dy.new_empty_strided(wgrad.shape, wgrad.strides)
+            dw = dy.new_empty_strided(wgrad.shape, wgrad.strides, dtype=self._out_dtype)
             wgrad.run(block_at + sweeps.wgrad_at, x_at, dw.data_ptr(), block_at, stream)
         return dx, dw, db
 
@@ -67,7 +73,7 @@ class SparseBackward:
         geometry, _, tilings, dtype = self._shape
         kernels, device = cutlass_ops.kernels(), self._device
         dgrad = plan_product(kernels, geometry, "dgrad", dtype, device, tilings.dgrad, dtype)
-        wgrad = plan_product(kernels, geometry, "wgrad", dtype, device, tilings.wgrad, dtype)
+        wgrad = plan_product(kernels, geometry, "wgrad", dtype, device, tilings.wgrad, self._out_dtype)
         assert dgrad is not None
         assert wgrad is not None
         if isinstance(geometry, LinearGeometry):  # an input of any rank
@@ -77,7 +83,9 @@ class SparseBackward:
     def _prepare(self, needs: tuple[bool, bool, bool]) -> Sweeps:
         geometry, plan, _, dtype = self._shape
         spare = (launch.workspace if needed else 0 for launch, needed in zip(self._launches, needs, strict=False))
-        sweeps = plan_sweeps(cutlass_ops.kernels(), geometry, plan, Needs(*needs), geometry.out_channels, dtype, *spare)
+        sweeps = plan_sweeps(
+            cutlass_ops.kernels(), geometry, plan, Needs(*needs), geometry.out_channels, dtype, self._out_dtype, *spare
+        )
         self._sweeps[needs] = sweeps
         return sweeps
 

@@ -68,7 +68,7 @@ class CutlassBackend:
             if column_stride != 1 or row_stride < c:
                 dy, row_stride = dy.contiguous(), c
         device = dy.device
-        planned = plan_sweeps(cutlass_ops.kernels(), geometry, plan, needs, row_stride, dy.dtype)
+        planned = plan_sweeps(cutlass_ops.kernels(), geometry, plan, needs, row_stride, dy.dtype, dy.dtype)
         seed, rank = (None, 0) if rng is None else (rng.seed, rng.rank)
         with gpu.on_device(device):
             block, db = planned.run(dy, seed, rank, gpu.stream_of(device))
@@ -136,13 +136,21 @@ class CutlassBackend:
         return dw if launch.final else dw.contiguous()
 
     def bind(
-        self, decision: Decision, input_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        self,
+        decision: Decision,
+        input_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        weight_dtype: torch.dtype,
     ) -> SparseBackward | None:
-        """Where both passes run on sparse tensor cores and their results need no copy."""
+        """Where both passes run on sparse tensor cores and their results need no copy.
+
+        The gradients of float32 parameters come in float32, not rounded to 16 bits in between.
+        """
         geometry = decision.geometry
         if too_large(geometry) or (isinstance(geometry, Conv2dGeometry) and not geometry.channels_last):
             return None
-        return SparseBackward(decision, input_shape, dtype, device)
+        return SparseBackward(decision, input_shape, dtype, device, weight_dtype)
 
 
 def _launch(launch: Launch, operand: StoredOperand, b: Tensor, out: Tensor) -> None:

@@ -134,6 +134,7 @@ class Sweeps(NamedTuple):
 
     size: elements of the block, as a shape. wgrad_at: where wgrad's operand begins; dgrad's begins with the block.
     spare_at: where the bytes begin that dgrad's product asked for. bias: shape of the bias gradient, if asked for.
+    bias_dtype: its dtype.
     """
 
     passes: tuple[Sweep, ...]
@@ -141,6 +142,7 @@ class Sweeps(NamedTuple):
     wgrad_at: int
     spare_at: int
     bias: tuple[int] | None
+    bias_dtype: torch.dtype
 
     def run(self, dy: Tensor, seed: Seed | None, rank: int, stream: int) -> tuple[Tensor, Tensor | None]:
         """The block, filled, and the bias gradient.
@@ -149,7 +151,7 @@ class Sweeps(NamedTuple):
         """
         block, db, bias = dy.new_empty_strided(self.size, _UNIT), None, 0
         if self.bias is not None:
-            db = dy.new_empty_strided(self.bias, _UNIT)
+            db = dy.new_empty_strided(self.bias, _UNIT, dtype=self.bias_dtype)
             bias = db.data_ptr()
         drawn = (0, 0, 0)
         if seed is not None:
@@ -168,11 +170,13 @@ def plan_sweeps(
     needs: Needs,
     row_stride: int,
     dtype: torch.dtype,
+    bias_dtype: torch.dtype,
     dgrad_spare: int = 0,
     wgrad_spare: int = 0,
 ) -> Sweeps:
     """The passes over dY [T, C] that `needs` asks for: one, or two for operands of different rules.
 
+    bias_dtype: `dtype` or float32.
     dgrad_spare: bytes that the block has for dgrad's product, behind the operands. wgrad_spare: those that it has for
     wgrad's product from its beginning, where by then nothing is needed any more.
     """
@@ -187,15 +191,16 @@ def plan_sweeps(
     wgrad_at = _padded(max(wgrad_spare, workspace + max(scope.nbytes for scope in scopes)), _ALIGNMENT)
     spare_at = wgrad_at + (wgrad.padded_nbytes if wgrad is not None else 0)
     gradient = {"t": t, "c": c, "row_stride": row_stride, "dtype": DTYPE_NAMES[dtype]}
+    bias_is_float = bias_dtype == torch.float32
     passes = [
         _sweep(
-            kernels, spec, gradient, scope, workspace, dgrad if spec == for_dgrad else None,
+            kernels, spec, gradient, bias_is_float, scope, workspace, dgrad if spec == for_dgrad else None,
             wgrad if spec == for_wgrad else None, wgrad_at,
         )
         for spec, scope in zip(specs, scopes, strict=True)
     ]  # fmt: skip
     size = (-(-(spare_at + dgrad_spare) // 2),)
-    return Sweeps(tuple(passes), size, wgrad_at, spare_at, (c,) if needs.bias else None)
+    return Sweeps(tuple(passes), size, wgrad_at, spare_at, (c,) if needs.bias else None, bias_dtype)
 
 
 class _Scope(NamedTuple):
@@ -225,6 +230,7 @@ def _sweep(
     kernels: Any,
     spec: PruneSpec,
     gradient: dict[str, Any],
+    bias_is_float: bool,
     scope: _Scope,
     workspace: int,
     dgrad: Storage | None,
@@ -233,7 +239,7 @@ def _sweep(
 ) -> Sweep:
     rule = {"n": spec.n, "m": spec.m, "eps": spec.eps, "positions_per_sample": scope.positions_per_sample, **gradient}
     launch = kernels.PruneCompress(
-        function=spec.function, **rule,
+        function=spec.function, **rule, bias_is_float=bias_is_float,
         dgrad_k=dgrad.k if dgrad else 0, wgrad_k=wgrad.k if wgrad else 0, wgrad_pitch=wgrad.stored[1] if wgrad else 0,
     )  # fmt: skip
     return Sweep(

@@ -139,8 +139,9 @@ class SimulatedKernels:
         t, c, per_sample = shape["t"], shape["c"], shape["positions_per_sample"]
         scale = 4 * (t // per_sample * c if per_sample else 1)
         stored = (t * shape["dgrad_k"], (shape["wgrad_pitch"] or c) * shape["wgrad_k"])
+        bias = c * (4 if shape["bias_is_float"] else 2)
         sizes = (
-            2 * ((t - 1) * shape["row_stride"] + c), stored[0], stored[0] // 8, stored[1], stored[1] // 8, 2 * c,
+            2 * ((t - 1) * shape["row_stride"] + c), stored[0], stored[0] // 8, stored[1], stored[1] // 8, bias,
             4 * c * self.bias_partial_rows(t, c), 16, 0, 0, 0, scale, scale,
         )  # fmt: skip
         return self._launcher(launch, sizes)

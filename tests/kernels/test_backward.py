@@ -6,11 +6,13 @@ On a GPU tests/test_layers_cuda.py and test_backend.py do this with the real run
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import cutlass_ops
-from sdgp_accel import SDGPConfig, ops
+from sdgp_accel import SDGPConfig, SDGPConv2d, SDGPLinear, backends, ops
 from sdgp_accel.backends import Decision, Needs, Tilings, _resolve_scope, cutlass, dense, gpu, reference
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
@@ -105,10 +107,14 @@ BOUND = [
 ]
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize(("name", "config", "shape"), BOUND, ids=str)
-def test_one_call_gives_the_bits_of_three(simulated, monkeypatch, name, config, shape, splits):
-    """For everything that a backward may be asked for, with the partial sums of both products in its one block."""
+def test_one_call_gives_the_bits_of_three(simulated, monkeypatch, name, config, shape, splits, weight_dtype):
+    """For everything that a backward may be asked for, with the partial sums of both products in its one block.
+
+    The gradients of float32 parameters are not rounded, else they are the same.
+    """
     geometry = GEOMETRIES[name]
     input_shape = shape or geometry.input_shape
     memory_format = torch.contiguous_format if shape else torch.channels_last
@@ -125,21 +131,23 @@ def test_one_call_gives_the_bits_of_three(simulated, monkeypatch, name, config, 
     if not shape:  # a convolution's dgrad is not split
         dgrad = dgrad._replace(splits=1)
     decision = decision_for(config, geometry)._replace(tilings=Tilings(dgrad, wgrad))
-    bound = cutlass.BACKEND.bind(decision, input_shape, torch.bfloat16, CPU)
+    bound = cutlass.BACKEND.bind(decision, input_shape, torch.bfloat16, CPU, weight_dtype)
     for asked in ((x, weight, True), (None, weight, False), (x, None, True)):
         expected = ops.run(dy, *asked, decision)
         gradients = bound(dy, *asked)
-        for ours, theirs in zip(gradients, expected, strict=True):
+        dtypes = torch.bfloat16, weight_dtype, weight_dtype
+        for ours, theirs, dtype in zip(gradients, expected, dtypes, strict=True):
             assert (ours is None) == (theirs is None)
             if ours is not None:
-                assert torch.equal(ours, theirs)
+                assert ours.dtype == dtype
+                assert torch.equal(ours.bfloat16(), theirs)
                 assert ours.stride() == theirs.stride()
 
 
 def test_one_call_declines_what_it_was_not_made_for(simulated):
     geometry = LinearGeometry(32, 16, 16)
     decision = decision_for({"prune": "magnitude"}, geometry)
-    bound = cutlass.BACKEND.bind(decision, (32, 16), torch.bfloat16, CPU)
+    bound = cutlass.BACKEND.bind(decision, (32, 16), torch.bfloat16, CPU, torch.bfloat16)
     dy, x, weight = torch.randn(3, 32, 16).bfloat16()
     weight = weight[:16]
     assert bound(dy.t().contiguous().t(), x, weight, False) is None
@@ -148,4 +156,30 @@ def test_one_call_declines_what_it_was_not_made_for(simulated):
     assert bound(dy, x, shifted, False) is None
     contiguous = Conv2dGeometry.of((2, 16, 5, 5), (16, 16, 3, 3), (1, 1, 1, 1, 1, 1, 1), False)
     decision = decision._replace(geometry=contiguous)
-    assert cutlass.BACKEND.bind(decision, contiguous.input_shape, torch.bfloat16, CPU) is None
+    assert cutlass.BACKEND.bind(decision, contiguous.input_shape, torch.bfloat16, CPU, torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_float32_parameters_get_float32_gradients_under_autocast(simulated, monkeypatch, kind):
+    """As they come from the accumulators: rounded they are those of 16-bit parameters."""
+    monkeypatch.setattr(backends, "_no_sparse_tensor_cores", lambda device: None)
+    backends.forget_decisions()
+    config = SDGPConfig(prune="rescale_magnitude", scope="group", backend="cutlass")
+    if kind == "linear":
+        layer, x = SDGPLinear(72, 40, config=config), torch.randn(3, 50, 72)
+    else:
+        layer, x = SDGPConv2d(24, 40, 3, padding=1, config=config), torch.randn(2, 24, 9, 7)
+        layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    halves = copy.deepcopy(layer).bfloat16()
+    expected_y = halves(x.bfloat16())
+    dy = torch.randn_like(expected_y)
+    expected = torch.autograd.grad(expected_y, halves.parameters(), dy)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert torch.equal(y, expected_y)
+        for ours, theirs in zip(torch.autograd.grad(y, layer.parameters(), dy), expected, strict=True):
+            assert ours.dtype == torch.float32
+            assert torch.equal(ours.bfloat16(), theirs)
+            assert not torch.equal(ours, theirs.float())
+    backends.forget_decisions()

@@ -55,10 +55,13 @@ def new_seed():
 
 
 def run(
-    engine, x, spec, seed, rank=0, positions_per_sample=1, k_align=16, dgrad=True, wgrad=True, bias=False,
+    engine, x, spec, seed, rank=0, positions_per_sample=1, k_align=16, dgrad=True, wgrad=True, bias=None,
     layout="row_major", pitch=None,
 ):  # fmt: skip
-    """The kernel's outputs for the gradient x; wgrad's with rows of `pitch` channels, default those of x."""
+    """The kernel's outputs for the gradient x; wgrad's with rows of `pitch` channels, default those of x.
+
+    bias: dtype of the bias gradient, if it is wanted.
+    """
     (t, c), device_x = x.shape, engine.put(x)
     pitch = pitch or c
     shape: dict[str, Any] = {"n": spec.n, "m": spec.m, "eps": spec.eps, "dtype": DTYPES[x.dtype]}
@@ -95,13 +98,14 @@ def run(
         arguments |= scales
         lengths["positions_per_sample"] = samples
     db = None
-    if bias:
-        db = engine.empty(c, dtype=x.dtype)
+    if bias is not None:
+        db = engine.empty(c, dtype=bias)
         keep.append(engine.empty(engine.kernels.bias_partial_rows(t, c), c, dtype=torch.float32))
         arguments |= {"bias": db.data_ptr(), "bias_partials": keep[-1].data_ptr()}
     launch = engine.kernels.PruneCompress(
-        function=spec.function, metadata_layout=layout, wgrad_pitch=pitch, **shape, **lengths
-    )
+        function=spec.function, metadata_layout=layout, wgrad_pitch=pitch, bias_is_float=bias == torch.float32,
+        **shape, **lengths,
+    )  # fmt: skip
     with engine.launching():
         launch(**arguments)
     return Outputs(*(o and SparseOperand(o.values.cpu(), o.metadata.cpu(), o.axis, o.shape) for o in operands), db)
@@ -208,9 +212,11 @@ def test_bias_gradient(engine, shape):
     for dtype in DTYPES:
         x = make_gradient("normal", *shape, dtype)
         spec, seed = PruneSpec("magnitude", 2, 4), new_seed()
-        first, second = (run(engine, x, spec, seed, bias=True, wgrad=wgrad).bias for wgrad in (True, False))
+        first, second = (run(engine, x, spec, seed, bias=dtype, wgrad=wgrad).bias for wgrad in (True, False))
         assert torch.equal(first, second)
-        assert_close(first, x.double().sum(0), x.double().abs().sum(0), shape[0])
+        unrounded = run(engine, x, spec, seed, bias=torch.float32).bias
+        assert torch.equal(unrounded.to(dtype), first)
+        assert_close(unrounded, x.double().sum(0), x.double().abs().sum(0), shape[0])
 
 
 def test_one_operand_alone(engine):
@@ -235,7 +241,8 @@ def test_bytes_moved(engine):
         pytest.skip("it is the simulator that counts bytes")
     t, c = 512, 256
     engine.traffic()
-    run(engine, make_gradient("normal", t, c, torch.float16), PruneSpec("magnitude", 2, 4), new_seed(), bias=True)
+    x = make_gradient("normal", t, c, torch.float16)
+    run(engine, x, PruneSpec("magnitude", 2, 4), new_seed(), bias=x.dtype)
     read, written = engine.traffic()
     partial = 4 * c * engine.kernels.bias_partial_rows(t, c)
     assert (read, written) == (2 * t * c + partial, 2.25 * t * c + partial + 2 * c)

@@ -41,7 +41,9 @@ def _step(features: int) -> str:
     """Forward and backward of a layer of this shape; what ran it."""
     layer = SDGPLinear(features, 8, config=SDGPConfig())
     layer(torch.randn(4, features)).sum().backward()
-    decision = backends.decide_linear(layer._sdgp_plan, (4, features), 8, torch.float32, torch.device("cpu"), False)
+    decision = backends.decide_linear(
+        layer._sdgp_plan, (4, features), 8, torch.float32, torch.device("cpu"), False, torch.float32
+    )
     return decision.name
 
 

@@ -62,7 +62,7 @@ def set_times(monkeypatch: pytest.MonkeyPatch, times: dict[str, float], host: fl
 
 def decide(config: SDGPConfig | None = None, tokens: int = 24, deterministic: bool = False) -> Decision:
     plan = plan_string("linear", config or SDGPConfig())
-    return backends.decide_linear(plan, (tokens, 16), 32, torch.bfloat16, CPU, deterministic)
+    return backends.decide_linear(plan, (tokens, 16), 32, torch.bfloat16, CPU, deterministic, torch.bfloat16)
 
 
 def measured_times(device: dict[str, float], host: float = 0.0) -> Measurement:
@@ -109,8 +109,8 @@ def test_auto_prunes_what_gains_and_launches_it_the_fastest_way(
 def test_auto_runs_dense_where_nothing_gains(kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
     set_times(monkeypatch, NO_GAIN)
     decision = backends.decide_conv2d(
-        plan_string("conv2d", SDGPConfig()), (2, 8, 6, 5), (16, 8, 3, 3), (2, 2, 1, 1, 1, 1, 1), True,
-        torch.bfloat16, CPU, False,
+        plan_string("conv2d", SDGPConfig()), (2, 8, 6, 5), (16, 8, 3, 3), ((2, 2), (1, 1), (1, 1), 1), True,
+        torch.bfloat16, CPU, False, torch.bfloat16,
     )  # fmt: skip
     assert decision.backend is None
     assert not decision.draws

@@ -31,7 +31,7 @@ class PruneCompress {
   // positions_per_sample: of a scope wider than a group, 0 for one that is the whole tensor; none: the group.
   PruneCompress(const std::string& function, int n, int m, const std::string& dtype, int64_t t, int64_t c,
                 int64_t row_stride, int64_t dgrad_k, int64_t wgrad_k, int64_t wgrad_pitch, float eps,
-                std::optional<int64_t> positions_per_sample, const std::string& metadata_layout)
+                std::optional<int64_t> positions_per_sample, const std::string& metadata_layout, bool bias_is_float)
       : draws_(function == "random" || function == "mvue"), is_wide_(positions_per_sample.has_value()) {
     check_matrix(t, c, row_stride);
     const auto layout = std::find(kLayouts.begin(), kLayouts.end(), metadata_layout) - kLayouts.begin();
@@ -69,6 +69,7 @@ class PruneCompress {
     problem_.eps = eps;
     problem_.positions_per_sample = positions_per_sample.value_or(0);
     problem_.metadata_layout = static_cast<int32_t>(layout);
+    problem_.bias_is_float = bias_is_float;
   }
 
   // seed: an address, or 0 and the two numbers themselves.
@@ -88,7 +89,7 @@ class PruneCompress {
       if (is_wide_) check_pointer("wgrad_scale", wgrad_scale, 4);
     }
     if (bias != 0) {
-      check_pointer("bias", bias, 2);
+      check_pointer("bias", bias, problem_.bias_is_float ? 4 : 2);
       check_pointer("bias_partials", bias_partials, 4);
     }
     if (draws_ && seed != 0) check_pointer("seed", seed, 8);

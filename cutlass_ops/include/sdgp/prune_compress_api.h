@@ -20,7 +20,7 @@ struct SdgpPruneCompress {
   void* wgrad_metadata;  // 16-bit words [wgrad_k / 16, wgrad_pitch], in a tiled layout of c rows
   int64_t wgrad_k;       // t padded to a multiple of 16 or more
   int64_t wgrad_pitch;   // c, or c padded to a multiple of 8: with zeros and legal metadata
-  void* bias;            // [c], of dy's type: sum of dy over its positions, in a fixed order; null: not wanted
+  void* bias;            // [c]: sum of dy over its positions, in a fixed order; null: not wanted
   float* bias_partials;  // workspace [sdgp_bias_partial_rows(t, c), c]
   // For random and mvue: two numbers in device memory, or, where that pointer is null, the two that follow.
   const int64_t* seed;
@@ -34,6 +34,7 @@ struct SdgpPruneCompress {
   int64_t positions_per_sample;
   int32_t metadata_layout;  // SDGP_LAYOUT_..; the metadata of a tiled layout has to hold 0x4444 everywhere beforehand,
                             // because rows that only fill up a tile are not written
+  int32_t bias_is_float;    // else of dy's type
   void* stream;
 };
 
@@ -56,8 +57,8 @@ struct SdgpScopeScales {
 typedef int SdgpPruneCompressFunction(const struct SdgpPruneCompress*);
 typedef int SdgpScopeScalesFunction(const struct SdgpScopeScales*);
 
-// The rows of the bias gradient's workspace, and its second stage: the sums of the workspace's columns, rounded to
-// bfloat16 or float16.
+// The rows of the bias gradient's workspace, and its second stage: the sums of the workspace's columns, in float32 or
+// rounded to bfloat16 or float16.
 int64_t sdgp_bias_partial_rows(int64_t t, int64_t c);
 int sdgp_sum_bias_partials(const struct SdgpPruneCompress* problem, int is_bfloat16);
 
