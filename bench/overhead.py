@@ -10,6 +10,7 @@ that neither has the caches to itself. Two backends, each against what it replac
 - "cutlass" is the real one with an extension that returns at once: its own Python, and the memory of operands, results
   and bias sums. Compared with the dense layer less the arithmetic of its backward ops alone, which is what they take
   beyond the same ops on no positions: a dense layer dispatches its ops and allocates their results on a GPU, too.
+- "cutlass amp": the same with float32 parameters under autocast to bfloat16, as most training is.
 
 Not in it: CUDA's launches, on either side, and the extension's calls (1.0 µs for prune + compress and 0.7 for a product
 where a dense Linear takes 117 µs, with launches that return at once). "linear" has an input [2, 4, 8], as in a
@@ -21,6 +22,7 @@ it. On a busy machine, where the caches are never warm, it costs a multiple; bes
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -44,6 +46,7 @@ from sdgp_accel.backends.reference import ReferenceBackend
 from sdgp_accel.provenance import provenance
 
 LIMIT = 15e-6
+CASES = ("idle", "cutlass", "cutlass amp")
 FUNCTIONS = ("rescale_magnitude", "mvue")
 BATCH = 50
 
@@ -106,15 +109,18 @@ def fastest(calls: dict[str, Callable[[], Any]], batches: int) -> dict[str, floa
     return best
 
 
-def fastest_steps(modules: dict[str, nn.Module], x: Tensor, dy: Tensor, batches: int) -> dict[str, tuple[float, float]]:
-    """Seconds of forward and of backward of each module, run in turns."""
-    best = dict.fromkeys(modules, (float("inf"), float("inf")))
+def fastest_steps(
+    modules: dict[str, nn.Module], x: Tensor, dy: Tensor, batches: int, amp: bool
+) -> dict[str, tuple[float, float]]:
+    """Seconds of forward, under autocast or not, and of backward of each module, run in turns."""
+    best, nothing = dict.fromkeys(modules, (float("inf"), float("inf"))), contextlib.nullcontext()
     for _ in range(batches):
         for name, module in modules.items():
             leaves, forward, backward = [x, *module.parameters()], 0.0, 0.0
             for _ in range(BATCH):
                 start = time.perf_counter()
-                y = module(x)
+                with torch.autocast("cpu", torch.bfloat16) if amp else nothing:
+                    y = module(x)
                 between = time.perf_counter()
                 gradients = torch.autograd.grad(y, leaves, dy)
                 end = time.perf_counter()
@@ -132,8 +138,9 @@ def layer_and_input(kind: str) -> tuple[nn.Module, Tensor]:
     return layer, x.requires_grad_()
 
 
-def measure(backend: str, kind: str, function: str, batches: int) -> dict[str, Any]:
-    """One backend, layer kind and prune function: seconds of each side and the overhead."""
+def measure(case: str, kind: str, function: str, batches: int) -> dict[str, Any]:
+    """One of `CASES`, layer kind and prune function: seconds of each side and the overhead."""
+    backend, _, amp = case.partition(" ")
     dense, x = layer_and_input(kind)
     layer = copy.deepcopy(dense)
     # Scopes wider than a group take a second sweep over the gradient: not the case to judge the host by.
@@ -143,6 +150,8 @@ def measure(backend: str, kind: str, function: str, batches: int) -> dict[str, A
     gradients = {"x": torch.empty_like(x), "weight": torch.empty_like(weight), "bias": torch.empty_like(dense.bias)}
     backends._reference = lambda: Idle(gradients)
     backends.forget_decisions()
+    if amp:
+        dense, layer = dense.float(), layer.float()
 
     x_data = x.detach()
     matrix, x_matrix = dy.flatten(0, -2), x_data.flatten(0, -2)
@@ -162,12 +171,12 @@ def measure(backend: str, kind: str, function: str, batches: int) -> dict[str, A
     }  # fmt: skip
     if kind == "conv2d":
         calls["no_ops"] = lambda: convolution(*operands, wanted=False)
-    steps = fastest_steps({"dense": dense, "sdgp": layer}, x, dy, batches)
+    steps = fastest_steps({"dense": dense, "sdgp": layer}, x, dy, batches, bool(amp))
     seconds = fastest(calls, batches)
     replaced = seconds["ops"] - (seconds.get("no_ops", 0.0) if backend == "idle" else seconds["empty_ops"])
     forward, backward = (ours - theirs for ours, theirs in zip(steps["sdgp"], steps["dense"], strict=True))
     return {
-        "backend": backend, "layer": kind, "prune": function, **steps, **seconds, "replaced": replaced,
+        "backend": case, "layer": kind, "prune": function, **steps, **seconds, "replaced": replaced,
         "forward": forward, "backward": backward + replaced, "limit": LIMIT,
     }  # fmt: skip
 
@@ -179,8 +188,7 @@ def main(batches: int, path: Path | None) -> None:
     """Time the host's part of SDGP layers on this machine."""
     torch.set_num_threads(1)
     pretend_gpu()
-    cases = [(b, k, f) for b in ("idle", "cutlass") for k in ("linear", "conv2d") for f in FUNCTIONS]
-    results = [measure(*case, batches) for case in cases]
+    results = [measure(*case, batches) for case in itertools.product(CASES, ("linear", "conv2d"), FUNCTIONS)]
     table = Table(title="Host time of a layer, µs: dense, and what SDGP adds")
     for column in ("backend", "layer", "prune", "dense fwd", "bwd", "replaced", "SDGP fwd +", "bwd +", "new_empty"):
         table.add_column(column, justify="left" if column in ("backend", "layer", "prune") else "right")

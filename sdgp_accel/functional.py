@@ -43,20 +43,22 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
         check_floating(input.dtype)
         if not prunes(plan):
             return F.linear(input, weight, bias)
-        traced: Tensor = _Linear.apply(input, weight, bias, (plan, None, False))
+        traced: Tensor = _Linear.apply(input, weight, bias, (plan, None, None))
         return traced
-    is_autocast = torch._C._is_any_autocast_enabled() and _is_autocast(input)
-    if is_autocast and not _casts_inside(weight, bias):
-        input, weight, bias = _autocast(input, weight, bias)
-        is_autocast = False
-    dtype = _autocast_dtype(input) if is_autocast else input.dtype
+    dtype, to = input.dtype, None
+    if torch._C._is_any_autocast_enabled() and _is_autocast(input):
+        dtype = _autocast_dtype(input)
+        if _is_master(weight) and (bias is None or _is_master(bias)):
+            to = dtype
+        else:
+            input, weight, bias = _autocast(input, weight, bias)
     deterministic = torch._C._get_deterministic_algorithms()
     decision = decide_linear(plan, input.shape, weight.shape[0], dtype, input.device, deterministic, weight.dtype)
     if decision.backend is None:
         return F.linear(input, weight, bias)
-    if is_autocast:
-        input = input.to(dtype)
-    result: Tensor = _Linear.apply(input, weight, bias, (plan, decision, is_autocast))
+    if to is not None:
+        input = input.to(to)
+    result: Tensor = _Linear.apply(input, weight, bias, (plan, decision, to))
     return result
 
 
@@ -106,22 +108,24 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window,
         check_floating(input.dtype)
         if not prunes(plan):
             return F.conv2d(input, weight, bias, *window)
-        traced: Tensor = _Conv2d.apply(input, weight, bias, (plan, None, False, window, channels_last))
+        traced: Tensor = _Conv2d.apply(input, weight, bias, (plan, None, None, window, channels_last))
         return traced
-    is_autocast = torch._C._is_any_autocast_enabled() and _is_autocast(input)
-    if is_autocast and not _casts_inside(weight, bias):
-        input, weight, bias = _autocast(input, weight, bias)
-        is_autocast = False
-    dtype = _autocast_dtype(input) if is_autocast else input.dtype
+    dtype, to = input.dtype, None
+    if torch._C._is_any_autocast_enabled() and _is_autocast(input):
+        dtype = _autocast_dtype(input)
+        if _is_master(weight) and (bias is None or _is_master(bias)):
+            to = dtype
+        else:
+            input, weight, bias = _autocast(input, weight, bias)
     deterministic = torch._C._get_deterministic_algorithms()
     decision = decide_conv2d(
         plan, input_shape, weight_shape, window, channels_last, dtype, input.device, deterministic, weight.dtype
     )
     if decision.backend is None:
         return F.conv2d(input, weight, bias, *window)
-    if is_autocast:
-        input = input.to(dtype)
-    result: Tensor = _Conv2d.apply(input, weight, bias, (plan, decision, is_autocast, window, channels_last))
+    if to is not None:
+        input = input.to(to)
+    result: Tensor = _Conv2d.apply(input, weight, bias, (plan, decision, to, window, channels_last))
     return result
 
 
@@ -135,11 +139,16 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window,
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, call: tuple[str, Decision | None, bool]
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        call: tuple[str, Decision | None, torch.dtype | None],
     ) -> Tensor:
-        if call[2]:
+        to = call[2]
+        if to is not None:
             ctx.parameter = weight
-            weight, bias = _autocast_parameters(weight, bias)
+            weight, bias = weight.to(to), None if bias is None else bias.to(to)
         needs_dx, needs_dw, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(input if needs_dw else None, weight if needs_dx else None)
         ctx.call = call
@@ -151,11 +160,11 @@ class _Linear(torch.autograd.Function):
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
         if not (needs_dx or needs_dw):
             return None, None, dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy, None
-        plan, decision, is_autocast = ctx.call
+        plan, decision, to = ctx.call
         if _is_plain(dy, decision):
             return *ops.run(dy, x, weight, needs_db, decision), None
         gradients = ops.linear_backward(dy, x, weight, needs_db, plan)
-        used = ctx.parameter if is_autocast and needs_dx else weight
+        used = weight if to is None or weight is None else ctx.parameter
         return *_place(_once(gradients, dy, x, used), needs_dx, needs_dw, needs_db), None
 
 
@@ -166,11 +175,12 @@ class _Conv2d(torch.autograd.Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        call: tuple[str, Decision | None, bool, Window, bool],
+        call: tuple[str, Decision | None, torch.dtype | None, Window, bool],
     ) -> Tensor:
-        if call[2]:
+        to = call[2]
+        if to is not None:
             ctx.parameter = weight
-            weight, bias = _autocast_parameters(weight, bias)
+            weight, bias = weight.to(to), None if bias is None else bias.to(to)
         needs_dx, needs_dw, _, _ = ctx.needs_input_grad
         if needs_dx and needs_dw:
             ctx.save_for_backward(input, weight)
@@ -186,12 +196,12 @@ class _Conv2d(torch.autograd.Function):
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
         if not (needs_dx or needs_dw):
             return None, None, dy.sum((0, 2, 3)), None
-        plan, decision, is_autocast, window, channels_last = ctx.call
+        plan, decision, to, window, channels_last = ctx.call
         if _is_plain(dy, decision):
             return *ops.run(dy, x, weight, needs_db, decision), None
         absent_shape = () if needs_dx and needs_dw else ctx.absent_shape
         gradients = ops.conv2d_backward(dy, x, weight, needs_db, absent_shape, flat(window), channels_last, plan)
-        used = ctx.parameter if is_autocast and needs_dx else weight
+        used = weight if to is None or weight is None else ctx.parameter
         return *_place(_once(gradients, dy, x, used), needs_dx, needs_dw, needs_db), None
 
 
@@ -257,21 +267,17 @@ def _is_autocast(input: Tensor) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _casts_inside(weight: Tensor, bias: Tensor | None) -> bool:
-    """True for parameters, which live on in any case: a weight that was computed would be kept for backward."""
-    return type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
+def _is_master(tensor: Tensor) -> bool:
+    """True for a float32 parameter: it is cast within, where a tensor that was computed would be kept for backward."""
+    return type(tensor) is nn.Parameter and tensor.dtype == torch.float32
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast as autocast would. Inside the autograd function, where gradients are off, autocast would put an
     untracked copy of the weight into its cache, and the next dense use of that weight would lose its gradient.
     """
-    return input.to(_autocast_dtype(input)), *_autocast_parameters(weight, bias)
-
-
-def _autocast_parameters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    weight = weight.to(_autocast_dtype(weight))
-    return weight, None if bias is None else bias.to(_autocast_dtype(bias))
+    input, weight = input.to(_autocast_dtype(input)), weight.to(_autocast_dtype(weight))
+    return input, weight, None if bias is None else bias.to(_autocast_dtype(bias))
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype:

@@ -18,7 +18,7 @@ def test_every_case_is_measured(tmp_path: Path) -> None:
     subprocess.run(command, cwd=FOLDER, env=os.environ | {"PYTHONPATH": str(FOLDER)}, check=True, capture_output=True)
     results = json.loads(path.read_text())["results"]
     cases = {(row["backend"], row["layer"], row["prune"]) for row in results}
-    assert len(cases) == len(results) == 8
+    assert len(cases) == len(results) == 12
     for row in results:
         (dense_forward, dense_backward), (forward, backward) = row["dense"], row["sdgp"]
         assert row["forward"] == forward - dense_forward
