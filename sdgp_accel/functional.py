@@ -48,10 +48,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
     dtype, to = input.dtype, None
     if torch._C._is_any_autocast_enabled() and _is_autocast(input):
         dtype = _autocast_dtype(input)
-        if _is_master(weight) and (bias is None or _is_master(bias)):
-            to = dtype
-        else:
-            input, weight, bias = _autocast(input, weight, bias)
+        input, weight, bias, to = _autocast_but_masters(input, weight, bias)
     deterministic = torch._C._get_deterministic_algorithms()
     decision = decide_linear(plan, input.shape, weight.shape[0], dtype, input.device, deterministic, weight.dtype)
     if decision.backend is None:
@@ -113,10 +110,7 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window,
     dtype, to = input.dtype, None
     if torch._C._is_any_autocast_enabled() and _is_autocast(input):
         dtype = _autocast_dtype(input)
-        if _is_master(weight) and (bias is None or _is_master(bias)):
-            to = dtype
-        else:
-            input, weight, bias = _autocast(input, weight, bias)
+        input, weight, bias, to = _autocast_but_masters(input, weight, bias)
     deterministic = torch._C._get_deterministic_algorithms()
     decision = decide_conv2d(
         plan, input_shape, weight_shape, window, channels_last, dtype, input.device, deterministic, weight.dtype
@@ -265,6 +259,15 @@ def _encoded(plan: SDGPConfig, kind: LayerKind) -> str:
 def _is_autocast(input: Tensor) -> bool:
     device_type = ops.device_type(input)
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def _autocast_but_masters(
+    input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype | None]:
+    """`_autocast`, or the tensors as they are where the autograd function is to cast, and the dtype to cast to."""
+    if _is_master(weight) and (bias is None or _is_master(bias)):
+        return input, weight, bias, _autocast_dtype(input)
+    return *_autocast(input, weight, bias), None
 
 
 def _is_master(tensor: Tensor) -> bool:

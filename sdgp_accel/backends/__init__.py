@@ -110,19 +110,21 @@ class Backend(Hashable, Protocol):
         Raises ValueError as `check_out` does.
         """
 
-    def bind(
-        self,
-        decision: Decision,
-        input_shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        weight_dtype: torch.dtype,
-    ) -> BoundBackward | None:
-        """`prune_compress`, `dgrad` and `wgrad` of a decision's shape as one call; None where they go one by one.
+    def bind(self, decision: Decision, call: Call) -> BoundBackward | None:
+        """`prune_compress`, `dgrad` and `wgrad` of a decision's shape as one call; None where they go one by one."""
 
-        input_shape: the layer's own, of any rank; the geometry knows a Linear layer's as a matrix only. weight_dtype:
-        that of the layer's parameters, which autocast has cast to `dtype`; their gradients may come in it at once.
-        """
+
+class Call(NamedTuple):
+    """What a layer is called on.
+
+    input_shape: of any rank; the geometry knows a Linear layer's as a matrix only. dtype: of the computation.
+    weight_dtype: of the layer's parameters, which autocast has cast; their gradients may come in it at once.
+    """
+
+    input_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    weight_dtype: torch.dtype
 
 
 class BoundBackward(Protocol):
@@ -199,13 +201,13 @@ def decide_linear(
 ) -> Decision:
     """`decide` for ``functional.linear`` on an input of this shape, measured where it is to be, remembered.
 
-    dtype: that of the computation. deterministic: what ``torch.are_deterministic_algorithms_enabled()`` says; then
-    nothing is measured. weight_dtype: as for `Backend.bind`.
+    dtype, weight_dtype: as in `Call`. deterministic: what ``torch.are_deterministic_algorithms_enabled()`` says; then
+    nothing is measured.
     """
     decision = _tuned(
         decide(plan_text, LinearGeometry.of(input_shape, out_features), dtype, device), dtype, device, deterministic
     )
-    return _bound(decision, input_shape, dtype, device, weight_dtype)
+    return _bound(decision, Call(input_shape, dtype, device, weight_dtype))
 
 
 @functools.lru_cache(maxsize=CACHED_DECISIONS)
@@ -223,20 +225,14 @@ def decide_conv2d(
     """`decide` for ``functional.conv2d`` on an input of this shape; see `decide_linear`."""
     geometry = Conv2dGeometry.of(input_shape, weight_shape, flat(window), channels_last)
     decision = _tuned(decide(plan_text, geometry, dtype, device), dtype, device, deterministic)
-    return _bound(decision, input_shape, dtype, device, weight_dtype)
+    return _bound(decision, Call(input_shape, dtype, device, weight_dtype))
 
 
-def _bound(
-    decision: Decision,
-    input_shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    weight_dtype: torch.dtype,
-) -> Decision:
+def _bound(decision: Decision, call: Call) -> Decision:
     backend, plan = decision.backend, decision.plan
     if backend is None or plan.grad_input is None or plan.grad_weight is None:  # one pass is torch's own op
         return decision
-    return decision._replace(bound=backend.bind(decision, input_shape, dtype, device, weight_dtype))
+    return decision._replace(bound=backend.bind(decision, call))
 
 
 def _tuned(decision: Decision, dtype: torch.dtype, device: torch.device, deterministic: bool) -> Decision:

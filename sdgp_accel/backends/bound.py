@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import cutlass_ops
-from sdgp_accel.backends import Decision, Gradients, Needs, gpu
+from sdgp_accel.backends import Call, Decision, Gradients, Needs, gpu
 from sdgp_accel.backends.products import ALIGNMENT, Launch, plan_product
 from sdgp_accel.backends.sweep import Sweeps, plan_sweeps
 from sdgp_accel.geometry import LinearGeometry
@@ -24,17 +24,10 @@ class SparseBackward:
     The launches are made at the first call.
     """
 
-    def __init__(
-        self,
-        decision: Decision,
-        input_shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        weight_dtype: torch.dtype,
-    ) -> None:
-        self._shape = (decision.geometry, decision.plan, decision.tilings, dtype)
-        self._out_dtype = torch.float32 if weight_dtype == torch.float32 else dtype
-        self._input_shape, self._device, self._draws = input_shape, device, decision.draws
+    def __init__(self, decision: Decision, call: Call) -> None:
+        self._shape = (decision.geometry, decision.plan, decision.tilings, call.dtype)
+        self._out_dtype = torch.float32 if call.weight_dtype == torch.float32 else call.dtype
+        self._input_shape, self._device, self._draws = call.input_shape, call.device, decision.draws
         is_matrix = isinstance(decision.geometry, LinearGeometry)
         self._memory_format = torch.contiguous_format if is_matrix else torch.channels_last
         self._sweeps: dict[tuple[bool, bool, bool], Sweeps] = {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import cutlass_ops
-from sdgp_accel.backends import BUILD_COMMAND, Decision, Needs, Operands, check_out, dense, gpu
+from sdgp_accel.backends import BUILD_COMMAND, Call, Decision, Needs, Operands, check_out, dense, gpu
 from sdgp_accel.backends.bound import SparseBackward
 from sdgp_accel.backends.products import ALIGNMENT, Launch, plan_product, rank, too_large
 from sdgp_accel.backends.sweep import DTYPE_NAMES, Storage, StoredOperand, plan_sweeps
@@ -135,14 +135,7 @@ class CutlassBackend:
             return out if direct else out.add_(dw) if accumulate else out.copy_(dw)
         return dw if launch.final else dw.contiguous()
 
-    def bind(
-        self,
-        decision: Decision,
-        input_shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        weight_dtype: torch.dtype,
-    ) -> SparseBackward | None:
+    def bind(self, decision: Decision, call: Call) -> SparseBackward | None:
         """Where both passes run on sparse tensor cores and their results need no copy.
 
         The gradients of float32 parameters come in float32, not rounded to 16 bits in between.
@@ -150,7 +143,7 @@ class CutlassBackend:
         geometry = decision.geometry
         if too_large(geometry) or (isinstance(geometry, Conv2dGeometry) and not geometry.channels_last):
             return None
-        return SparseBackward(decision, input_shape, dtype, device, weight_dtype)
+        return SparseBackward(decision, call)
 
 
 def _launch(launch: Launch, operand: StoredOperand, b: Tensor, out: Tensor) -> None:

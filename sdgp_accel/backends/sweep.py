@@ -68,7 +68,7 @@ class StoredOperand(NamedTuple):
 
     block: Tensor
     storage: Storage
-    at: int = 0
+    at: int
 
     @property
     def address(self) -> int:

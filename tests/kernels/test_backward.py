@@ -13,7 +13,7 @@ import torch
 
 import cutlass_ops
 from sdgp_accel import SDGPConfig, SDGPConv2d, SDGPLinear, backends, ops
-from sdgp_accel.backends import Decision, Needs, Tilings, _resolve_scope, cutlass, dense, gpu, reference
+from sdgp_accel.backends import Call, Decision, Needs, Tilings, _resolve_scope, cutlass, dense, gpu, reference
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.philox import Rng
@@ -131,7 +131,7 @@ def test_one_call_gives_the_bits_of_three(simulated, monkeypatch, name, config, 
     if not shape:  # a convolution's dgrad is not split
         dgrad = dgrad._replace(splits=1)
     decision = decision_for(config, geometry)._replace(tilings=Tilings(dgrad, wgrad))
-    bound = cutlass.BACKEND.bind(decision, input_shape, torch.bfloat16, CPU, weight_dtype)
+    bound = cutlass.BACKEND.bind(decision, Call(input_shape, torch.bfloat16, CPU, weight_dtype))
     for asked in ((x, weight, True), (None, weight, False), (x, None, True)):
         expected = ops.run(dy, *asked, decision)
         gradients = bound(dy, *asked)
@@ -147,7 +147,7 @@ def test_one_call_gives_the_bits_of_three(simulated, monkeypatch, name, config, 
 def test_one_call_declines_what_it_was_not_made_for(simulated):
     geometry = LinearGeometry(32, 16, 16)
     decision = decision_for({"prune": "magnitude"}, geometry)
-    bound = cutlass.BACKEND.bind(decision, (32, 16), torch.bfloat16, CPU, torch.bfloat16)
+    bound = cutlass.BACKEND.bind(decision, Call((32, 16), torch.bfloat16, CPU, torch.bfloat16))
     dy, x, weight = torch.randn(3, 32, 16).bfloat16()
     weight = weight[:16]
     assert bound(dy.t().contiguous().t(), x, weight, False) is None
@@ -156,7 +156,8 @@ def test_one_call_declines_what_it_was_not_made_for(simulated):
     assert bound(dy, x, shifted, False) is None
     contiguous = Conv2dGeometry.of((2, 16, 5, 5), (16, 16, 3, 3), (1, 1, 1, 1, 1, 1, 1), False)
     decision = decision._replace(geometry=contiguous)
-    assert cutlass.BACKEND.bind(decision, contiguous.input_shape, torch.bfloat16, CPU, torch.bfloat16) is None
+    call = Call(contiguous.input_shape, torch.bfloat16, CPU, torch.bfloat16)
+    assert cutlass.BACKEND.bind(decision, call) is None
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
