@@ -163,7 +163,7 @@ def command(
     kernels have not been built for it from these sources.
     """
     findings = diagnose()
-    layers = () if model is None else _place(model, batch, image_size, seq_len, arch or _this_arch())
+    where, layers = ("", ()) if model is None else _place(model, batch, image_size, seq_len, arch)
     if as_json:
         found = [asdict(finding) for finding in findings]
         content = found if model is None else {"findings": found, "layers": [asdict(layer) for layer in layers]}
@@ -175,30 +175,34 @@ def command(
             if finding.fix:
                 click.echo(f"{'':<{width}}  fix: {finding.fix}")
         if model is not None:
-            Console().print(_table(layers, f"{model}, batch {batch}, on sm_{arch or _this_arch()}"))
+            Console().print(_table(layers, f"{model}, batch {batch}, on {where}"))
     if sparse_capabilities() and any(finding.fix for finding in find_extension()):
         raise SystemExit(1)
 
 
-def _this_arch() -> str:
-    here = "".join(map(str, next(iter(sparse_capabilities()), ())))
-    return here if here in ARCHS else "90"
-
-
-def _place(model: str, batch: int, image_size: int | None, seq_len: int | None, arch: str) -> tuple[Placement, ...]:
+def _place(
+    model: str, batch: int, image_size: int | None, seq_len: int | None, arch: str | None
+) -> tuple[str, tuple[Placement, ...]]:
+    """The architecture to place the layers on, that of this machine's GPU where none is named, and where they run."""
     from sdgp_accel import models, placement  # not needed for the diagnosis
+    from sdgp_accel.backends.gpu import HOPPER, Device
 
+    gpu = placement.GPUS[arch or "90"]
+    if arch is None and (capabilities := sparse_capabilities()):
+        here = range(torch.cuda.device_count())
+        first = next(index for index in here if torch.cuda.get_device_capability(index) == capabilities[0])
+        multiprocessors = torch.cuda.get_device_properties(first).multi_processor_count
+        gpu = Device(capabilities[0], multiprocessors, wgmma=capabilities[0] == HOPPER)
     with torch.device("meta"):
         net = models.build(model, image_size=image_size, seq_len=seq_len)
         example = models.example_batch(model, batch, image_size=image_size, seq_len=seq_len, device="meta")
-    return placement.placements(net, example, placement.GPUS[arch])
+    return "sm_{}{}".format(*gpu.capability), placement.placements(net, example, gpu)
 
 
 def _table(layers: tuple[Placement, ...], title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("layer", "T×K→C", "dgrad", "wgrad"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("why", overflow="fold")
+    for column in ("layer", "T×K→C", "dgrad", "wgrad", "why"):
+        table.add_column(column, overflow="fold")
     for layer in layers:
         style = "dim" if layer.dgrad == layer.wgrad == "dense" else ""
         table.add_row(layer.name, layer.shape, layer.dgrad, layer.wgrad, layer.reason, style=style)

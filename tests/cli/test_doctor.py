@@ -23,7 +23,8 @@ def gpus(monkeypatch):
     def be_here(*capabilities):
         def properties(index):
             major, minor = capabilities[index]
-            return types.SimpleNamespace(name=f"GPU {index}", major=major, minor=minor, total_memory=80 * 2**30)
+            size = {"total_memory": 80 * 2**30, "multi_processor_count": 148}
+            return types.SimpleNamespace(name=f"GPU {index}", major=major, minor=minor, **size)
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
         monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -128,3 +129,17 @@ def test_a_model_is_placed_layer_by_layer(no_gpu):
     assert "sm80 256x128" in result.output
     layers = json.loads(run("resnet9", "--json").output)["layers"]
     assert {layer["wgrad"].split()[0] for layer in layers} >= {"dense", "sm90"}
+
+
+def test_a_table_leaves_out_nothing(no_gpu, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run("resnet9", "--arch", "90")
+    assert "…" not in result.output
+    assert "3 input channels" in " ".join(result.output.split())
+
+
+def test_a_model_is_placed_on_the_gpu_that_is_here(gpus, extension):
+    extension()
+    gpus((7, 5), (10, 0))
+    layers = json.loads(run("resnet9", "--json").output)["layers"]
+    assert {layer["wgrad"].split()[0] for layer in layers} == {"dense", "sm80"}
