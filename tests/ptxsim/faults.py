@@ -15,7 +15,7 @@ KINDS = {
     "deadlock": "threads wait for a barrier that cannot complete",
     "no-progress": "the instruction budget ran out (a spin loop that nothing ends)",
     "unknown-opcode": "an instruction that the simulator does not implement",
-    "mbarrier": "an mbarrier used before its initialisation or with more arrivals than its phase expects",
+    "mbarrier": "an mbarrier not initialised, with too many arrivals, or waited for by a parity that fits two phases",
     "trap": "the kernel executed trap or failed a device-side assert",
     "launch": "a launch configuration or argument that the runtime must refuse",
 }

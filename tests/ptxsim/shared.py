@@ -126,6 +126,12 @@ class SharedMemory(Bytes):
         self.known[warps] = np.maximum(self.known[warps], joined)
         self.fenced[warps] = np.maximum(self.fenced[warps], fenced)
 
+    def knows(self, warps: Array, joined: Array) -> bool:
+        """Whether what `release` once returned happens before what each of `warps` does next."""
+        known = self.known[warps].copy()
+        known[np.arange(warps.size), self.column_of_warp[warps]] = self.clock[warps]
+        return bool((known >= joined).all())
+
     def barrier(self, warps: Array) -> None:
         """Orders everything before among `warps`, all of one cluster."""
         self.acquire(warps, *self.release(warps))

@@ -63,6 +63,16 @@ def test_mistake_is_reported_by_name(hopper, library, name, mistake, kind, detai
     assert detail in caught.value.detail
 
 
+def test_wait_for_a_phase_beyond_the_next_is_reported(hopper, library):
+    from .faults import SimError
+
+    with hopper.checked():
+        assert library.run_twice(0) == 0
+    with pytest.raises(SimError, match="has not seen phase 0") as caught, hopper.checked():
+        library.run_twice(1)
+    assert caught.value.kind == "mbarrier"
+
+
 STORE, ADD, MIN, MAX = range(4)  # operations of tma_reduce.cu
 REDUCTIONS = {  # torch type -> CUtensorMapDataType
     torch.int32: 3, torch.int64: 5, torch.float16: 6, torch.float32: 7, torch.float64: 8, torch.bfloat16: 9,

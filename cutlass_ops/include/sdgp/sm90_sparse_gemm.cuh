@@ -318,6 +318,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         b_ring.advance(unit.k_end - unit.k_begin);
         continue;
       }
+      // A main loop begins when the one before has seen all its tiles arrive: a parity cannot tell phases apart that
+      // are two rounds of the ring from each other, so waiting ahead would let through to tiles that are the other's.
+      if (kTurns > 1 && turn > 0) barrier_sync(1 + warpgroup, 128 * kConsumers);
       uint32_t used_block = 0, used_stage = 0;  // empty barriers of what the MMAs in flight read
 
       const auto release_block = [&] {
@@ -378,6 +381,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         consume_block.template operator()<0>();
         consume_block.template operator()<1>();
       }
+      if (kTurns > 1 && index + unit_step < schedule.units)
+        barrier_arrive(1 + (warpgroup + 1) % kTurns, 128 * kConsumers);
       wgmma_wait_group<0>();
 #pragma unroll
       for (int s = 0; s < kSlabs; ++s) fence_registers(d[s]);

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Mbarrier:
-    """State of one mbarrier and what its completed phases pass on to those who wait."""
+    """State of one mbarrier and what its completed phases pass on to those who wait.
+
+    before: what the phase before the last completed one passed on.
+    """
 
     count: int
     pending: int
@@ -33,6 +36,7 @@ class Mbarrier:
     arrived_fenced: Array
     released: Array
     released_fenced: Array
+    before: Array
     bytes: int = 0
     phase: int = 0
 
@@ -41,6 +45,7 @@ class Mbarrier:
         if self.pending == 0 and self.bytes == 0:
             self.phase += 1
             self.pending = self.count
+            self.before = self.released
             self.released, self.released_fenced = self.arrived.copy(), self.arrived_fenced.copy()
 
 
@@ -110,8 +115,8 @@ def _init(b: Binder) -> Make:
             if offset % 8:
                 raise wave.fault("misaligned", "mbarrier", b.instr, int(thread))
             expected = int(np.broadcast_to(count, (wave.size,))[thread])
-            zero = np.zeros(wave.shared.columns, np.int64)
-            wave.mbarriers[int(offset)] = Mbarrier(expected, expected, zero, zero.copy(), zero.copy(), zero.copy())
+            zeros = [np.zeros(wave.shared.columns, np.int64) for _ in range(5)]
+            wave.mbarriers[int(offset)] = Mbarrier(expected, expected, *zeros)
 
     return b.lanes(run)
 
@@ -219,7 +224,7 @@ def explain(wave: Wave, instr: Instr, thread: int) -> str:
 
 def _wait(b: Binder) -> Make:
     first = b.args[0].first if isinstance(b.args[0], Pair) else b.args[0]
-    p, done, target = b.dst(first, bool), _done(b), _memory(b.args[1])
+    p, done, target, by_parity = b.dst(first, bool), _done(b), _memory(b.args[1]), b.has("parity")
 
     def run(threads: Array) -> None:
         wave = b.wave
@@ -231,6 +236,11 @@ def _wait(b: Binder) -> Make:
         for offset in np.unique(offsets[result]):
             barrier = _barrier(b, int(offset), int(threads[0]))
             warps = np.unique(threads[result & (offsets == offset)] // 32)
+            if by_parity and not wave.shared.knows(warps, barrier.before):
+                # A parity stands for every second phase: the same wait would have passed two phases earlier.
+                detail = f"wait for the parity of phase {barrier.phase - 1} by a warp that has not seen phase "
+                detail += f"{barrier.phase - 2} complete: it may pass two phases too early"
+                raise wave.fault("mbarrier", detail, b.instr, int(threads[0]))
             wave.shared.acquire(warps, barrier.released, barrier.released_fenced)
 
     return b.lanes(run)

@@ -67,6 +67,41 @@ __global__ void __launch_bounds__(128) product(const __nv_bfloat16* a, const __g
   for (int i = 0; i < 32; ++i) out[(row + i / 2 % 2 * 8) * kN + column + i / 4 * 8 + i % 2] = d[i];
 }
 
+__device__ void arrive(uint32_t barrier) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+
+__device__ void wait(uint32_t barrier, int parity) {
+  asm volatile("{ .reg .pred p; retry: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra retry; }" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// Warp 0 fills twice, warp 1 waits for the second time; `mistake`: without having seen the first. The same wait passes at once before
+// the first, and here only after the second because warp 0 is not ready earlier.
+__global__ void __launch_bounds__(64) fill_twice(int mistake) {
+  __shared__ uint64_t barriers[3];
+  const uint32_t ready = static_cast<uint32_t>(__cvta_generic_to_shared(barriers)), full = ready + 8, empty = ready + 16;
+  if (threadIdx.x == 0)
+    for (int i = 0; i < 3; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(ready + 8 * i));
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    arrive(ready);
+    arrive(full);
+    wait(empty, 0);
+    arrive(full);
+  } else if (threadIdx.x == 32) {
+    if (mistake) arrive(empty);
+    wait(ready, 0);
+    if (!mistake) {
+      wait(full, 0);
+      arrive(empty);
+    }
+    wait(full, 1);
+  }
+}
+
+extern "C" int run_twice(int mistake) {
+  fill_twice<<<1, 64>>>(mistake);
+  return cudaGetLastError();
+}
+
 extern "C" int run(const void* a, void* b, float* out, int mistake) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult status;
