@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -44,8 +45,10 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ("sdgp_accel", "cutlass_ops", "bench", "tests")
 SUFFIXES = (".py", ".cu", ".cuh", ".h", ".cpp", ".yaml")
 SLACK, SLACK_SECONDS = 3.0, 60.0  # a case may take so many times its estimate, and so much more, before it is killed
+BUILT_SECONDS = 2.0  # to see that nothing is to be built
 GRACE_SECONDS = 5.0  # between asking a process to end and killing it
 TAIL_LINES = 15
+NOTHING: dict[str, Any] = {"cases": {}}  # the record of a suite that has not run
 DONE = "done before, with these sources on this GPU"
 
 PYTEST = "{python} -m pytest -q -p no:cacheprovider"
@@ -175,12 +178,13 @@ class Run(NamedTuple):
     def estimate(self, case: Case) -> float:
         """Seconds: what the case took when it last ran on this GPU, whatever the sources, else its own estimate.
 
-        The build's own always: it takes a second where nothing has changed.
+        The build's own, or next to nothing where it has been done.
         """
         if case.name == "build":
-            return case.seconds
-        records = sorted(self.out.glob(f"*/{self.record_path.name}"), key=lambda path: path.stat().st_mtime)
-        known = [json.loads(path.read_text())["cases"].get(case.name, {}) for path in records]
+            is_done = build_kernels.is_current(build_kernels.extension_path(), (self.machine.arch,))
+            return BUILT_SECONDS if is_done else case.seconds
+        paths = sorted(self.out.glob(f"*/{self.record_path.name}"), key=lambda path: path.stat().st_mtime)
+        known = [(read(path) or NOTHING)["cases"].get(case.name, {}) for path in paths]
         return next((entry["seconds"] for entry in reversed(known) if entry.get("status") == "passed"), case.seconds)
 
 
@@ -245,6 +249,7 @@ def outcomes(
         estimate, left = run.estimate(case), deadline - now()
         if estimate > left:
             yield case, Outcome("left out", reason=f"takes about {estimate:.0f} s, {max(left, 0):.0f} s are left")
+            broken = "the kernels are not built" if case.name == "build" else ""
             continue
         start = now()
         # Not by what it took with warm caches.
@@ -323,12 +328,15 @@ def dry_run(cases: Sequence[Case], run: Run, minutes: float, done: dict[str, Any
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=ROOT / "runs" / "suite")
 def main(minutes: float, names: Sequence[str], again: bool, is_dry_run: bool, out: Path) -> None:
     """Build, test, sanitize and measure on this machine's GPU, the most valuable cases first."""
+    if math.isnan(minutes):
+        raise click.BadParameter("nan is no length of time", param_hint="--minutes")
     cases = select(names)
     machine = Machine("no GPU", "", {}) if is_dry_run and not torch.cuda.is_available() else find_machine()
     run = Run(machine, source_digest(), out.resolve())
-    record: dict[str, Any] = {"cases": {}}
-    if run.record_path.exists():
-        record = json.loads(run.record_path.read_text())
+    record = read(run.record_path)
+    if record is None:
+        click.echo(f"{run.record_path} is no record of this suite: what it told of is run again", err=True)
+        record = {"cases": {}}
     if is_dry_run:
         dry_run(cases, run, minutes, record["cases"], again)
         return
@@ -366,6 +374,18 @@ def main(minutes: float, names: Sequence[str], again: bool, is_dry_run: bool, ou
     write(run.record_path, record)
     if failed:
         raise click.ClickException(f"not passed: {', '.join(failed)}; logs are in {run.folder}")
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """What `write` has written; without cases where there is no file, None where it holds something else."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        is_whole = all(isinstance(case["status"], str) and case["seconds"] >= 0 for case in record["cases"].values())
+        return record if is_whole else None
+    except FileNotFoundError:
+        return {"cases": {}}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

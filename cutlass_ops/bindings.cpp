@@ -20,7 +20,7 @@ using sdgp::SparseGemm;
 // Both kinds of product take these, and are called alike.
 template <typename Kind, typename... Sizes, typename... Arguments>
 void define_product(py::module_& module, const char* name, const char* doc, const Arguments&... sizes) {
-  using Options = int32_t;
+  using Options = int64_t;
   py::class_<Kind>(module, name, doc)
       .def(py::init<const std::string&, Sizes..., Options, Options, Options, Options, Options, bool, bool>(),
            py::arg("name"), py::kw_only(), sizes..., py::arg("padded_k"), py::arg("splits") = 1, py::arg("group_n") = 8,
@@ -45,8 +45,8 @@ PYBIND11_MODULE(_C, module) {
   py::class_<PruneCompress>(module, "PruneCompress",
                             "Prune dY [t, c] and compress it along both axes; SdgpPruneCompress in "
                             "prune_compress_api.h. dgrad_k, wgrad_k: 0 where that operand is not wanted.")
-      .def(py::init<const std::string&, int, int, const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t,
-                    int64_t, float, std::optional<int64_t>, const std::string&, bool>(),
+      .def(py::init<const std::string&, int64_t, int64_t, const std::string&, int64_t, int64_t, int64_t, int64_t,
+                    int64_t, int64_t, float, std::optional<int64_t>, const std::string&, bool>(),
            py::kw_only(), py::arg("function"), py::arg("n"), py::arg("m"), py::arg("dtype"), py::arg("t"), py::arg("c"),
            py::arg("row_stride"), py::arg("dgrad_k") = 0, py::arg("wgrad_k") = 0, py::arg("wgrad_pitch") = 0,
            py::arg("eps") = 0.0f, py::arg("positions_per_sample") = py::none(),
@@ -58,12 +58,12 @@ PYBIND11_MODULE(_C, module) {
            py::arg("stream") = 0);
   py::class_<ScopeScales>(module, "ScopeScales",
                           "The factors of rescale_magnitude over a scope wider than a group; SdgpScopeScales there.")
-      .def(py::init<int, int, const std::string&, int64_t, int64_t, int64_t, int64_t, float>(), py::kw_only(),
+      .def(py::init<int64_t, int64_t, const std::string&, int64_t, int64_t, int64_t, int64_t, float>(), py::kw_only(),
            py::arg("n"), py::arg("m"), py::arg("dtype"), py::arg("t"), py::arg("c"), py::arg("row_stride"),
            py::arg("positions_per_sample"), py::arg("eps"))
       .def("__call__", &ScopeScales::operator(), py::arg("dy"), py::arg("sums") = 0, py::arg("dgrad_scale") = 0,
            py::arg("wgrad_scale") = 0, py::arg("stream") = 0);
-  define_product<SparseGemm, int32_t, int32_t, int32_t>(
+  define_product<SparseGemm, int64_t, int64_t, int64_t>(
       module, "SparseGemm", "The instance `name` of the sparse GEMM; SdgpSparseGemm in sparse_gemm_api.h.",
       py::arg("m"), py::arg("n"), py::arg("k"));
   define_product<SparseConv, const SparseConv::Shape&, const SparseConv::Window&>(

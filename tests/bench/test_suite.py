@@ -26,6 +26,11 @@ MACHINE = Machine("Made-up GPU", "90a", {"gpu": {"name": "Made-up GPU"}})
 BUILD = Case("build", "{python} -c pass", 10)
 
 
+@pytest.fixture(autouse=True)
+def nothing_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite.build_kernels, "is_current", lambda extension, archs: False)
+
+
 class Time:
     """Cases take what `takes` says, in this clock's seconds; "fails" and "hangs" do what they are called."""
 
@@ -81,6 +86,18 @@ def test_a_failure_stops_nothing_but_the_builds_does(tmp_path: Path) -> None:
     clock.execute = lambda case, limit: 1  # type: ignore[method-assign]
     found = outcomes(cases, run_of(tmp_path), clock, float("inf"))
     assert [outcome.reason for outcome in found.values()] == ["exit code 1", "the build failed", "the build failed"]
+
+
+def test_nothing_runs_without_a_build_but_one_that_is_there_takes_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases, run = [BUILD, Case("next", "b", 1)], run_of(tmp_path)
+    found = outcomes(cases, run, Time(), minutes=0.1)
+    assert [outcome.status for outcome in found.values()] == ["left out", "skipped"]
+    assert found["next"].reason == "the kernels are not built"
+    monkeypatch.setattr(suite.build_kernels, "is_current", lambda extension, archs: archs == ("90a",))
+    found = outcomes(cases, run, Time(build=1), minutes=0.1)
+    assert [outcome.status for outcome in found.values()] == ["passed", "passed"]
 
 
 def test_what_is_done_is_not_repeated_unless_its_result_is_gone(tmp_path: Path) -> None:
@@ -225,6 +242,29 @@ def test_the_whole_path(small: Path) -> None:
     assert json.loads((folder / "suite-Made-up_GPU.json").read_text())["cases"]["one"] == one
 
     assert suite.DONE not in call("--out", small, "--minutes", 10, "--again", "--only", "one", "--only", "two").output
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"cases": []}', '{"cases": {"one": 3}}', "\\xff"])
+def test_a_damaged_record_is_no_record(small: Path, content: str) -> None:
+    call("--out", small, "--minutes", 10)
+    (path,) = small.glob("*/suite-*.json")
+    path.write_text(content)
+    foreign = small / "other" / path.name
+    foreign.parent.mkdir()
+    foreign.write_text(content)
+    assert call("--out", small, "--dry-run").exit_code == 0
+    resumed = call("--out", small, "--minutes", 10)
+    assert "is no record of this suite" in resumed.output
+    assert suite.DONE not in resumed.output
+    assert json.loads(path.read_text())["cases"]["two"]["status"] == "passed"
+
+
+def test_a_time_that_is_none_is_refused(small: Path) -> None:
+    for minutes in ("nan", "-1", "soon"):
+        result = call("--out", small, "--minutes", minutes)
+        assert result.exit_code == 2
+        assert "--minutes" in result.output
+    assert not small.exists()
 
 
 def test_dry_run_runs_nothing(small: Path) -> None:

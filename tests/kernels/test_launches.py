@@ -55,8 +55,9 @@ def test_a_convolution_takes_its_shape_and_window(engine):
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("m", 0), ("n", 20), ("k", -1), ("padded_k", 64), ("padded_k", 144), ("splits", 0), ("group_n", 0),
-     ("cluster_size", 3), ("sm_count", 0), ("values", 0), ("metadata", 8), ("b", 2), ("out", 1)],
+    [("m", 0), ("m", (1 << 31) - 1), ("m", 1 << 31), ("n", 20), ("n", 1 << 40), ("k", -1), ("padded_k", 64),
+     ("padded_k", 144), ("padded_k", 1 << 31), ("splits", 0), ("splits", 1 << 31), ("group_n", 0), ("cluster_size", 3),
+     ("sm_count", 0), ("values", 0), ("metadata", 8), ("b", 2), ("out", 1)],
 )  # fmt: skip
 def test_bad_arguments_of_a_gemm_are_named(engine, argument, value):
     addresses = ADDRESSES | ({argument: value} if argument in ADDRESSES else {})
@@ -68,7 +69,14 @@ def test_bad_arguments_of_a_gemm_are_named(engine, argument, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"shape": (2, 5, 6, 12, 5, 6, 24, 3, 3)}, "c_in"), ({"shape": (0, 5, 6, 16, 5, 6, 24, 3, 3)}, "shape"),
+     ({"shape": (2, 5, 6, 16, 5, 6, 1 << 31, 3, 3)}, "shape"),
+     ({"shape": (2, 5, 6, 16, 50, 60, 24, 3, 3), "padded_k": 6016}, "shape must have p, q = 5, 6 .* got 50, 60"),
+     ({"shape": (2, 1, 6, 16, 1, 6, 24, 4, 3), "window": (2, 1, 1, 1, 1, 1)}, "shape must have p, q = 0, 6"),
+     ({"shape": (1 << 20, 1 << 10, 1 << 10, 16, 1, 1, 24, 1, 1), "window": (1024, 1024, 0, 0, 1, 1)}, r"n \* h \* w"),
+     ({"shape": (1 << 15, 1 << 10, 1 << 10, 16, 1 << 10, 1 << 10, 24, 1, 1), "window": (1, 1, 0, 0, 1, 1)}, r"n \* "),
+     ({"shape": (1, 1 << 10, 1 << 10, 1 << 12, 1, 1, 24, 1 << 10, 1 << 10), "window": (1, 1, 0, 0, 1, 1)}, "c_in"),
      ({"window": (0, 1, 1, 1, 1, 1)}, "stride"), ({"window": (1, 1, 1, 1, 1, 0)}, "dilation"),
+     ({"window": (1, 1, -1, 1, 1, 1)}, "padding"), ({"window": (1, 1, 1, 1, 1, 1 << 31)}, "dilation"),
      ({"padded_k": 32}, "padded_k"), ({"splits": 2}, "workspace")],
 )  # fmt: skip
 def test_bad_arguments_of_a_convolution_are_named(engine, change, message):
@@ -76,6 +84,14 @@ def test_bad_arguments_of_a_convolution_are_named(engine, change, message):
         engine.kernels.SparseConv(CONV_NAME, **CONV | change)(**ADDRESSES)
 
 
-def test_products_that_do_not_exist_are_named(engine):
-    with pytest.raises(ValueError, match="no kernel sdgp_sm80_dgrad_f16_64x64"):
-        engine.kernels.SparseGemm("sdgp_sm80_dgrad_f16_64x64", **GEMM)
+@pytest.mark.parametrize(
+    "name", ["sdgp_sm80_dgrad_f16_64x64", "sdgp_magnitude_2_4_f16", "sdgp_sum_bias_partials", "malloc", "PyInit__C", ""]
+)
+def test_products_that_do_not_exist_are_named(engine, name):
+    """Nor is anything else called that this library, or one that it needs, exports."""
+    for launch, arguments, other in (("SparseGemm", GEMM, CONV_NAME), ("SparseConv", CONV, GEMM_NAME)):
+        for wrong in (name, other):
+            with pytest.raises(ValueError, match=f"(no kernel|name must be .* got) {wrong}"):
+                getattr(engine.kernels, launch)(wrong, **arguments)
+    assert engine.kernels.has(GEMM_NAME)
+    assert not engine.kernels.has("malloc")

@@ -265,7 +265,9 @@ ADDRESSES = dict.fromkeys(("dy", "dgrad_values", "dgrad_metadata", "seed"), 1 <<
     ("argument", "value"),
     [("dy", 0), ("dy", 1), ("t", -1), ("c", 0), ("row_stride", 7), ("row_stride", 1 << 62), ("dgrad_values", 2),
      ("dgrad_metadata", 0), ("dgrad_k", 8), ("dgrad_k", 17), ("seed", 4), ("positions_per_sample", 4),
-     ("metadata_layout", "sm70")],
+     ("metadata_layout", "sm70"), ("n", 3), ("n", 1 << 40), ("m", 6), ("dtype", "f32"), ("function", "topk"),
+     ("function", "scope_scales"), ("function", "scaled_magnitude"), ("eps", -1.0), ("eps", float("nan")),
+     ("eps", 1e300)],
 )  # fmt: skip
 def test_bad_arguments_are_named(engine, argument, value):
     shape, addresses = (given | ({argument: value} if argument in given else {}) for given in (SHAPE, ADDRESSES))
@@ -275,12 +277,18 @@ def test_bad_arguments_are_named(engine, argument, value):
         engine.kernels.PruneCompress(**shape)(**addresses)
 
 
-@pytest.mark.parametrize("change", [{"dtype": "f32"}, {"m": 6}, {"n": 3}, {"function": "topk"}])
-def test_kernels_that_do_not_exist_are_named(engine, change):
-    shape = SHAPE | change
-    name = f"sdgp_{shape['function']}_{shape['n']}_{shape['m']}_{shape['dtype']}"
-    with pytest.raises(ValueError, match=name):
-        engine.kernels.PruneCompress(**shape)
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("n", 3), ("m", 5), ("dtype", "f32"), ("t", 0), ("positions_per_sample", 3), ("positions_per_sample", -4),
+     ("eps", float("inf"))],
+)  # fmt: skip
+def test_bad_arguments_of_wider_scopes_are_named(engine, argument, value):
+    rule = {name: SHAPE[name] for name in ("n", "m", "dtype", "t", "c", "row_stride")}
+    arguments = rule | {"positions_per_sample": 4, "eps": 0.0, argument: value}
+    with pytest.raises(ValueError, match=argument):
+        engine.kernels.ScopeScales(**arguments)
+    with pytest.raises(ValueError, match=argument):
+        engine.kernels.PruneCompress(function="rescale_magnitude", **arguments)
 
 
 def test_failed_launch_names_the_kernel_and_leaves_no_error(engine):

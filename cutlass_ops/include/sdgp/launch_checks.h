@@ -5,13 +5,17 @@
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
+#include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
 namespace sdgp {
 
+// A kernel's entry point; not what else this library and those that it needs export.
 inline void* find_function(const std::string& name) {
+  if (!name.starts_with("sdgp_")) return nullptr;
   static void* const library = [] {
     Dl_info self;
     dladdr(reinterpret_cast<void*>(&find_function), &self);
@@ -46,6 +50,15 @@ inline void check_pointer(const char* argument, int64_t pointer, int64_t alignme
   }
 }
 
+inline void check_choice(const char* argument, const std::string& value, std::initializer_list<const char*> accepted) {
+  std::string list;
+  for (const char* const choice : accepted) {
+    if (value == choice) return;
+    list += (list.empty() ? "" : ", ") + std::string(choice);
+  }
+  throw std::invalid_argument(std::string(argument) + " must be one of " + list + "; got '" + value + "'");
+}
+
 inline void check_size(const char* argument, int64_t size, int64_t least) {
   // Beyond 2^62 the addresses of 16-bit elements could not be counted in 64 bits.
   if (size < least || size >= int64_t{1} << 62) {
@@ -68,6 +81,30 @@ inline void check_extent(const char* arguments, int64_t rows, int64_t stride) {
     throw std::invalid_argument(std::string(arguments) + " must have a product below 2^62; got " +
                                 std::to_string(rows) + " and " + std::to_string(stride));
   }
+}
+
+inline void check_eps(float eps) {
+  if (!(eps >= 0 && std::isfinite(eps)))
+    throw std::invalid_argument("eps must be finite and not negative; got " + std::to_string(eps));
+}
+
+// Samples of one length make up the matrix; 0: it is one sample.
+inline void check_samples(int64_t positions_per_sample, int64_t t) {
+  check_size("positions_per_sample", positions_per_sample, 0);
+  if (positions_per_sample > 0 && t % positions_per_sample != 0) {
+    throw std::invalid_argument("positions_per_sample must divide t = " + std::to_string(t) + "; got " +
+                                std::to_string(positions_per_sample));
+  }
+}
+
+// A size of the products, which count in 32 bits what is rounded up to tiles.
+inline int32_t checked(const char* argument, int64_t size, int64_t least = 1) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1024;
+  if (size < least || size > kMost) {
+    throw std::invalid_argument(std::string(argument) + " must be at least " + std::to_string(least) + " and at most " +
+                                std::to_string(kMost) + "; got " + std::to_string(size));
+  }
+  return static_cast<int32_t>(size);
 }
 
 inline void check_matrix(int64_t t, int64_t c, int64_t row_stride) {

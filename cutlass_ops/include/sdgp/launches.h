@@ -22,18 +22,23 @@ namespace sdgp {
 constexpr std::array<std::string_view, 5> kLayouts = {"row_major", "sm80", "sm90_k32", "sm90_k64", "sm90_k128"};
 constexpr std::array<int64_t, 5> kLayoutTiles = {16, 32, 32, 64, 128};
 
-inline std::string pattern_name(const std::string& prefix, int n, int m, const std::string& dtype) {
+inline std::string pattern_name(const std::string& prefix, int64_t n, int64_t m, const std::string& dtype) {
+  check_choice("n", std::to_string(n), {"1", "2"});
+  check_choice("m", std::to_string(m), {"4", "8", "16"});
+  check_choice("dtype", dtype, {"f16", "bf16"});
   return prefix + "_" + std::to_string(n) + "_" + std::to_string(m) + "_" + dtype;
 }
 
 class PruneCompress {
  public:
   // positions_per_sample: of a scope wider than a group, 0 for one that is the whole tensor; none: the group.
-  PruneCompress(const std::string& function, int n, int m, const std::string& dtype, int64_t t, int64_t c,
+  PruneCompress(const std::string& function, int64_t n, int64_t m, const std::string& dtype, int64_t t, int64_t c,
                 int64_t row_stride, int64_t dgrad_k, int64_t wgrad_k, int64_t wgrad_pitch, float eps,
                 std::optional<int64_t> positions_per_sample, const std::string& metadata_layout, bool bias_is_float)
       : draws_(function == "random" || function == "mvue"), is_wide_(positions_per_sample.has_value()) {
+    check_choice("function", function, {"magnitude", "random", "rescale_magnitude", "mvue"});
     check_matrix(t, c, row_stride);
+    check_eps(eps);
     const auto layout = std::find(kLayouts.begin(), kLayouts.end(), metadata_layout) - kLayouts.begin();
     if (layout == std::ssize(kLayouts))
       throw std::invalid_argument(
@@ -56,7 +61,7 @@ class PruneCompress {
       if (function != "rescale_magnitude")
         throw std::invalid_argument("function must be 'rescale_magnitude' with positions_per_sample; got '" + function +
                                     "'");
-      check_size("positions_per_sample", *positions_per_sample, 0);
+      check_samples(*positions_per_sample, t);
     }
     name_ = pattern_name("sdgp_" + (is_wide_ ? "scaled_magnitude" : function), n, m, dtype);
     function_ = instance<SdgpPruneCompressFunction>(name_);
@@ -120,15 +125,12 @@ class PruneCompress {
 
 class ScopeScales {
  public:
-  ScopeScales(int n, int m, const std::string& dtype, int64_t t, int64_t c, int64_t row_stride,
+  ScopeScales(int64_t n, int64_t m, const std::string& dtype, int64_t t, int64_t c, int64_t row_stride,
               int64_t positions_per_sample, float eps)
       : name_(pattern_name("sdgp_scope_scales", n, m, dtype)) {
     check_matrix(t, c, row_stride);
-    check_size("positions_per_sample", positions_per_sample, 0);
-    if (positions_per_sample > 0 && t % positions_per_sample != 0) {
-      throw std::invalid_argument("positions_per_sample must divide t = " + std::to_string(t) + "; got " +
-                                  std::to_string(positions_per_sample));
-    }
+    check_eps(eps);
+    check_samples(positions_per_sample, t);
     function_ = instance<SdgpScopeScalesFunction>(name_);
     problem_.t = t;
     problem_.c = c;
@@ -171,14 +173,16 @@ inline void check_multiple(const char* argument, int32_t size, int32_t factor) {
 template <typename Problem, typename Function>
 class Product {
  public:
-  // k: how far padded_k must reach.
-  Product(const std::string& name, const Problem& problem, int64_t k)
+  // k: how far padded_k must reach. kinds: how the names of these instances go on after their family's.
+  Product(const std::string& name, const Problem& problem, int64_t k, std::initializer_list<const char*> kinds)
       : name_(name), in_chunks_(!name.ends_with("_any")), function_(instance<Function>(name)), problem_(problem) {
+    const auto is_kind = [&](const char* kind) {
+      return name.starts_with(std::string("sdgp_sm80_") + kind) || name.starts_with(std::string("sdgp_sm90_") + kind);
+    };
+    if (std::none_of(kinds.begin(), kinds.end(), is_kind))
+      throw std::invalid_argument("name must be that of an instance of this product; got " + name);
     // Hopper's copies end with the operand; the others read whole tiles of 64 k.
     check_padded("padded_k", problem.padded_k, k, name.starts_with("sdgp_sm90_") ? 16 : 64);
-    check_size("splits", problem.splits, 1);
-    check_size("group_n", problem.group_n, 1);
-    check_size("sm_count", problem.sm_count, 1);
     if (problem.cluster_size != 1 && problem.cluster_size != 2) {
       throw std::invalid_argument("cluster_size must be 1 or 2; got " + std::to_string(problem.cluster_size));
     }
@@ -209,13 +213,13 @@ class Product {
 
 // The options of a launch, in any Problem.
 template <typename Problem>
-Problem with_options(Problem problem, int32_t padded_k, int32_t splits, int32_t group_n, int32_t cluster_size,
-                     int32_t sm_count, bool out_is_float, bool accumulate) {
-  problem.padded_k = padded_k;
-  problem.splits = splits;
-  problem.group_n = group_n;
-  problem.cluster_size = cluster_size;
-  problem.sm_count = sm_count;
+Problem with_options(Problem problem, int64_t padded_k, int64_t splits, int64_t group_n, int64_t cluster_size,
+                     int64_t sm_count, bool out_is_float, bool accumulate) {
+  problem.padded_k = checked("padded_k", padded_k);
+  problem.splits = checked("splits", splits);
+  problem.group_n = checked("group_n", group_n);
+  problem.cluster_size = checked("cluster_size", cluster_size);
+  problem.sm_count = checked("sm_count", sm_count);
   problem.out_is_float = out_is_float;
   problem.accumulate = accumulate;
   return problem;
@@ -224,43 +228,60 @@ Problem with_options(Problem problem, int32_t padded_k, int32_t splits, int32_t 
 class SparseGemm : public Product<SdgpSparseGemm, SdgpSparseGemmFunction> {
  public:
   template <typename... Options>
-  SparseGemm(const std::string& name, int32_t m, int32_t n, int32_t k, Options... options)
-      : Product(name, with_options(sizes(m, n, k), options...), k) {
-    check_size("m", m, 1);
-    check_size("k", k, 1);
-    check_multiple("n", n, in_chunks_ ? 8 : 1);
+  SparseGemm(const std::string& name, int64_t m, int64_t n, int64_t k, Options... options)
+      : Product(name, with_options(sizes(m, n, k), options...), k, {"dgrad_", "wgrad_"}) {
+    check_multiple("n", problem_.n, in_chunks_ ? 8 : 1);
   }
 
  private:
-  static SdgpSparseGemm sizes(int32_t m, int32_t n, int32_t k) {
+  static SdgpSparseGemm sizes(int64_t m, int64_t n, int64_t k) {
     SdgpSparseGemm problem{};
-    problem.m = m;
-    problem.n = n;
-    problem.k = k;
+    problem.m = checked("m", m);
+    problem.n = checked("n", n);
+    problem.k = checked("k", k);
     return problem;
   }
 };
 
 class SparseConv : public Product<SdgpSparseConv, SdgpSparseConvFunction> {
  public:
-  using Shape = std::array<int32_t, 9>;   // n, h, w, c_in, p, q, c_out, r, s
-  using Window = std::array<int32_t, 6>;  // stride, padding, dilation, vertical first
+  using Shape = std::array<int64_t, 9>;   // n, h, w, c_in, p, q, c_out, r, s
+  using Window = std::array<int64_t, 6>;  // stride, padding, dilation, vertical first
 
   template <typename... Options>
   SparseConv(const std::string& name, const Shape& shape, const Window& window, Options... options)
-      : Product(name, with_options(sizes(shape, window), options...), reduced(name, shape)) {
-    for (const int32_t size : shape) check_size("shape", size, 1);
+      : Product(name, with_options(sizes(shape, window), options...), reduced(name, shape),
+                {"conv_dgrad_", "conv_wgrad_"}) {
     check_multiple("c_in", problem_.c_in, in_chunks_ ? 8 : 1);
-    for (const int i : {0, 1, 4, 5}) check_size("stride and dilation", window[i], 1);
   }
 
  private:
   static int64_t reduced(const std::string& name, const Shape& shape) {
     const auto [n, h, w, c_in, p, q, c_out, r, s] = shape;
-    return name.find("wgrad") != std::string::npos ? int64_t{n} * p * q : c_out;
+    return name.find("wgrad") != std::string::npos ? n * p * q : c_out;
+  }
+
+  // How many outputs a filter of `filter` taps has along an axis of `in`.
+  static int64_t outputs(int64_t in, int64_t filter, int64_t stride, int64_t padding, int64_t dilation) {
+    const int64_t range = in + 2 * padding - dilation * (filter - 1);
+    return range < 1 ? 0 : (range - 1) / stride + 1;
   }
 
   static SdgpSparseConv sizes(const Shape& shape, const Window& window) {
+    for (const int64_t size : shape) checked("shape", size);
+    for (const int i : {0, 1, 4, 5}) checked("stride and dilation", window[i]);
+    for (const int i : {2, 3}) checked("padding", window[i], 0);
+    const auto [n, h, w, c_in, p, q, c_out, r, s] = shape;
+    const int64_t height = outputs(h, r, window[0], window[2], window[4]);
+    const int64_t width = outputs(w, s, window[1], window[3], window[5]);
+    if (p != height || q != width) {
+      throw std::invalid_argument("shape must have p, q = " + std::to_string(height) + ", " + std::to_string(width) +
+                                  " with this window; got " + std::to_string(p) + ", " + std::to_string(q));
+    }
+    // Factors below 2^31: a product of two, checked, times the third still fits into 64 bits.
+    checked("shape's n * h * w", checked("shape's h * w", h * w) * n);
+    checked("shape's n * p * q", checked("shape's p * q", p * q) * n);
+    checked("shape's r * s * c_in", checked("shape's r * s", r * s) * c_in);
     SdgpSparseConv problem{};
     std::tie(problem.n, problem.h, problem.w, problem.c_in, problem.p, problem.q, problem.c_out, problem.r, problem.s) =
         std::tuple_cat(shape);
