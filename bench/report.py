@@ -30,9 +30,15 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
 
 
 def filled(text: str, results: Path) -> str:
-    """`text` with every marked section built from `results`; KeyError for a marker that no section has."""
+    """`text` with every marked section built from `results`.
+
+    Raises ValueError for a marker that no section has or that no end follows, and `tables.DamagedResult`.
+    """
 
     def content(section: re.Match[str]) -> str:
+        if section["name"] not in SECTIONS or section[0].count("<!-- results:") > 1:
+            known = ", ".join(SECTIONS)
+            raise ValueError(f"<!-- results: {section['name']} --> must name one of {known} and have an end of its own")
         return f"{section[1]}\n{SECTIONS[section['name']](results).strip()}\n\n{section[3]}"
 
     return SECTION.sub(content, text)
@@ -43,7 +49,12 @@ def filled(text: str, results: Path) -> str:
 def main(check: bool) -> None:
     """Write the result sections of the README."""
     text = README.read_text()
-    wanted = filled(text, RESULTS)
+    try:
+        wanted = filled(text, RESULTS)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    if missing := set(SECTIONS) - {section["name"] for section in SECTION.finditer(text)}:
+        raise click.ClickException(f"README.md has no section {', '.join(sorted(missing))}")
     if check and text != wanted:
         raise click.ClickException("README.md is out of step with bench/results/: run python -m bench.report")
     README.write_text(wanted)

@@ -45,10 +45,23 @@ class Section(NamedTuple):
     notes: Callable[[Result], list[str]] = lambda result: []
 
 
+class DamagedResult(ValueError):
+    """A result file that holds something else; the message names it."""
+
+
 def files(section: Section, results: Path) -> list[tuple[Path, Result]]:
-    """The result files of `section`, by name."""
-    found = [(path, json.loads(path.read_text())) for path in sorted(results.glob("*.json"))]
-    return [(path, result) for path, result in found if section.accepts(result)]
+    """The result files of `section`, by name. Raises DamagedResult for one that no table can be made of."""
+    found = []
+    for path in sorted(results.glob("*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if section.accepts(result):
+                for part in (section.rows, section.claims, section.notes, machine, gpu_name):
+                    list(part(result))  # here, where an error can be told with the file's name
+                found.append((path, result))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise DamagedResult(f"{path} is damaged or no result of this project: {error!r}") from error
+    return found
 
 
 def render(section: Section, results: Path) -> str:

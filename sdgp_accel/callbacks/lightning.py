@@ -15,7 +15,8 @@ class SDGPSchedule(pl.Callback):
     """Switches the SDGP layers of the model on and off by a `Schedule` (see `set_active_`).
 
     ``Trainer(callbacks=[SDGPSchedule(Schedule(end=0.9))])`` for a module that `accelerate_` has been called on. Follows
-    the trainer's own counters, so that a run resumed from ``ckpt_path`` goes on as it was. Steps are optimizer steps.
+    the trainer's own counters, so that a run resumed from ``ckpt_path`` goes on as it was. Steps are optimizer steps,
+    those of every optimizer, as the trainer counts them.
 
     Raises TypeError for anything but a `Schedule`. When training starts, raises ValueError where the trainer does not
     know how long training is and the schedule's unit is ``"fraction"``.
@@ -40,12 +41,26 @@ class SDGPSchedule(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Lightning's hook."""
+        if self._active is not None and batch_idx % trainer.accumulate_grad_batches != 0:
+            return  # in the middle of an optimizer step
         per_epoch = trainer.num_training_batches
         active = self.schedule.active(
-            fraction=trainer.global_step / trainer.estimated_stepping_batches,
+            fraction=_fraction(trainer, batch_idx),
             epochs=trainer.current_epoch + (batch_idx / per_epoch if math.isfinite(per_epoch) else 0.0),
             steps=trainer.global_step,
         )
         if active != self._active:
             set_active_(pl_module, active)
             self._active = active
+
+
+def _fraction(trainer: pl.Trainer, batch_idx: int) -> float:
+    """Of the training that is done: of its steps or of its batches, whichever will end it.
+
+    Not of `estimated_stepping_batches`: several optimizers make more steps than that.
+    """
+    of_steps = trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0
+    per_epoch, epochs = trainer.num_training_batches, trainer.max_epochs
+    if epochs is None or epochs < 0 or not math.isfinite(per_epoch):
+        return of_steps
+    return max(of_steps, (trainer.current_epoch * per_epoch + batch_idx) / (epochs * per_epoch))

@@ -1,6 +1,7 @@
 """The README shows what the result files say; the tables are built from made-up files here."""
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -188,6 +189,41 @@ def test_emulated_steps_are_no_savings(tmp_path):
 def test_long_tables_are_folded(tmp_path):
     assert "<details>" not in build("prune", tmp_path, PRUNE)
     assert "<details>" in build("prune", tmp_path, PRUNE | {"rows": [PRUNE_ROW] * tables.LONG})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"\xff\xfe", b'{"benchmark": "layers"}', b'{"benchmark": "suite"}',
+     b'{"benchmark": "kernels", "rows": [{}]}', b'{"contenders": []}', b'{"results": [3]}',
+     b'{"tasks": {"a": {}}, "environments": []}'],
+)  # fmt: skip
+def test_a_damaged_result_is_named(tmp_path, monkeypatch, content):
+    path = tmp_path / "no_result.json"
+    path.write_bytes(content)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    result = CliRunner().invoke(report.main, ["--check"])
+    assert result.exit_code == 1
+    assert f"{path} is damaged or no result of this project" in result.output
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("<!-- results: gemm -->", "<!-- results: nothing -->", "results: nothing --> must name one of summary, "),
+        ("<!-- results: gemm -->", "", "README.md has no section gemm"),
+        ("<!-- end -->", "", "results: summary --> must name one of .* and have an end of its own"),
+    ],
+)
+def test_a_readme_without_its_sections_is_left_alone(tmp_path, monkeypatch, old, new, message):
+    text = report.README.read_text().replace(old, new, 1)
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    monkeypatch.setattr(report, "README", readme)
+    for arguments in ([], ["--check"]):
+        result = CliRunner().invoke(report.main, arguments)
+        assert result.exit_code == 1
+        assert re.search(message, result.output)
+    assert readme.read_text() == text
 
 
 def test_sections_are_filled_and_stay_filled(tmp_path):

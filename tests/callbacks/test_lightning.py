@@ -44,9 +44,11 @@ def data() -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.randn(24, 8, generator=generator)), batch_size=4)  # 6 batches
 
 
-def fit(module: Module, schedule: sdgp.Schedule, folder: Path, ckpt_path: Any = None, **options: Any) -> Any:
+def fit(
+    module: Module, schedule: sdgp.Schedule, folder: Path, ckpt_path: Any = None, *callbacks: Any, **options: Any
+) -> Any:
     trainer = pl.Trainer(
-        accelerator="cpu", callbacks=[SDGPSchedule(schedule)], default_root_dir=folder, logger=False,
+        accelerator="cpu", callbacks=[SDGPSchedule(schedule), *callbacks], default_root_dir=folder, logger=False,
         enable_progress_bar=False, enable_model_summary=False, **{"max_epochs": 2, **options},
     )  # fmt: skip
     trainer.fit(module, data(), ckpt_path=ckpt_path)
@@ -72,6 +74,46 @@ def test_steps_are_optimizer_steps(tmp_path: Path) -> None:
     module = Module()
     fit(module, sdgp.Schedule(end=3, unit="steps"), tmp_path, accumulate_grad_batches=2, enable_checkpointing=False)
     assert module.active == [batch < 6 for batch in range(12)]
+
+
+def test_a_step_is_pruned_as_a_whole(tmp_path: Path) -> None:
+    module, schedule = Module(), sdgp.Schedule(end=1.5, unit="epochs")  # batch 9 is the second of a step
+    fit(module, schedule, tmp_path, accumulate_grad_batches=2, max_epochs=2, enable_checkpointing=False)
+    assert module.active == [batch < 10 for batch in range(12)]
+
+
+class Two(Module):
+    """Two optimizers, each of which makes a step per batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
+
+    def training_step(self, batch: tuple[Tensor, ...], index: int) -> None:
+        self.manual_backward(super().training_step(batch, index))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(("options", "batches"), [({}, 12), ({"max_steps": 8}, 4), ({"max_steps": 99}, 12)])
+def test_a_fraction_is_of_what_ends_training(options: dict[str, int], batches: int, tmp_path: Path) -> None:
+    module = Two()
+    fit(module, sdgp.Schedule(end=0.5), tmp_path, enable_checkpointing=False, **options)
+    assert module.active == [batch < batches // 2 for batch in range(batches)]
+
+
+@pytest.mark.parametrize("step", [5, 8])
+def test_a_run_resumed_within_an_epoch_goes_on_by_the_schedule(step: int, tmp_path: Path) -> None:
+    schedule = sdgp.Schedule(start=1 / 3, end=0.75)
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=step)
+    fit(Module(), schedule, tmp_path, None, checkpoint, max_steps=step)
+    second = Module()
+    fit(second, schedule, tmp_path, tmp_path / f"step={step}.ckpt")
+    assert second.active == [4 <= batch < 9 for batch in range(step, 12)]
 
 
 def test_a_resumed_run_goes_on_by_the_schedule(tmp_path: Path) -> None:
