@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .scheduler import Scheduler
 
 Array = NDArray[Any]
+BARRIERS = 16  # of a CTA (PTX ISA, bar)
 
 
 class _Arrivals:
@@ -71,6 +72,9 @@ class NamedBarriers:
                 mine = part
                 if isinstance(operands[0], Reg):
                     mine = part & (self.wave.regs[operands[0].name] == number)
+                if not 0 <= number < BARRIERS:
+                    detail = f"barrier {number}, where a CTA has {BARRIERS}"
+                    raise self.wave.fault("out-of-bounds", detail, instr, int(mine.argmax()))
                 expected = None if everyone else self._operand(operands[1], int(mine.argmax()))
                 barrier = self.waiting.setdefault((int(cta), number), _Arrivals(self.wave.size))
                 barrier.add(instr, index, mine, expected, kind)

@@ -65,9 +65,9 @@ class Scheduler:
             self._leave(index, program[index], mask, active)
             budget -= 1
             if budget == 0:
-                raise self.wave.fault(
-                    "no-progress", f"{BLOCK_BUDGET} blocks executed", program[index].instrs[0], int(mask.argmax())
-                )
+                block = program[index]  # one without instructions may branch to itself
+                where = block.instrs[0] if block.instrs else block.terminator
+                raise self.wave.fault("no-progress", f"{BLOCK_BUDGET} blocks executed", where, int(mask.argmax()))
 
     def _pick(self) -> tuple[int, Array, int]:
         """The next group to run: block, mask, number of active threads."""

@@ -419,6 +419,31 @@ def test_unknown_opcode_is_an_error_that_names_it(launcher):
         execute(launcher, "add.rm.bf16 %h0, %h1, %h1;", [np.zeros(32, np.uint64)])
 
 
+@pytest.mark.parametrize(
+    "instruction",
+    ["fma.rn.ftz.f16 %h0, %h1, %h1, %h1;", "add.ftz.f16 %h0, %h1, %h1;", "abs.ftz.f16 %h0, %h1;",
+     "cvt.rn.satfinite.f16.f32 %h0, %r1;", "cvt.rn.satfinite.bf16x2.f32 %r0, %r1, %r1;",
+     "ex2.approx.ftz.bf16 %h0, %h1;", "max.relu.s32 %r0, %r1, %r1;"],
+)  # fmt: skip
+def test_a_modifier_that_is_passed_over_is_an_unknown_opcode(launcher, instruction):
+    with pytest.raises(SimError, match=r"unknown-opcode: .*\.\w+ is not implemented"):
+        execute(launcher, instruction, [np.zeros(32, np.uint64)])
+
+
+def test_a_loop_without_instructions_makes_no_progress(launcher, monkeypatch):
+    from . import scheduler
+
+    monkeypatch.setattr(scheduler, "BLOCK_BUDGET", 1000)
+    with pytest.raises(SimError, match=r"no-progress: .*\n  at k, PTX line \d+ `bra FOREVER"):
+        execute(launcher, "FOREVER: bra FOREVER;", [np.zeros(32, np.uint64)])
+
+
+def test_a_cta_has_sixteen_barriers(launcher):
+    execute(launcher, "mov.u32 %r1, 15; bar.sync %r1;", [np.zeros(32, np.uint64)])
+    with pytest.raises(SimError, match="out-of-bounds: barrier 16, where a CTA has 16"):
+        execute(launcher, "mov.u32 %r1, 16; bar.sync %r1;", [np.zeros(32, np.uint64)])
+
+
 # Lane-dependent control flow: value of %r0 per lane as Python.
 def test_divergence_and_loops(launcher):
     """A loop with a lane-dependent count around a branch, with a shuffle after reconvergence."""

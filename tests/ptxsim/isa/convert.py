@@ -44,6 +44,7 @@ def _resize(b: Binder, to: str, source: str) -> Make:
 def _to_integer(b: Binder, to: str, source: str) -> Make:
     x, d = reader(b, b.args[1], source), b.dst(b.args[0], DTYPES[to])
     rounding = next((_INTEGER_ROUNDING[m] for m in b.mods if m in _INTEGER_ROUNDING), np.trunc)
+    b.has("sat")  # which it always does
     info = np.iinfo(DTYPES[to])
     wide = info.bits == 64
     nan_result = info.min if wide and to[0] == "s" else (1 << 63 if wide else 0)
@@ -61,12 +62,18 @@ def _to_integer(b: Binder, to: str, source: str) -> Make:
     return b.value(d, run)
 
 
-def _shape(b: Binder, x: Array) -> Array:
-    if b.has("sat"):
-        x = np.where(np.isnan(x), 0, np.clip(x, 0, 1)).astype(x.dtype)
-    if b.has("relu"):
-        x = np.where(x < 0, 0, x).astype(x.dtype)
-    return x
+def _shaper(b: Binder) -> Callable[[Array], Array]:
+    """What .sat and .relu do to a float."""
+    saturate, relu = b.has("sat"), b.has("relu")
+
+    def shape(x: Array) -> Array:
+        if saturate:
+            x = np.where(np.isnan(x), 0, np.clip(x, 0, 1)).astype(x.dtype)
+        if relu:
+            x = np.where(x < 0, 0, x).astype(x.dtype)
+        return x
+
+    return shape
 
 
 def _to_float(b: Binder, to: str, source: str) -> Make:
@@ -78,14 +85,14 @@ def _to_float(b: Binder, to: str, source: str) -> Make:
         integers = b.src(b.args[1], DTYPES[source])
         values = lambda: integers  # noqa: E731
     rint = next((_INTEGER_ROUNDING[m] for m in b.mods if m in _INTEGER_ROUNDING), None)
-    ftz = b.has("ftz")
+    ftz, shape = b.has("ftz"), _shaper(b)
 
     def run() -> Array:
         x = values()
         if rint is not None:
             x = rint(x)
         if to == "f64":
-            return _shape(b, x.astype(np.float64))
+            return shape(x.astype(np.float64))
         if to == "f32":
             if mode != "rn" and x.dtype.itemsize >= 4 and x.dtype != np.float32:
                 if x.dtype.itemsize == 8 and x.dtype.kind in "iu":
@@ -93,12 +100,12 @@ def _to_float(b: Binder, to: str, source: str) -> Make:
                 y = round_f32(x.astype(np.float64), mode)
             else:
                 y = x.astype(np.float32)
-            return _shape(b, flush(y) if ftz else y)
+            return shape(flush(y) if ftz else y)
         if x.dtype == np.float64 or x.dtype.kind in "iu":
             if x.dtype.itemsize == 8 and x.dtype.kind in "iu":
                 raise NotImplementedError(f"cvt from {source} to {to}")
             x = x.astype(np.float32) if x.dtype.itemsize <= 2 else odd_f64_to_f32(x.astype(np.float64))
-        x = _shape(b, x)
+        x = shape(x)
         if to == "bf16":
             return f32_to_bf16(x.astype(np.float32), mode)
         return x if x.dtype == np.float16 else f32_to_f16(x, mode)
@@ -114,8 +121,10 @@ def _pair(b: Binder, to: str, source: str) -> Make:
     high, low = reader(b, b.args[1], "f32"), reader(b, b.args[2], "f32")
     d = b.wave.pairs(b.dst(b.args[0], np.uint32), np.dtype(np.uint16))
 
+    shape = _shaper(b)
+
     def narrow(x: Array) -> Array:
-        x = _shape(b, x)
+        x = shape(x)
         half = f32_to_bf16(x, mode) if to == "bf16x2" else f32_to_f16(x, mode).view(np.uint16)
         return np.broadcast_to(half, (b.wave.size,))
 

@@ -60,6 +60,7 @@ class Binder:
     def __init__(self, wave: Wave, instr: Instr) -> None:
         self.wave, self.instr = wave, instr
         self.mods, self.args = instr.mods, instr.operands
+        self.asked: set[str] = set()  # modifiers that the handler has looked for
         self.reads: list[str] = []  # registers, in the order in which the handler asks for them
         self.writes: list[str] = []
 
@@ -71,6 +72,7 @@ class Binder:
         return self.mods[-1]
 
     def has(self, *mods: str) -> bool:
+        self.asked.update(mods)
         return any(m in self.mods for m in mods)
 
     def rounding(self) -> str:
@@ -252,6 +254,10 @@ def _guard(b: Binder, make: Make) -> Make:
     return guarded
 
 
+# Modifiers that make an instruction compute something else: never to be passed over.
+CHANGING = frozenset(("abs", "cc", "ftz", "NaN", "oob", "relu", "sat", "satfinite", "shiftamt", "xorsign"))
+
+
 def compile_instr(wave: Wave, instr: Instr) -> tuple[Closure, Closure]:
     """Closures for "all threads active" and "threads of wave.mask active". What is not implemented fails when it
     is executed.
@@ -260,6 +266,8 @@ def compile_instr(wave: Wave, instr: Instr) -> tuple[Closure, Closure]:
     try:
         binder = Binder(wave, instr)
         make = _guard(binder, handler(binder)) if handler else _fails(wave, instr, "not implemented")
+        if handler and (ignored := CHANGING.intersection(instr.mods) - binder.asked):
+            raise PtxError(f".{min(ignored)} is not implemented")
     except (PtxError, KeyError, NotImplementedError) as error:
         make = _fails(wave, instr, str(error) or "not implemented")
     pred = instr.pred

@@ -26,6 +26,8 @@ def reader(b: Binder, operand: Operand, kind: str) -> Callable[[], Array]:
     """A function giving an operand's values as float16, float32 (also for bf16) or float64; x2 kinds have shape
     [threads, 2].
     """
+    if kind != "f32" and b.has("ftz"):
+        raise b.unknown(".ftz is not implemented")
     if kind in ("f32", "f64", "f16"):
         view = b.src(operand, DTYPES[kind])
         if kind == "f32" and b.has("ftz"):

@@ -267,12 +267,13 @@ def bfind(b: Binder) -> Make:
     x, d = b.src(b.args[1], dtype), b.dst(b.args[0], np.uint32)
     width = 8 * dtype.itemsize
     unsigned = np.dtype(f"u{dtype.itemsize}")
+    counts_down = b.has("shiftamt")
 
     def run() -> Array:
         magnitude = np.where(x < 0, ~x, x).view(unsigned) if b.type[0] == "s" else x
         position = _bit_length(magnitude) - 1
         return (
-            np.where(position < 0, -1, width - 1 - position if b.has("shiftamt") else position)
+            np.where(position < 0, -1, width - 1 - position if counts_down else position)
             .astype(np.int32)
             .view(np.uint32)
         )
