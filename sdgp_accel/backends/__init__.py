@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, get_args
 
 import torch
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 KERNELS = "cutlass"
 CACHED_DECISIONS = 1 << 14  # shapes: generous for sequences of every length
 FIRST_SPARSE_CAPABILITY = (8, 0)  # NVIDIA Ampere
-BUILD_COMMAND = "SDGP_CUDA=1 pip install --no-cache-dir ."
 
 
 class Needs(NamedTuple):
@@ -180,6 +180,15 @@ class Decision(NamedTuple):
         return "dense" if self.backend is None else self.backend.name
 
 
+def build_command() -> str:
+    """What builds the kernels, in the root of a checkout.
+
+    In place where this is a checkout: Python would go on finding what lies there before what is installed.
+    """
+    is_checkout = (Path(__file__).parents[2] / "setup.py").exists()
+    return f"SDGP_CUDA=1 pip install --no-cache-dir {'--editable ' if is_checkout else ''}."
+
+
 def load(name: str) -> Backend | None:
     """The backend called `name`, or None where this installation has no such module."""
     module = f"{__name__}.{name}"
@@ -312,7 +321,7 @@ def _choose(plan: LayerPlan, geometry: Geometry, dtype: torch.dtype, device: tor
 def _choose_on_gpu(plan: LayerPlan, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Choice:
     name = KERNELS if plan.backend == "auto" else plan.backend
     backend = load(name)
-    problem = f"the {name} kernels are not built; build them with: {BUILD_COMMAND}"
+    problem = f"the {name} kernels are not built; build them with: {build_command()}"
     if backend is not None:
         unavailable = backend.unavailable(device)
         if unavailable is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import cutlass_ops
-from sdgp_accel.backends import BUILD_COMMAND, Call, Decision, Needs, Operands, check_out, dense, gpu
+from sdgp_accel.backends import Call, Decision, Needs, Operands, build_command, check_out, dense, gpu
 from sdgp_accel.backends.bound import SparseBackward
 from sdgp_accel.backends.products import ALIGNMENT, Launch, plan_product, rank, too_large
 from sdgp_accel.backends.sweep import DTYPE_NAMES, Storage, StoredOperand, plan_sweeps
@@ -32,13 +32,13 @@ class CutlassBackend:
     def unavailable(self, device: torch.device) -> str | None:
         """None where the extension is built for `device`."""
         if not cutlass_ops.ARCHS:
-            return f"the cutlass kernels are not built; build them with: {BUILD_COMMAND}"
+            return f"the cutlass kernels are not built; build them with: {build_command()}"
         capability = gpu.device_facts(device).capability
         if any(gpu.runs_on(arch, capability) for arch in cutlass_ops.ARCHS):
             return None
         arch = f"{capability[0]}{capability[1]}" + ("a" if capability == gpu.HOPPER else "")
         built = ", ".join(cutlass_ops.ARCHS)
-        return f"the cutlass kernels are built for {built} only; rebuild with: SDGP_CUDA_ARCHS={arch} {BUILD_COMMAND}"
+        return f"the cutlass kernels are built for {built} only; rebuild with: SDGP_CUDA_ARCHS={arch} {build_command()}"
 
     def fingerprint(self) -> str:
         """The architectures of the build and a digest of it."""

@@ -11,6 +11,7 @@ import torch
 import cutlass_ops
 
 HOPPER = (9, 0)
+WGMMA_ARCHS = {"90a", "compute_90a"}  # a build for one of these holds the kernels that only Hopper runs
 
 
 class Device(NamedTuple):
@@ -26,7 +27,7 @@ def device_facts(device: torch.device) -> Device:
     """Of a CUDA device; asked once."""
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
-    wgmma = capability == HOPPER and "90a" in cutlass_ops.ARCHS
+    wgmma = capability == HOPPER and not WGMMA_ARCHS.isdisjoint(cutlass_ops.ARCHS)
     return Device(capability, properties.multi_processor_count, wgmma)
 
 

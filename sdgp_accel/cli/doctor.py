@@ -8,7 +8,6 @@ import platform
 import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -20,7 +19,7 @@ from rich.table import Table
 import cutlass_ops
 import sdgp_accel
 from cutlass_ops import build_kernels
-from sdgp_accel.backends import BUILD_COMMAND, FIRST_SPARSE_CAPABILITY, gpu
+from sdgp_accel.backends import FIRST_SPARSE_CAPABILITY, build_command, gpu
 
 if TYPE_CHECKING:
     from sdgp_accel.placement import Placement
@@ -83,20 +82,20 @@ def find_gpus() -> list[Finding]:
 def find_extension() -> list[Finding]:
     """Whether the CUDA extension is there, loads, and was built for the GPUs here from the sources beside it."""
     if error := cutlass_ops.load_error():
-        return [Finding("cutlass_ops", f"built, but it does not load: {error}", build_command())]
+        return [Finding("cutlass_ops", f"built, but it does not load: {error}", build_command_here())]
     archs, gpus = cutlass_ops.ARCHS, sparse_capabilities()
     if not archs:
         # Without a GPU to run it on, an absent extension is nothing to fix.
-        return [Finding("cutlass_ops", "not built", build_command() if gpus else None)]
+        return [Finding("cutlass_ops", "not built", build_command_here() if gpus else None)]
     value = f"built for {', '.join(map(architecture, archs))}"
     file = cutlass_ops.path()
     if file is not None and build_kernels.INSTANCES.exists() and not build_kernels.is_current(file, archs):
-        return [Finding("cutlass_ops", f"{value}, but from other sources than are here", build_command())]
+        return [Finding("cutlass_ops", f"{value}, but from other sources than are here", build_command_here())]
     unfit = [capability for capability in gpus if not runs(archs, capability)]
     if unfit:
-        return [Finding("cutlass_ops", f"{value}, not for {', '.join(map(own_arch, unfit))}", build_command())]
-    if gpu.HOPPER in gpus and own_arch(gpu.HOPPER) not in archs:
-        return [Finding("cutlass_ops", f"{value}: without the faster kernels of sm_90a", build_command())]
+        return [Finding("cutlass_ops", f"{value}, not for {', '.join(map(own_arch, unfit))}", build_command_here())]
+    if gpu.HOPPER in gpus and gpu.WGMMA_ARCHS.isdisjoint(archs):
+        return [Finding("cutlass_ops", f"{value}: without the faster kernels of sm_90a", build_command_here())]
     return [Finding("cutlass_ops", value)]
 
 
@@ -110,15 +109,10 @@ def own_arch(capability: tuple[int, int]) -> str:
     return "".join(map(str, capability)) + ("a" if capability == gpu.HOPPER else "")
 
 
-def build_command() -> str:
-    """What builds the extension for the GPUs here, in the root of a checkout.
-
-    In place where this is a checkout: Python would go on finding what lies there before what is installed.
-    """
+def build_command_here() -> str:
+    """What builds the extension for the GPUs here, in the root of a checkout."""
     archs = ";".join(map(own_arch, sparse_capabilities()))
-    is_checkout = (Path(sdgp_accel.__file__).parent.parent / "setup.py").exists()
-    command = BUILD_COMMAND.removesuffix(".") + "--editable ." if is_checkout else BUILD_COMMAND
-    return f"SDGP_CUDA_ARCHS={shlex.quote(archs)} {command}" if archs else command
+    return f"SDGP_CUDA_ARCHS={shlex.quote(archs)} {build_command()}" if archs else build_command()
 
 
 def architecture(name: str) -> str:

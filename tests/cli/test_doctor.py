@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 import cutlass_ops
 from cutlass_ops import build_kernels
+from sdgp_accel.backends import gpu
 from sdgp_accel.cli import doctor, main
 
 
@@ -88,6 +89,15 @@ def test_a_gpu_that_the_build_is_not_for_is_an_error(gpus, extension, here, arch
     assert says in result.output
     # In a checkout, Python finds what lies in it before what is installed.
     assert f"fix: SDGP_CUDA_ARCHS={rebuilt_for} SDGP_CUDA=1 pip install --no-cache-dir --editable ." in result.output
+
+
+def test_ptx_of_hoppers_own_kernels_is_enough(gpus, extension):
+    gpus(H100)
+    extension("compute_90a")
+    assert "without the faster kernels" not in run().output
+    gpu.device_facts.cache_clear()
+    assert gpu.device_facts(0).wgmma
+    gpu.device_facts.cache_clear()
 
 
 def test_nothing_runs_on_kernels_of_other_gpus(gpus, extension):
