@@ -106,10 +106,10 @@ GPUS: dict[str, GPU] = {
         # An H100 80GB HBM3 with this package's own kernels: `python -m bench.fit_roofline` makes this entry from
         # bench/results/layers_h100.json and kernels-NVIDIA_H100_80GB_HBM3.json, and a test holds it to them.
         GPU(
-            "h100-measured", tflops=989, bandwidth=3.35, compute_efficiency=0.75, memory_efficiency=0.85,
-            sparse_speedup=1.31, compress_costs={
-                "magnitude": 1.08, "random": 2.45, "mvue": 3.11, "rescale_magnitude": 1.28,
-                "rescale_magnitude sample_channel": 3.83, "rescale_magnitude tensor": 3.35,
+            "h100-measured", tflops=989, bandwidth=3.35, compute_efficiency=0.72, memory_efficiency=0.85,
+            sparse_speedup=1.34, compress_costs={
+                "magnitude": 1.08, "random": 1.78, "mvue": 2.2, "rescale_magnitude": 1.25,
+                "rescale_magnitude sample_channel": 2.41, "rescale_magnitude tensor": 2.45,
             },
         ),
         GPU("h200", 989, 4.8, compute_efficiency=0.68, memory_efficiency=0.88, sparse_speedup=1.25),

@@ -38,15 +38,17 @@ HOST_OVERHEAD_MS = 0.015
 def choose(measured: Measurement) -> tuple[bool, bool]:
     """The fastest choice of passes to prune; (False, False) unless it gains at least `REQUIRED_GAIN` over dense.
 
-    A backward takes as long as the GPU or as long as the host needs to launch it, whichever is longer.
+    It has to gain twice: on the GPU, which decides where the host runs ahead of it, and where a backward takes as long
+    as the GPU or as long as the host needs to launch it, whichever is longer.
     """
-    host = measured.host.totals()
-    totals = {
-        passes: max(on_gpu, host[passes] + HOST_OVERHEAD_MS * any(passes))
-        for passes, on_gpu in measured.device.totals().items()
-    }
-    best = min(totals, key=lambda passes: totals[passes])
-    return best if totals[best] <= (1.0 - REQUIRED_GAIN) * totals[False, False] else (False, False)
+    dense, on_gpu, host = (False, False), measured.device.totals(), measured.host.totals()
+    alone = {passes: max(ms, host[passes] + HOST_OVERHEAD_MS * any(passes)) for passes, ms in on_gpu.items()}
+    gaining = [
+        passes
+        for passes in on_gpu
+        if all(times[passes] <= (1.0 - REQUIRED_GAIN) * times[dense] for times in (on_gpu, alone))
+    ]
+    return min(gaining, key=lambda passes: alone[passes], default=dense)
 
 
 def tune(

@@ -92,6 +92,14 @@ def test_a_host_that_is_slower_than_the_gpu_counts(host: float, expected: tuple[
     assert choose(slow_both) == expected
 
 
+def test_what_only_the_host_gains_from_runs_dense() -> None:
+    """Dense convolutions take the host longer to launch; in a model the host has run ahead by then."""
+    times = {**FAST, "compress_both": 4.5, "compress_dgrad": 2.5, "compress_wgrad": 2.5}
+    measured = measured_times(times, host=1.0)
+    slow_dense = measured.host._replace(dense_dgrad=8.0, dense_wgrad=8.0)
+    assert choose(measured._replace(host=slow_dense)) == (False, False)
+
+
 def test_auto_prunes_what_gains_and_launches_it_the_fastest_way(
     kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
