@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sdgp_accel.backends import CACHED_DECISIONS, gpu, tiles
-from sdgp_accel.backends.sweep import CHUNK, DTYPE_NAMES, Storage
+from sdgp_accel.backends.sweep import DTYPE_NAMES, Storage
 from sdgp_accel.backends.tiles import Product, Tiling, rank_tilings
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 
@@ -19,13 +19,17 @@ MAX_SIZE = (1 << 31) - 1024  # the products count positions and channels, rounde
 # TMA's im2col mode has 8 signed bits for the corners of a 4-D tensor's box and strides of at most 8 (CUDA driver API,
 # cuTensorMapEncodeIm2col); the corners go beyond padding and reach of the filter by less than a stride.
 MAX_REACH, MAX_STRIDE = 120, 8
+MAX_RESIDUES = 65535  # of a strided dgrad, which has a row of blocks for each: the y dimension of a grid
+COLUMN_TILE = 64  # Hopper's wgrad counts a tap's columns in whole ones
 ALIGNMENT = 16  # bytes, of the weight or x: TMA's, and cp.async's copies
 
 
 def too_large(geometry: Geometry) -> str | None:
     """Why the products of this layer cannot run on sparse tensor cores."""
-    positions, columns = geometry.positions, -(-geometry.in_channels // CHUNK) * CHUNK
+    positions, columns = geometry.positions, -(-geometry.in_channels // COLUMN_TILE) * COLUMN_TILE
     if isinstance(geometry, Conv2dGeometry):
+        if (residues := math.prod(geometry.stride)) > MAX_RESIDUES:
+            return f"sparse dgrad takes strides with at most {MAX_RESIDUES} residues; got {residues}"
         positions = max(positions, geometry.batch * geometry.height * geometry.width)
         columns *= math.prod(geometry.kernel)
     largest = max(positions, geometry.out_channels, columns)

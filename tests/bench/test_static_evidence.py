@@ -81,10 +81,11 @@ def test_an_instance() -> None:
         found = static_evidence.examine(build_kernels.INSTANCES / "bias_sum.cu", "80")
     except click.ClickException as problem:
         pytest.skip(problem.message)
-    assert [(kernel.kernel, kernel.threads, kernel.resources.spilled_bytes) for kernel in found] == [
-        ("sum_bias_partials", 1024, 0)
-    ]
-    assert found[0].loop is not None
+    assert sorted(kernel.kernel for kernel in found) == [
+        "sum_bias_partials", "sum_bias_partials bf16", "sum_bias_partials f16",
+    ]  # fmt: skip
+    assert all((kernel.threads, kernel.resources.spilled_bytes) == (1024, 0) for kernel in found)
+    assert all(kernel.loop is not None for kernel in found)
 
 
 def test_launch_facts_are_read_from_the_ptx():

@@ -116,8 +116,16 @@ def test_there_is_nothing_to_list_without_sparse_products(hopper):
 
 
 def test_columns_count_with_the_padding_of_the_channels():
-    geometry = Conv2dGeometry.of((1, 1, 24576, 24576), (8, 1, 24576, 24576), (1, 1, 0, 0, 1, 1, 1), True)
-    assert str(8 * 24576**2) in sparse_products.too_large(geometry)
+    """Which is to whole tiles of 64 in Hopper's wgrad: 40 channels of 6000 x 6000 taps would fit."""
+    geometry = Conv2dGeometry.of((1, 40, 6000, 6000), (8, 40, 6000, 6000), (1, 1, 0, 0, 1, 1, 1), True)
+    assert str(64 * 6000**2) in sparse_products.too_large(geometry)
+
+
+def test_strides_that_no_grid_holds_have_no_sparse_products():
+    shapes = (1, 8, 600, 600), (8, 8, 1, 1)
+    fits = Conv2dGeometry.of(*shapes, (255, 257, 0, 0, 1, 1, 1), True)
+    assert sparse_products.too_large(fits) is None
+    assert "65792" in sparse_products.too_large(fits._replace(stride=(256, 257)))
 
 
 @pytest.mark.parametrize(
