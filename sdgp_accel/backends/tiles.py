@@ -48,12 +48,11 @@ class Family:
     gathering: Costs  # wgrad of convolutions, which gathers the dense operand from images
     multiply_adds_per_byte: float  # of a sparse main loop (counted dense), per byte of device memory traffic
     store_steps: float = 1.0  # filling the pipeline and storing the tile, in steps of TILE_K of the fastest main loop
-    pingpong_steps: float = 1.0  # the same of ping-pong tiles
     suffix: str = ""  # of the tile in the instances' names
 
 
-# Measured with large GEMMs on an H100 (bench/results/gemm_h100.json); 128x192 where 192 all but divides the columns
-# (8192), since columns beyond the last cost more in that file than they do now.
+# Measured with large GEMMs on an H100 (bench/results/development/h100-6-gemm.json); 128x192 where 192 all but divides
+# the columns (8192), since columns beyond the last cost more in that file than they do now.
 _SM90 = {
     Tile(128, 256, 2): 1.0, Tile(256, 128, 2): 1.08, Tile(128, 128, 2): 1.3, Tile(128, 192, 2): 1.06,
     Tile(128, 256, 1): 1.25, Tile(256, 128, 1): 1.12, Tile(128, 128, 1): 1.5, Tile(128, 192, 1): 1.32,
@@ -76,9 +75,9 @@ _SM90_GATHERING = {
 SM90 = Family(
     "sm90", _SM90_DGRAD, _SM90_WGRAD, _SM90_GATHERING,
     multiply_adds_per_byte=200.0,
-    # 3.6 µs beside 0.9 µs per step of a 128x256 tile: dgrads of 25088x1024 with k = 1024 and 4096 in gemm_h100.json.
-    # What ping-pong leaves of it is not measured, and set so that measured tiles come first where it is close.
-    store_steps=4.0, pingpong_steps=2.0,
+    # What spreads the times of 37 dgrads with 128x256 tiles least, k = 128 to 14336, in gemm_h100.json and
+    # layers_h100.json. Ping-pong leaves as much of it: 2.1 to 3.6 in nine of eleven dgrads there.
+    store_steps=3.25,
 )  # fmt: skip
 
 # By calculation for an A100, not measured: the longest of the tensor cores (2048 multiply-adds per cycle and
@@ -145,12 +144,11 @@ def rank_tilings(
     def best(tile: Tile, step_time: float) -> tuple[float, Tiling]:
         tile_columns = -(-n // tile.columns)
         blocks = tile.cluster * -(-m // (tile.rows * tile.cluster)) * tile_columns
-        store = family.pingpong_steps if tile.pingpong else family.store_steps
 
         def cost(splits: int) -> float:
             rounds, rest = divmod(blocks * splits, multiprocessors)
             last_round = 1 - IDLE_GAIN * (1 - rest / multiprocessors) if rest else 0.0
-            main_loop = tile.rows * tile.columns * (-(-steps // splits) * step_time + store) * TILE_K
+            main_loop = tile.rows * tile.columns * (-(-steps // splits) * step_time + family.store_steps) * TILE_K
             partials = 8.0 * m * n * splits if splits > 1 else 0.0
             return (rounds + last_round) * main_loop + partials * family.multiply_adds_per_byte / multiprocessors
 
