@@ -45,10 +45,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
             return F.linear(input, weight, bias)
         traced: Tensor = _Linear.apply(input, weight, bias, (plan, None, None))
         return traced
-    dtype, to = input.dtype, None
+    to = None
     if torch._C._is_any_autocast_enabled() and _is_autocast(input):
-        dtype = _autocast_dtype(input)
         input, weight, bias, to = _autocast_but_masters(input, weight, bias)
+    dtype = input.dtype if to is None else to
     deterministic = torch._C._get_deterministic_algorithms()
     decision = decide_linear(plan, input.shape, weight.shape[0], dtype, input.device, deterministic, weight.dtype)
     if decision.backend is None:
@@ -107,10 +107,10 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window,
             return F.conv2d(input, weight, bias, *window)
         traced: Tensor = _Conv2d.apply(input, weight, bias, (plan, None, None, window, channels_last))
         return traced
-    dtype, to = input.dtype, None
+    to = None
     if torch._C._is_any_autocast_enabled() and _is_autocast(input):
-        dtype = _autocast_dtype(input)
         input, weight, bias, to = _autocast_but_masters(input, weight, bias)
+    dtype = input.dtype if to is None else to
     deterministic = torch._C._get_deterministic_algorithms()
     decision = decide_conv2d(
         plan, input_shape, weight_shape, window, channels_last, dtype, input.device, deterministic, weight.dtype
@@ -265,8 +265,10 @@ def _autocast_but_masters(
     input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype | None]:
     """`_autocast`, or the tensors as they are where the autograd function is to cast, and the dtype to cast to."""
-    if _is_master(weight) and (bias is None or _is_master(bias)):
-        return input, weight, bias, _autocast_dtype(input)
+    to = _autocast_dtype(input)
+    # Of float64, which autocast leaves alone: there the cast parameters do not fit the input, as in a dense layer.
+    if to != torch.float64 and _is_master(weight) and (bias is None or _is_master(bias)):
+        return input, weight, bias, to
     return *_autocast(input, weight, bias), None
 
 

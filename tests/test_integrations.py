@@ -97,6 +97,17 @@ def test_no_double_backward_through_parameters_that_autocast_casts(kind: str) ->
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_autocast_casts_no_parameter_to_float64(kind: str) -> None:
+    """A float64 input meets 16-bit parameters, which is torch's own error."""
+    layer = sdgp.SDGPLinear(8, 8) if kind == "linear" else sdgp.SDGPConv2d(8, 8, 3)
+    dense = nn.Linear(8, 8) if kind == "linear" else nn.Conv2d(8, 8, 3)
+    x = torch.randn((4, 8) if kind == "linear" else (2, 8, 5, 5), dtype=torch.float64)
+    for module in (dense, layer):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+            module(x)
+
+
 @pytest.mark.parametrize("computed", ["weight", "bias"])
 def test_autocast_of_a_computed_weight(computed: str) -> None:
     weight, bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8))
