@@ -35,11 +35,9 @@ import click
 import torch
 
 from bench import step_time
+from cutlass_ops import build_kernels
+from sdgp_accel.backends.gpu import own_arch
 from sdgp_accel.provenance import gpu_state, provenance
-
-# Not as part of its package, which would load an extension that may have to be built anew.
-sys.path.insert(0, str(Path(__file__).parent.parent / "cutlass_ops"))
-import build_kernels
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("sdgp_accel", "cutlass_ops", "bench", "tests")
@@ -134,8 +132,7 @@ def find_machine() -> Machine:
     """This machine; ClickException without a GPU."""
     if not torch.cuda.is_available():
         raise click.ClickException("no CUDA device: there is nothing to run here; --dry-run works without one")
-    major, minor = torch.cuda.get_device_capability()
-    arch = f"{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")  # as CutlassBackend.unavailable says
+    arch = own_arch(torch.cuda.get_device_capability())
     return Machine(torch.cuda.get_device_name(), arch, provenance(torch.device("cuda")))
 
 

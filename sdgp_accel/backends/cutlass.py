@@ -36,9 +36,8 @@ class CutlassBackend:
         capability = gpu.device_facts(device).capability
         if any(gpu.runs_on(arch, capability) for arch in cutlass_ops.ARCHS):
             return None
-        arch = f"{capability[0]}{capability[1]}" + ("a" if capability == gpu.HOPPER else "")
-        built = ", ".join(cutlass_ops.ARCHS)
-        return f"the cutlass kernels are built for {built} only; rebuild with: SDGP_CUDA_ARCHS={arch} {build_command()}"
+        built, rebuild = ", ".join(cutlass_ops.ARCHS), f"SDGP_CUDA_ARCHS={gpu.own_arch(capability)} {build_command()}"
+        return f"the cutlass kernels are built for {built} only; rebuild with: {rebuild}"
 
     def fingerprint(self) -> str:
         """The architectures of the build and a digest of it."""

@@ -31,6 +31,11 @@ def device_facts(device: torch.device) -> Device:
     return Device(capability, properties.multi_processor_count, wgmma)
 
 
+def own_arch(capability: tuple[int, int]) -> str:
+    """What to build for on a GPU of this compute capability, as in SDGP_CUDA_ARCHS."""
+    return "".join(map(str, capability)) + ("a" if capability == HOPPER else "")
+
+
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code built for `arch`, as in SDGP_CUDA_ARCHS, runs on a GPU of this compute capability."""
     number = arch.removeprefix("compute_")

@@ -93,7 +93,7 @@ def find_extension() -> list[Finding]:
         return [Finding("cutlass_ops", f"{value}, but from other sources than are here", build_command_here())]
     unfit = [capability for capability in gpus if not runs(archs, capability)]
     if unfit:
-        return [Finding("cutlass_ops", f"{value}, not for {', '.join(map(own_arch, unfit))}", build_command_here())]
+        return [Finding("cutlass_ops", f"{value}, not for {', '.join(map(gpu.own_arch, unfit))}", build_command_here())]
     if gpu.HOPPER in gpus and gpu.WGMMA_ARCHS.isdisjoint(archs):
         return [Finding("cutlass_ops", f"{value}: without the faster kernels of sm_90a", build_command_here())]
     return [Finding("cutlass_ops", value)]
@@ -104,14 +104,9 @@ def runs(archs: Iterable[str], capability: tuple[int, int]) -> bool:
     return any(gpu.runs_on(arch, capability) for arch in archs)
 
 
-def own_arch(capability: tuple[int, int]) -> str:
-    """What to build for on a GPU of this compute capability, as `CutlassBackend.unavailable` says."""
-    return "".join(map(str, capability)) + ("a" if capability == gpu.HOPPER else "")
-
-
 def build_command_here() -> str:
     """What builds the extension for the GPUs here, in the root of a checkout."""
-    archs = ";".join(map(own_arch, sparse_capabilities()))
+    archs = ";".join(map(gpu.own_arch, sparse_capabilities()))
     return f"SDGP_CUDA_ARCHS={shlex.quote(archs)} {build_command()}" if archs else build_command()
 
 
