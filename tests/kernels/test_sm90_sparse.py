@@ -37,6 +37,8 @@ GEMM_CASES = [
     GemmCase("sm90_dgrad_bf16_128x256", 1, 8, 8, cluster_size=2, float_out=True),  # a CTA of the cluster has no rows
     GemmCase("sm90_dgrad_bf16_128x256", 131, 72, 203),  # channels of the gradient need no alignment
     GemmCase("sm90_dgrad_f16_128x128", 260, 520, 136, cluster_size=2, group_n=3, accumulate=True),
+    GemmCase("sm90_dgrad_f16_256x128", 1100, 264, 72, cluster_size=2),  # several tiles per CTA go out through the ring
+    GemmCase("sm90_dgrad_bf16_128x192", 650, 392, 328),
     GemmCase("sm90_dgrad_f16_128x128_pingpong", 520, 264, 392),  # 15 tiles on 4 CTAs: warpgroups take turns
     GemmCase("sm90_dgrad_f16_128x128_pingpong", 700, 136, 72, cluster_size=2, accumulate=True),
     GemmCase("sm90_dgrad_bf16_256x64_pingpong", 1100, 136, 200, cluster_size=2),
@@ -53,6 +55,7 @@ GEMM_CASES = [
 
 CONV_CASES = [
     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 72, 7, 7), (64, 3, 3)),  # one k tile per tap
+    ConvCase("sm90_conv_dgrad_f16_256x128", (9, 136, 15, 13), (72, 2, 1), padding=(1, 0), cluster_size=2),
     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 72, 7, 7), (77, 3, 3)),
     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 64, 9, 8), (192, 3, 3), stride=(2, 2), cluster_size=2),  # three
     ConvCase("sm90_conv_dgrad_bf16_128x128", (1, 16, 10, 9), (24, 3, 2), (3, 1), (0, 1), (1, 2)),
