@@ -34,6 +34,7 @@ ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 GEMM_CASES = [
     GemmCase("sm90_dgrad_bf16_128x256", 130, 264, 200),
     GemmCase("sm90_dgrad_bf16_128x256", 300, 72, 1100, cluster_size=2),  # rings wrap; an odd number of k tiles
+    GemmCase("sm90_dgrad_bf16_128x256", 1300, 520, 1100, cluster_size=2),  # many tiles per CTA
     GemmCase("sm90_dgrad_bf16_128x256", 1, 8, 8, cluster_size=2, float_out=True),  # a CTA of the cluster has no rows
     GemmCase("sm90_dgrad_bf16_128x256", 131, 72, 203),  # channels of the gradient need no alignment
     GemmCase("sm90_dgrad_f16_128x128", 260, 520, 136, cluster_size=2, group_n=3, accumulate=True),

@@ -107,7 +107,7 @@ class Scheduler:
                 return self._take(index, ready)
         if held is not None:
             return self._take(*held)
-        if polling is None:  # everyone is set aside: start over
+        if polling is None or self.aside is not None:  # only those set aside may still run: start over
             self.aside = None
             return self._pick()
         return self._stalled(*polling)
