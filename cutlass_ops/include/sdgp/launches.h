@@ -183,8 +183,8 @@ class Product {
       throw std::invalid_argument("name must be that of an instance of this product; got " + name);
     // Hopper's copies end with the operand; the others read whole tiles of 64 k.
     check_padded("padded_k", problem.padded_k, k, name.starts_with("sdgp_sm90_") ? 16 : 64);
-    if (problem.cluster_size != 1 && problem.cluster_size != 2 && problem.cluster_size != 4) {
-      throw std::invalid_argument("cluster_size must be 1, 2 or 4; got " + std::to_string(problem.cluster_size));
+    if (problem.cluster_size != 1 && problem.cluster_size != 2) {
+      throw std::invalid_argument("cluster_size must be 1 or 2; got " + std::to_string(problem.cluster_size));
     }
   }
 

@@ -23,7 +23,6 @@ constexpr int kSwizzleElements = 64;            // 16-bit elements in a 128-byte
 
 struct TensorMaps {
   CUtensorMap values, metadata, b;
-  CUtensorMap out;  // where Problem::staged
 };
 
 // The k tiles of one part of a product.
@@ -86,7 +85,6 @@ struct MatrixGather {
 
   // A block of A holds two k tiles, counted from the start of a segment of k.
   __device__ __forceinline__ int segment_tiles() const { return INT_MAX; }
-  bool rows_in_order() const { return true; }
   __device__ __forceinline__ int64_t out_row(int row, int) const { return row < m ? row : -1; }
   __device__ __forceinline__ ColumnRun out_columns(int column) const { return {column, n - column}; }
 
@@ -170,7 +168,6 @@ struct DgradGather {
     return {0, row_residue(part).taps * column_residue(part).taps * tiles_per_tap};
   }
   __device__ __forceinline__ int segment_tiles() const { return tiles_per_tap; }
-  bool rows_in_order() const { return vertical.stride == 1 && horizontal.stride == 1; }
   __device__ __forceinline__ int64_t out_row(int row, int part) const {
     if (row >= pixels) return -1;
     if (vertical.stride == 1 && horizontal.stride == 1) return row;

@@ -96,11 +96,7 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
 }
 
 // The loads below write a box of a tensor into shared memory and complete its bytes on `barrier`. With a cluster size
-// above 1 they write it to all CTAs of the cluster, at the same offsets of data and barrier in each.
-
-__device__ __forceinline__ uint16_t multicast_mask(int cluster_size) {
-  return static_cast<uint16_t>((1 << cluster_size) - 1);
-}
+// of 2 they write it to both CTAs, at the same offsets of data and barrier in each.
 
 // Box at (x, y) of a matrix, x innermost.
 __device__ __forceinline__ void tma_load(const CUtensorMap* map, uint32_t barrier, uint32_t destination, int x, int y) {
@@ -117,7 +113,7 @@ __device__ __forceinline__ void tma_load(const CUtensorMap* map, uint32_t barrie
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(multicast_mask(cluster_size))
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(static_cast<uint16_t>(3))
       : "memory");
 }
 
@@ -134,7 +130,7 @@ __device__ __forceinline__ void tma_load_3d(const CUtensorMap* map, uint32_t bar
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
         "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(destination),
-        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(multicast_mask(cluster_size))
+        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(static_cast<uint16_t>(3))
         : "memory");
   }
 }
@@ -156,24 +152,10 @@ __device__ __forceinline__ void tma_load_im2col(const CUtensorMap* map, uint32_t
         "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes.multicast::cluster "
         "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8}, %9;" ::"r"(destination),
         "l"(map), "r"(barrier), "r"(c), "r"(w), "r"(h), "r"(n), "h"(short_w), "h"(short_h),
-        "h"(multicast_mask(cluster_size))
+        "h"(static_cast<uint16_t>(3))
         : "memory");
   }
 }
-
-// Stores a box at (x, y) of a matrix, whatever of it is inside; `fence_proxy_async` first makes it visible to TMA.
-__device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t source, int x, int y) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(source),
-               "r"(x), "r"(y)
-               : "memory");
-}
-
-__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-
-// Until all stores of this thread have read their boxes.
-__device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-
-__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- warpgroup MMA -------------------------------------------------------------------------------------
 
@@ -320,13 +302,6 @@ __device__ __forceinline__ void increase_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void decrease_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-// The reverse for four 8x8 matrices: lanes 8i to 8i + 7 give the addresses of the rows of matrix i.
-__device__ __forceinline__ void store_matrix_x4(uint32_t row_address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row_address), "r"(a), "r"(b),
-               "r"(c), "r"(d)
-               : "memory");
 }
 
 // Two 8x8 matrices of 16-bit words; lanes 0-7 and 8-15 give the addresses of their rows. Lane l receives words 2(l%4)

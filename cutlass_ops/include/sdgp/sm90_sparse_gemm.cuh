@@ -42,7 +42,6 @@ struct Problem {
   void* out;             // [rows, row_length], or float [parts, rows, row_length] for Output::kPartial
   Output output;
   bool accumulate;  // out += result
-  bool staged;      // tiles go out through shared memory and TMA, else straight from registers
 };
 
 enum class Consumers : int { kPingPong = 1, kCooperative = 2 };  // the value: warpgroups per tile
@@ -79,11 +78,6 @@ struct TileConfig {
   static_assert(kBlockM == kSlabs * kTileConsumers * kSlabM && kBlockN % kSwizzleElements == 0);
   static_assert(kSlabs * kBlockN <= 256, "accumulators must fit the registers");
   static_assert(kStages >= 4);
-
-  // A 16-bit slab of the output takes as many bytes as a stage of B. dgrad stages its tiles, as its k is short.
-  static constexpr int kOutStages = kBlockM / kSlabM;
-  static constexpr bool kCanStage = kMajorA == Major::K;
-  static_assert(!kCanStage || kStages >= kOutStages + 3);
 };
 
 // The tile and k range of one step of a persistent CTA. k in units of kStageK.
@@ -214,24 +208,6 @@ __device__ __forceinline__ void store_slab(const float (&d)[kBlockN / 2], const 
   }
 }
 
-// Writes a warp's 16 rows of a 64 x kBlockN slab of accumulators to shared memory, in blocks of 64 columns with the
-// 128-byte swizzle.
-template <typename Element, int kBlockN>
-__device__ __forceinline__ void stage_slab(const float (&d)[kBlockN / 2], uint32_t slab, int warp, int lane) {
-  // Four 8x8 matrices at a time: rows 0-7 and 8-15 of one 16-byte chunk, then of the next.
-  const int row = warp * 16 + (lane & 15), chunk = lane >> 4 ^ (lane & 7);
-  const uint32_t row_address = slab + row * 128;
-#pragma unroll
-  for (int block = 0; block < kBlockN / kSwizzleElements; ++block) {
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-      const float* at = d + block * 32 + pair * 8;
-      store_matrix_x4(row_address + block * (kSlabM * 128) + (chunk ^ 2 * pair) * 16, pack<Element>(at[0], at[1]),
-                      pack<Element>(at[2], at[3]), pack<Element>(at[4], at[5]), pack<Element>(at[6], at[7]));
-    }
-  }
-}
-
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     sparse_gemm_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ typename Config::Gather gather,
@@ -318,13 +294,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             producer.load_b(full, b_tile + block * kColumnBlockBytes, block, cluster_size);
           b_ring.advance();
         }
-        if (Config::kCanStage && problem.staged) {  // stages that the consumers fill, with the output
-#pragma unroll 1
-          for (int stage = 0; stage < Config::kOutStages; ++stage, b_ring.advance()) {
-            mbarrier_wait(empty_b + 8 * b_ring.slot, b_ring.parity ^ 1);
-            mbarrier_arrive(full_b + 8 * b_ring.slot);
-          }
-        }
       }
     }
   } else {
@@ -341,22 +310,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const uint32_t first_metadata_slab = metadata_tiles + first_slab * Config::kSlabMetadataBytes;
 
     float d[kSlabs][kBlockN / 2];
-    const int out_stages = Config::kCanStage && problem.staged ? Config::kOutStages : 0;
-    RingPosition<kStages> held;  // stages with output that TMA may still read, `held_count` of them
-    int held_count = 0;
-    const auto release_output = [&] {
-      if (elect_one()) tma_store_wait_read();
-      __syncwarp();
-#pragma unroll 1
-      for (; held_count > 0; --held_count, held.advance())
-        if (lane < cluster_size) mbarrier_arrive_cluster(empty_b + 8 * held.slot, lane);
-    };
     uint32_t e_sets[2][kSlabs][2] = {};  // two sets: the MMAs in flight may still read one while the other is loaded
     for (int index = first_unit, turn = 0; index < schedule.units; index += unit_step, ++turn) {
       const WorkUnit unit = schedule.unit(index, cluster_size, cta_rank);
       if (kTurns > 1 && turn % kTurns != warpgroup) {  // the other's: what is loaded for it passes by
         a_ring.advance(schedule.blocks(unit));
-        b_ring.advance(unit.k_end - unit.k_begin + out_stages);
+        b_ring.advance(unit.k_end - unit.k_begin);
         continue;
       }
       // A main loop begins when the one before has seen all its tiles arrive: a parity cannot tell phases apart that
@@ -397,7 +356,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         wgmma_commit_group();
         wgmma_wait_group<1>();
         keep_registers(e_sets);
-        if (Config::kCanStage && held_count > 0) release_output();
         release_stage();
         used_stage = empty_b + 8 * b_ring.slot;
         b_ring.advance();
@@ -440,34 +398,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
 
       const int column = unit.n_tile * kBlockN;
-      if constexpr (Config::kCanStage) {
-        if (out_stages > 0) {
-          held = b_ring;
-          held_count = out_stages;
-          b_ring.advance(first_slab);
-#pragma unroll
-          for (int s = 0; s < kSlabs; ++s, b_ring.advance()) {
-            const uint32_t slab = b_tiles + b_ring.slot * Config::kStageBytes;
-            mbarrier_wait(full_b + 8 * b_ring.slot, b_ring.parity);
-            stage_slab<Element, kBlockN>(d[s], slab, warp, lane);
-            fence_proxy_async();
-            __syncwarp();
-            const int row = unit.m_tile * kBlockM + (first_slab + s) * kSlabM + warp * 16;
-            if (row < problem.rows && elect_one()) {
-#pragma unroll
-              for (int block = 0; block < kColumnBlocks; ++block) {
-                const int block_column = column + block * kSwizzleElements;
-                if (block_column < problem.row_length)
-                  tma_store(&maps.out, slab + block * kColumnBlockBytes + warp * (16 * 128), block_column, row);
-              }
-              tma_store_commit();
-            }
-          }
-          b_ring.advance(out_stages - first_slab - kSlabs);
-          if (kTurns > 1) release_output();  // the other warpgroup computes meanwhile
-          continue;
-        }
-      }
 #pragma unroll
       for (int s = 0; s < kSlabs; ++s) {
         const int row = unit.m_tile * kBlockM + (first_slab + s) * kSlabM + warp * 16 + lane / 4;
@@ -478,7 +408,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         }
       }
     }
-    if (held_count > 0 && elect_one()) tma_store_wait_read();  // a CTA must not leave while TMA reads its tiles
   }
 
   // A CTA must not leave while its peer may still arrive on its barriers or multicast into its tiles.

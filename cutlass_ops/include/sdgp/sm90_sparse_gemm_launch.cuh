@@ -80,7 +80,7 @@ struct Target {
 
 // The product has `parts` parts of `m` rows and `columns` columns; the output is [rows, row_length].
 template <typename Config>
-int launch(TensorMaps& maps, const typename Config::Gather& gather, const Target& target, int64_t m,
+int launch(const TensorMaps& maps, const typename Config::Gather& gather, const Target& target, int64_t m,
            int64_t columns, int parts, int64_t rows, int64_t row_length) {
   // The kernel counts in 32 bits, rows and columns in whole tiles.
   const int rows_per_unit = Config::kBlockM * target.cluster_size;
@@ -95,14 +95,6 @@ int launch(TensorMaps& maps, const typename Config::Gather& gather, const Target
   if (attribute != cudaSuccess) return attribute;
 
   const bool split = target.splits > 1;
-  bool staged = false;
-  if constexpr (Config::kCanStage)
-    staged = gather.rows_in_order() && !split && !target.is_float && !target.accumulate;
-  if (staged) {
-    const int error = matrix_map(maps.out, kTensorMapType<typename Config::Element>, target.out, rows, row_length, 16,
-                                 kSwizzleElements, CU_TENSOR_MAP_SWIZZLE_128B);
-    if (error != 0) return error;
-  }
   const Problem problem{static_cast<int>(m),
                         static_cast<int>(n_tiles),
                         parts,
@@ -113,8 +105,7 @@ int launch(TensorMaps& maps, const typename Config::Gather& gather, const Target
                         split             ? Output::kPartial
                         : target.is_float ? Output::kFloat
                                           : Output::kElement,
-                        !split && target.accumulate,
-                        staged};
+                        !split && target.accumulate};
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(target.cluster_size), 1, 1};
