@@ -105,11 +105,12 @@ class Scheduler:
                 held = (index, mask)
             if ready.any():
                 return self._take(index, ready)
-        if held is not None:
-            return self._take(*held)
-        if polling is None or self.aside is not None:  # only those set aside may still run: start over
+        if self.aside is not None:  # nobody else can run: start over
             self.aside = None
             return self._pick()
+        if held is not None:
+            return self._take(*held)
+        assert polling is not None
         return self._stalled(*polling)
 
     def _stalled(self, index: int, mask: Array) -> tuple[int, Array, int]:
