@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -183,11 +184,16 @@ PEERS: dict[str, Callable[[Sequence[Problem]], list[Closure]]] = {
 
 
 def time_in_turns(contenders: dict[str, list[Closure]], repeats: int) -> dict[str, list[float]]:
-    """Samples of microseconds of each contender: its closures, one per set of buffers, in turns with all others."""
+    """Samples of microseconds of each contender: its closures, one per set of buffers, in turns with all others.
+
+    Each turn in an order of its own: on an H200 the first after the wait took up to 10 us longer.
+    """
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in contenders}
+    order = random.Random(0)
     for i in range(WARM_UP + repeats):
         torch.cuda._sleep(HEAD_START)
-        for name, closures in contenders.items():
+        for name in order.sample(list(contenders), len(contenders)):
+            closures = contenders[name]
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             closures[i % len(closures)]()

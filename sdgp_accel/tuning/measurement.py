@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -110,17 +111,21 @@ def _fastest_tilings(
 
 
 def median_milliseconds(candidates: Mapping[Name, Callable[[], Any]], device: torch.device) -> dict[Name, Milliseconds]:
-    """The median times of each candidate, called in turns, in as many rounds as `BUDGET_MS` allows."""
+    """The median times of each candidate, called in turns, in as many rounds as `BUDGET_MS` allows.
+
+    Each round in an order of its own: on an H200 the first after the wait took up to 10 us longer.
+    """
     clock = clock_for(device)
     samples: dict[Name, list[Milliseconds]] = {name: [] for name in candidates}
-    rounds = ROUNDS
+    rounds, order = ROUNDS, random.Random(0)
     for index in range(WARM_UP_ROUNDS + ROUNDS):
         if index == WARM_UP_ROUNDS + rounds:
             break
         if device.type == "cuda":
             torch.cuda._sleep(HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
         marks = {}
-        for name, call in candidates.items():
+        for name in order.sample(list(candidates), len(candidates)):
+            call = candidates[name]
             start, called = clock.mark(), time.perf_counter()
             call()
             host = time.perf_counter() - called
