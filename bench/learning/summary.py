@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -31,7 +32,14 @@ class Entry(NamedTuple):
     delta_std: float
     curve: list[tuple[int, float]]  # step, mean validation score
 
+    @property
+    def diverged(self) -> bool:
+        """Whether a seed ended with a loss that is no number; mean and delta are none either, then."""
+        return not math.isfinite(self.mean)
+
     def __str__(self) -> str:
+        if self.diverged:
+            return "diverged"
         digits = 3 if abs(self.mean) < 10 else 2
         return f"{self.mean:.{digits}f} ± {self.std:.{digits}f}"
 
@@ -89,11 +97,20 @@ def as_json(tables: dict[Task, dict[Cell, Entry]], lines: Sequence[dict[str, Any
                 "title": task.title,
                 "score": task.score,
                 "setup": task.settings(),
-                "cells": [{**entry._asdict(), "cell": str(entry.cell)} for entry in entries.values()],
+                "cells": [_numbers({**entry._asdict(), "cell": str(entry.cell)}) for entry in entries.values()],
             }
             for task, entries in tables.items()
         },
     }
+
+
+def _numbers(value: Any) -> Any:
+    """`value` with null in place of nan, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_numbers(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def markdown(task: Task, entries: dict[Cell, Entry]) -> str:
@@ -134,7 +151,8 @@ def _cell(entries: dict[Cell, Entry], cell: Cell) -> str:
     if cell not in entries:
         return MISSING
     mark = "" if entries[cell].device == entries[DENSE].device else " *"
-    return f"{entries[cell]} ({entries[cell].delta:+.3f}){mark}"
+    delta = "" if entries[cell].diverged else f" ({entries[cell].delta:+.3f})"
+    return f"{entries[cell]}{delta}{mark}"
 
 
 def _table(corner: str, columns: Sequence[str], rows: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
@@ -194,4 +212,6 @@ def _dots(axis: Any, entries: Sequence[Entry | None], shift: float, color: str) 
 
 
 def _mean_std(values: Sequence[float]) -> tuple[float, float]:
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
