@@ -7,7 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,9 +56,12 @@ def train(
     saved = output_dir / CHECKPOINT
     if saved.exists() and not resume:
         raise ValueError(f"output_dir must be new, or pass resume; {output_dir} holds the checkpoint of a run")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with join_world(device) as world, global_state(recipe, world.rank), Log(output_dir, world.is_main) as log:
-        data = load_data(recipe, data_dir, world)
+    with (
+        join_world(device) as world,
+        global_state(recipe, world.rank),
+        nullcontext(load_data(recipe, data_dir, world)) as data,  # before the log, so that a failure leaves no folder
+        Log(output_dir, world.is_main) as log,
+    ):
         model, report = build_model(recipe, data.num_classes, world.device)
         optimizer = build_optimizer(recipe, model)
         scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.amp == "float16")

@@ -67,3 +67,4 @@ def test_mistakes_are_named_without_a_traceback(arguments, message, tmp_path, mo
     assert message in result.output
     assert "Traceback" not in result.output
     assert isinstance(result.exception, SystemExit)
+    assert not (tmp_path / "runs").exists()
