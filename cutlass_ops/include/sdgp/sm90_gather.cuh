@@ -11,6 +11,7 @@
 
 #include <climits>
 
+#include "sdgp/fast_division.cuh"
 #include "sdgp/sm90_ptx.cuh"
 
 namespace sdgp::sm90 {
@@ -30,12 +31,20 @@ struct KRange {
   int begin, end;
 };
 
-// Part `part` of `parts` of a k range that is cut between blocks of A.
-__device__ __forceinline__ KRange split_range(int k_tiles, int part, int parts) {
-  const int64_t blocks = (k_tiles + kBlockTiles - 1) / kBlockTiles;
-  return {static_cast<int>(blocks * part / parts) * kBlockTiles,
-          min(static_cast<int>(blocks * (part + 1) / parts) * kBlockTiles, k_tiles)};
-}
+// A range of k tiles that is cut between blocks of A into parts, the first ones longer by a block where it is uneven.
+struct SplitRange {
+  int k_tiles, part_blocks, longer_parts;
+
+  SplitRange(int k_tiles, int parts) : k_tiles(k_tiles) {
+    const int blocks = (k_tiles + kBlockTiles - 1) / kBlockTiles;
+    part_blocks = blocks / parts;
+    longer_parts = blocks % parts;
+  }
+  __device__ __forceinline__ int begin(int part) const {
+    return min((part * part_blocks + min(part, longer_parts)) * kBlockTiles, k_tiles);
+  }
+  __device__ __forceinline__ KRange operator()(int part) const { return {begin(part), begin(part + 1)}; }
+};
 
 // Consecutive columns of D that a tile's columns map to; `count` <= 0 where there are none.
 struct ColumnRun {
@@ -79,9 +88,10 @@ __device__ __forceinline__ void load_matrix_metadata(const CUtensorMap& map, uin
 struct MatrixGather {
   static constexpr int kProducerRegisters = 40;
   static constexpr bool kHasEmptyParts = false;
-  int m, n, k_tiles;
+  int m, n;
+  SplitRange split;
 
-  __device__ __forceinline__ KRange k_range(int part, int parts) const { return split_range(k_tiles, part, parts); }
+  __device__ __forceinline__ KRange k_range(int part) const { return split(part); }
 
   // A block of A holds two k tiles, counted from the start of a segment of k.
   __device__ __forceinline__ int segment_tiles() const { return INT_MAX; }
@@ -114,9 +124,21 @@ struct MatrixGather {
 // The pixels of one image that the gather starts from, in the coordinates of the gathered tensor: pixel (i, j) starts
 // at (lower_h + i * step_h, lower_w + j * step_w).
 struct PixelGrid {
-  int height, width;
-  int lower_h, lower_w;
-  int step_h, step_w;
+  int height = 0, width = 0;
+  int lower_h = 0, lower_w = 0;
+  int step_h = 1, step_w = 1;
+  FastDivision by_height, by_width;
+
+  PixelGrid() = default;
+  PixelGrid(int height, int width, int lower_h, int lower_w, int step_h, int step_w)
+      : height(height),
+        width(width),
+        lower_h(lower_h),
+        lower_w(lower_w),
+        step_h(step_h),
+        step_w(step_w),
+        by_height(height),
+        by_width(width) {}
 };
 
 struct PixelStart {
@@ -124,7 +146,7 @@ struct PixelStart {
 };
 
 __device__ __forceinline__ PixelStart pixel_start(const PixelGrid& grid, int pixel) {
-  const int line = pixel / grid.width, n = line / grid.height;
+  const int line = grid.by_width.quotient(pixel), n = grid.by_height.quotient(line);
   return {n, grid.lower_h + (line - n * grid.height) * grid.step_h,
           grid.lower_w + (pixel - line * grid.width) * grid.step_w};
 }
@@ -164,14 +186,14 @@ struct DgradGather {
   __device__ __forceinline__ const Residue& column_residue(int part) const {
     return horizontal.residues[parts[part] % kMaxStride];
   }
-  __device__ __forceinline__ KRange k_range(int part, int) const {
+  __device__ __forceinline__ KRange k_range(int part) const {
     return {0, row_residue(part).taps * column_residue(part).taps * tiles_per_tap};
   }
   __device__ __forceinline__ int segment_tiles() const { return tiles_per_tap; }
   __device__ __forceinline__ int64_t out_row(int row, int part) const {
     if (row >= pixels) return -1;
     if (vertical.stride == 1 && horizontal.stride == 1) return row;
-    const int line = row / grid.width, image = line / grid.height;
+    const int line = grid.by_width.quotient(row), image = grid.by_height.quotient(line);
     const int h = parts[part] / kMaxStride + (line - image * grid.height) * vertical.stride;
     const int w = parts[part] % kMaxStride + (row - line * grid.width) * horizontal.stride;
     if (h >= vertical.extent || w >= horizontal.extent) return -1;
@@ -179,7 +201,6 @@ struct DgradGather {
   }
   __device__ __forceinline__ ColumnRun out_columns(int column) const { return {column, n - column}; }
 
-  // Division is for the start of a tile only: one thread feeds the whole CTA, and a step of 64 k lasts some 500 cycles.
   template <Major kMajorA, int kBlockM, int kColumnBlocks>
   struct Producer {
     static_assert(kMajorA == Major::K);
@@ -235,9 +256,11 @@ struct WgradGather {
   static constexpr int kProducerRegisters = 56;
   static constexpr bool kHasEmptyParts = false;
   PixelGrid grid;  // output pixels, over X
-  int m, k_tiles, channels, taps, taps_w, blocks_per_tap, dilation_h, dilation_w;
+  int m;
+  SplitRange split;
+  int channels, taps, taps_w, blocks_per_tap, dilation_h, dilation_w;
 
-  __device__ __forceinline__ KRange k_range(int part, int parts) const { return split_range(k_tiles, part, parts); }
+  __device__ __forceinline__ KRange k_range(int part) const { return split(part); }
   __device__ __forceinline__ int segment_tiles() const { return INT_MAX; }
   __device__ __forceinline__ int64_t out_row(int row, int) const { return row < m ? row : -1; }
   __device__ __forceinline__ ColumnRun out_columns(int column) const {

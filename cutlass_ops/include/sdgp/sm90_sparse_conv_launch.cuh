@@ -142,8 +142,15 @@ int launch_sparse_wgrad(const SdgpSparseConv& conv) {
                        grid, kSwizzleElements, kStageK / conv.cluster_size, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != 0) return error;
   const int taps = conv.r * conv.s, blocks_per_tap = (conv.c_in + kSwizzleElements - 1) / kSwizzleElements;
-  const WgradGather gather{grid,   conv.c_out,     k_tiles,         conv.c_in,      taps,
-                           conv.s, blocks_per_tap, conv.dilation_h, conv.dilation_w};
+  const WgradGather gather{grid,
+                           conv.c_out,
+                           SplitRange(k_tiles, target.splits),
+                           conv.c_in,
+                           taps,
+                           conv.s,
+                           blocks_per_tap,
+                           conv.dilation_h,
+                           conv.dilation_w};
   const int64_t columns = int64_t{taps} * blocks_per_tap * kSwizzleElements;
   return launch<Config>(maps, gather, target, conv.c_out, columns, target.splits, conv.c_out,
                         int64_t{taps} * conv.c_in);

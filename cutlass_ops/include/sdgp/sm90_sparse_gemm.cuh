@@ -33,12 +33,46 @@ constexpr int kInstructionK = 32;  // k per wgmma.sp with 16-bit elements
 constexpr int kConsumers = 2;      // consumer warpgroups
 constexpr int kSharedMemoryLimit = 232448;
 
+// The tile of one step of a persistent CTA, and its range of k in units of kStageK.
+struct WorkUnit {
+  int m_tile, n_tile, part;
+  KRange k;
+};
+
+// In which order tiles are computed. Divisions by these numbers are made fast: with the GPU's own ones every tile of
+// every CTA began with 1000 cycles of them, of 14500 for 128x256 tiles of k = 1024 (clock64 on an H200).
+//
+// Parts outermost (CTAs that run together share k, hence B), then groups of `group_n` tile columns, then rows, then the
+// columns of the group. A unit of a cluster is `cluster_size` tiles above each other. What a part is, the gather knows:
+// a stretch of k, or of the rows.
+struct Schedule {
+  int units, n_tiles, cluster_size;
+  FastDivision by_part, by_group, by_columns, by_last_columns;  // `by_last_columns`: of the last group
+
+  Schedule(int m_units, int n_tiles, int parts, int group_n, int cluster_size)
+      : units(m_units * n_tiles * parts),
+        n_tiles(n_tiles),
+        cluster_size(cluster_size),
+        by_part(m_units * n_tiles),
+        by_group(m_units * std::min(group_n, n_tiles)),
+        by_columns(std::min(group_n, n_tiles)),
+        by_last_columns((n_tiles - 1) % by_columns.divisor + 1) {}
+
+  // The unit of CTA `cta_rank` of a cluster.
+  template <typename Gather>
+  __device__ __forceinline__ WorkUnit unit(int index, int cta_rank, const Gather& gather) const {
+    const int part = by_part.quotient(index), tile = index - part * by_part.divisor;
+    const int group = by_group.quotient(tile), in_group = tile - group * by_group.divisor;
+    const int first_column = group * by_columns.divisor;
+    const FastDivision& by = first_column + by_columns.divisor < n_tiles ? by_columns : by_last_columns;
+    const int row = by.quotient(in_group);
+    return {row * cluster_size + cta_rank, first_column + in_group - row * by.divisor, part, gather.k_range(part)};
+  }
+};
+
 struct Problem {
-  int m;                 // rows of a part of the product
-  int n_tiles;           // tiles along its columns
-  int parts;             // what a part is, the gather knows: a stretch of k, or of the rows
+  Schedule schedule;
   int rows, row_length;  // of the output
-  int group_n;           // tiles along N that run together (L2 reuse)
   void* out;             // [rows, row_length], or float [parts, rows, row_length] for Output::kPartial
   Output output;
   bool accumulate;  // out += result
@@ -80,41 +114,12 @@ struct TileConfig {
   static_assert(kStages >= 4);
 };
 
-// The tile and k range of one step of a persistent CTA. k in units of kStageK.
-struct WorkUnit {
-  int m_tile, n_tile, part, k_begin, k_end;
-};
-
-// Order of the work: parts outermost (CTAs that run together share k, hence B), then groups of `group_n` tile columns,
-// then rows, then the columns of the group. A unit of a cluster is `cluster_size` tiles above each other.
-template <typename Config>
-struct Schedule {
-  int m_units, units;
-  const Problem& problem;
-  const typename Config::Gather& gather;
-
-  __device__ __forceinline__ Schedule(const Problem& problem, const typename Config::Gather& gather, int cluster_size)
-      : problem(problem), gather(gather) {
-    m_units = (problem.m + Config::kBlockM * cluster_size - 1) / (Config::kBlockM * cluster_size);
-    units = m_units * problem.n_tiles * problem.parts;
-  }
-
-  __device__ __forceinline__ WorkUnit unit(int index, int cluster_size, int cta_rank) const {
-    const int part = index / (m_units * problem.n_tiles);
-    const int tile = index % (m_units * problem.n_tiles);
-    const int first_column = tile / (m_units * problem.group_n) * problem.group_n;
-    const int columns = min(problem.group_n, problem.n_tiles - first_column);
-    const int in_group = tile - first_column * m_units;
-    const KRange k = gather.k_range(part, problem.parts);
-    return {in_group / columns * cluster_size + cta_rank, first_column + in_group % columns, part, k.begin, k.end};
-  }
-
-  // Blocks of A of a unit: two k tiles each, begun anew with every segment.
-  __device__ __forceinline__ int blocks(const WorkUnit& unit) const {
-    const int tiles = unit.k_end - unit.k_begin, segment = gather.segment_tiles(), rest = tiles % segment;
-    return tiles / segment * (segment / kBlockTiles + segment % kBlockTiles) + (rest + 1) / kBlockTiles;
-  }
-};
+// Blocks of A that a range of k takes: two k tiles each, begun anew with every segment.
+template <typename Gather>
+__device__ __forceinline__ int blocks_of(const KRange& k, const Gather& gather) {
+  const int tiles = k.end - k.begin, segment = gather.segment_tiles(), rest = tiles % segment;
+  return tiles / segment * (segment / kBlockTiles + segment % kBlockTiles) + (rest + 1) / kBlockTiles;
+}
 
 // Position in a ring; `parity` flips each time round.
 template <int kSlots>
@@ -211,7 +216,7 @@ __device__ __forceinline__ void store_slab(const float (&d)[kBlockN / 2], const 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     sparse_gemm_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ typename Config::Gather gather,
-                       const __grid_constant__ Problem problem, const int cluster_size) {
+                       const __grid_constant__ Problem problem) {
   using Element = typename Config::Element;
   constexpr Major kMajorA = Config::kMajorA;
   constexpr int kBlockM = Config::kBlockM, kBlockN = Config::kBlockN, kStages = Config::kStages;
@@ -233,7 +238,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0);
   const int lane = threadIdx.x % 32;
-  const int cta_rank = cluster_cta_rank();
+  const int cluster_size = problem.schedule.cluster_size, cta_rank = cluster_cta_rank();
 
   // Barriers: full when the bytes have landed (one arrival announces how many), empty when every warp that computes the
   // tile has let go: of this CTA, and for B of every CTA that the tile is multicast to.
@@ -257,7 +262,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     __syncthreads();
   }
 
-  const Schedule<Config> schedule(problem, gather, cluster_size);
+  const Schedule& schedule = problem.schedule;
   const int segment_tiles = gather.segment_tiles();  // blocks of A start anew with every segment of k
   const int first_unit = blockIdx.x / cluster_size, unit_step = gridDim.x / cluster_size;
   RingPosition<kBlocks> a_ring;
@@ -269,12 +274,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     if (warp == 0 && elect_one()) {
       const int first_b_row = cta_rank * (kStageK / cluster_size);  // of this CTA's share of B
       for (int index = first_unit; index < schedule.units; index += unit_step) {
-        const WorkUnit unit = schedule.unit(index, cluster_size, cta_rank);
+        const WorkUnit unit = schedule.unit(index, cta_rank, gather);
         typename Config::Gather::template Producer<kMajorA, kBlockM, kColumnBlocks> producer(
-            gather, maps, unit.part, unit.m_tile * kBlockM, unit.n_tile * kBlockN, unit.k_begin, first_b_row);
+            gather, maps, unit.part, unit.m_tile * kBlockM, unit.n_tile * kBlockN, unit.k.begin, first_b_row);
         int tile_in_segment = 0;
 #pragma unroll 1
-        for (int k_tile = unit.k_begin; k_tile < unit.k_end; ++k_tile, producer.advance()) {
+        for (int k_tile = unit.k.begin; k_tile < unit.k.end; ++k_tile, producer.advance()) {
           if (tile_in_segment % kBlockTiles == 0) {
             const uint32_t full = full_a + 8 * a_ring.slot;
             mbarrier_wait(empty_a + 8 * a_ring.slot, a_ring.parity ^ 1);
@@ -312,10 +317,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     float d[kSlabs][kBlockN / 2];
     uint32_t e_sets[2][kSlabs][2] = {};  // two sets: the MMAs in flight may still read one while the other is loaded
     for (int index = first_unit, turn = 0; index < schedule.units; index += unit_step, ++turn) {
-      const WorkUnit unit = schedule.unit(index, cluster_size, cta_rank);
+      const WorkUnit unit = schedule.unit(index, cta_rank, gather);
       if (kTurns > 1 && turn % kTurns != warpgroup) {  // the other's: what is loaded for it passes by
-        a_ring.advance(schedule.blocks(unit));
-        b_ring.advance(unit.k_end - unit.k_begin);
+        a_ring.advance(blocks_of(unit.k, gather));
+        b_ring.advance(unit.k.end - unit.k.begin);
         continue;
       }
       // A main loop begins when the one before has seen all its tiles arrive: a parity cannot tell phases apart that
@@ -365,11 +370,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         }
       };
 
-      int k_tile = unit.k_begin, left_in_segment = segment_tiles;
+      int k_tile = unit.k.begin, left_in_segment = segment_tiles;
       const auto consume_block = [&]<int kSet>() {
-        if (k_tile >= unit.k_end) return;
-        consume_stage.template operator()<kSet, 0>(k_tile > unit.k_begin);
-        const bool has_second = left_in_segment > 1 && k_tile + 1 < unit.k_end;
+        if (k_tile >= unit.k.end) return;
+        consume_stage.template operator()<kSet, 0>(k_tile > unit.k.begin);
+        const bool has_second = left_in_segment > 1 && k_tile + 1 < unit.k.end;
         if (has_second) consume_stage.template operator()<kSet, 1>(true);
         a_ring.advance();
         k_tile += has_second ? 2 : 1;
@@ -377,7 +382,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         if (left_in_segment == 0) left_in_segment = segment_tiles;
       };
 #pragma unroll 1
-      while (k_tile < unit.k_end) {
+      while (k_tile < unit.k.end) {
         consume_block.template operator()<0>();
         consume_block.template operator()<1>();
       }
@@ -389,7 +394,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       release_stage();
       release_block();
       if constexpr (Config::Gather::kHasEmptyParts) {
-        if (unit.k_begin == unit.k_end) {
+        if (unit.k.begin == unit.k.end) {
 #pragma unroll
           for (int s = 0; s < kSlabs; ++s)
 #pragma unroll

@@ -95,17 +95,15 @@ int launch(const TensorMaps& maps, const typename Config::Gather& gather, const 
   if (attribute != cudaSuccess) return attribute;
 
   const bool split = target.splits > 1;
-  const Problem problem{static_cast<int>(m),
-                        static_cast<int>(n_tiles),
-                        parts,
-                        static_cast<int>(rows),
-                        static_cast<int>(row_length),
-                        target.group_n,
-                        split ? target.workspace : target.out,
-                        split             ? Output::kPartial
-                        : target.is_float ? Output::kFloat
-                                          : Output::kElement,
-                        !split && target.accumulate};
+  const Problem problem{
+      Schedule(static_cast<int>(m_units), static_cast<int>(n_tiles), parts, target.group_n, target.cluster_size),
+      static_cast<int>(rows),
+      static_cast<int>(row_length),
+      split ? target.workspace : target.out,
+      split             ? Output::kPartial
+      : target.is_float ? Output::kFloat
+                        : Output::kElement,
+      !split && target.accumulate};
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(target.cluster_size), 1, 1};
@@ -117,8 +115,7 @@ int launch(const TensorMaps& maps, const typename Config::Gather& gather, const 
   launch.stream = target.stream;
   launch.attrs = &cluster;
   launch.numAttrs = 1;
-  const cudaError_t launched =
-      cudaLaunchKernelEx(&launch, sparse_gemm_kernel<Config>, maps, gather, problem, target.cluster_size);
+  const cudaError_t launched = cudaLaunchKernelEx(&launch, sparse_gemm_kernel<Config>, maps, gather, problem);
   if (launched != cudaSuccess || !split) return launched;
   const auto reduce = target.is_float ? reduce_partials<float> : reduce_partials<typename Config::Element>;
   return reduce(target.workspace, target.out, rows * row_length, target.splits, target.accumulate, target.sm_count,
@@ -137,8 +134,8 @@ int launch_sparse_gemm(const SdgpSparseGemm& gemm) {
     error = matrix_map(maps.b, kTensorMapType<typename Config::Element>, gemm.b, gemm.k, gemm.n,
                        kStageK / gemm.cluster_size, kSwizzleElements, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != 0) return error;
-  return launch<Config>(maps, MatrixGather{gemm.m, gemm.n, k_tiles}, target, gemm.m, gemm.n, target.splits, gemm.m,
-                        gemm.n);
+  return launch<Config>(maps, MatrixGather{gemm.m, gemm.n, SplitRange(k_tiles, target.splits)}, target, gemm.m, gemm.n,
+                        target.splits, gemm.m, gemm.n);
 }
 
 }  // namespace sdgp::sm90
