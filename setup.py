@@ -26,11 +26,7 @@ if build_kernels.is_wanted():
     modules = [Extension("cutlass_ops._C", [])]
 else:
     modules = []
-    why = (
-        "SDGP_CUDA=0"
-        if os.environ.get("SDGP_CUDA")
-        else "no NVIDIA GPU, no nvcc; SDGP_CUDA=1 builds them"
-    )
+    why = "SDGP_CUDA=0" if os.environ.get("SDGP_CUDA") else "no NVIDIA GPU, no nvcc; SDGP_CUDA=1 builds them"
     print(f"sdgp_accel: without its CUDA kernels ({why})", file=sys.stderr)
 
 setup(ext_modules=modules, cmdclass={"build_ext": BuildKernels})

@@ -103,8 +103,8 @@ GPUS: dict[str, GPU] = {
         GPU("a100-80", tflops=312, bandwidth=2.039),
         # H100 SXM data sheet: 1,979 TFLOP/s with sparsity, 3.35 TB/s. H200 SXM: the same chip, 4.8 TB/s.
         GPU("h100", 989, 3.35, compute_efficiency=0.68, memory_efficiency=0.88, sparse_speedup=1.25),
-        # An H100 80GB HBM3 with this package's own kernels: `python -m bench.fit_roofline` makes this entry from
-        # bench/results/layers_h100.json and kernels-NVIDIA_H100_80GB_HBM3.json, and a test holds it to them.
+        # An H100 80GB HBM3 and an H200 with this package's own kernels: `python -m bench.fit_roofline` makes these
+        # entries from the files that it lists, and a test holds them to those.
         GPU(
             "h100-measured", tflops=989, bandwidth=3.35, compute_efficiency=0.72, memory_efficiency=0.85,
             sparse_speedup=1.34, compress_costs={
@@ -113,6 +113,10 @@ GPUS: dict[str, GPU] = {
             },
         ),
         GPU("h200", 989, 4.8, compute_efficiency=0.68, memory_efficiency=0.88, sparse_speedup=1.25),
+        GPU(
+            "h200-measured", tflops=989, bandwidth=4.8, compute_efficiency=0.71, memory_efficiency=0.88,
+            sparse_speedup=1.39, compress_costs={"mvue": 3.37, "rescale_magnitude": 1.86},
+        ),
         # L40S data sheet: 362.05 TFLOP/s, 864 GB/s.
         GPU("l40s", tflops=362.05, bandwidth=0.864),
         # Ada GPU architecture white paper, appendix A: 165.2 TFLOP/s with fp32 accumulation, 1,008 GB/s.
@@ -125,7 +129,7 @@ GPUS: dict[str, GPU] = {
 _DEVICE_NAMES = {
     "H100 80GB HBM3": "h100-measured",
     "H100": "h100",
-    "H200": "h200",
+    "H200": "h200-measured",
     "A100-SXM4-40": "a100-40",
     "A100-PCIE-40": "a100-40",
     "A100": "a100-80",

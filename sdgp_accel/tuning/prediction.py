@@ -12,7 +12,7 @@ from sdgp_accel.layer_plan import LayerPlan
 from sdgp_accel.roofline import GPU, GPUS, Work, compress_seconds, dense_seconds, device_figures, sparse_seconds
 from sdgp_accel.tuning.record import Tuned
 
-COSTS_OF_COMPRESSION = GPUS["h100-measured"].compress_costs  # for GPUs whose own are not known
+COSTS_OF_COMPRESSION = GPUS["h100-measured"].compress_costs  # where a GPU's own are not known
 REQUIRED_GAIN = 0.05  # the roofline errs: tests/tuning/test_prediction.py holds its choices to measured ones
 
 CHOICES = ((False, False), (True, False), (False, True), (True, True))  # dgrad, wgrad pruned
@@ -21,8 +21,7 @@ CHOICES = ((False, False), (True, False), (False, True), (True, True))  # dgrad,
 def predict(plan: LayerPlan, geometry: Geometry, device: torch.device) -> Tuned:
     """The passes that the roofline lets gain on this CUDA device. Depends on nothing but the arguments."""
     gpu = device_figures(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
-    if not gpu.compress_costs:
-        gpu = replace(gpu, compress_costs=COSTS_OF_COMPRESSION)
+    gpu = replace(gpu, compress_costs={**COSTS_OF_COMPRESSION, **gpu.compress_costs})
     seconds = {passes: _seconds(plan, Work.of(geometry), gpu, passes) for passes in CHOICES}
     possible = {passes: s for passes, s in seconds.items() if s is not None}
     dense = possible[False, False]

@@ -16,9 +16,12 @@ from sdgp_accel.roofline import GPU, GPUS, Work, best_backward
 
 @pytest.mark.parametrize("name", fit_roofline.MEASURED)
 def test_entries_are_in_step_with_their_files(name: str) -> None:
-    measured = [json.loads(path.read_text()) for path in fit_roofline.MEASURED[name]]
-    assert fit_roofline.fit(name, *measured) == GPUS[name], "paste what python -m bench.fit_roofline prints"
-    for ratios in fit_roofline.errors(measured[0]["rows"], GPUS[name]).values():
+    sources = fit_roofline.MEASURED[name]
+    layers = [json.loads(path.read_text()) for path in sources.layers]
+    kernels = None if sources.kernels is None else json.loads(sources.kernels.read_text())
+    assert fit_roofline.fit(name, layers, kernels) == GPUS[name], "paste what python -m bench.fit_roofline prints"
+    rows = [row for result in layers for row in result["rows"]]
+    for ratios in fit_roofline.errors(rows, GPUS[name]).values():
         assert 0.7 < sorted(ratios)[len(ratios) // 2] < 1.4
 
 
@@ -35,8 +38,10 @@ def test_made_up_measurements_are_found_again() -> None:
     clone = 4 * t * c / truth.byte_rate
     kernel = {"case": "a", "t": t, "c": c, "rule": "mvue", "needs": {"dgrad": True, "wgrad": True, "bias": False}}
     kernel["microseconds"] = {"clone": {"median": 1e6 * clone}, "kernel": {"median": 1e6 * 2.5 * clone * 2.125 / 2}}
-    found = fit_roofline.fit("found", {"provenance": origin, "rows": rows}, {"rows": [kernel]})
+    found = fit_roofline.fit("found", [{"provenance": origin, "rows": rows}], {"rows": [kernel]})
     assert found == GPU("found", 989, 3.35, 0.6, 0.7, 1.4, {"mvue": 2.5})
+    without = fit_roofline.fit("found", [{"provenance": origin, "rows": rows}])  # with the data sheet entry's bandwidth
+    assert without == GPU("found", 989, 3.35, 0.6, 0.88, 1.4, {"mvue": round(2.5 * 0.88 / 0.7, 2)})
     assert all(ratio == pytest.approx(1) for ratios in fit_roofline.errors(rows, truth).values() for ratio in ratios)
 
 
@@ -52,16 +57,23 @@ def test_prediction_is_the_plans() -> None:
 
 
 def test_the_command_prints_the_entry() -> None:
-    result = CliRunner().invoke(fit_roofline.main, list(map(str, fit_roofline.MEASURED["h100-measured"])))
+    sources = fit_roofline.MEASURED["h100-measured"]
+    result = CliRunner().invoke(fit_roofline.main, [*map(str, sources.layers), "--kernels", str(sources.kernels)])
     assert result.exit_code == 0, result.output
     assert str(GPUS["h100-measured"]) in result.output
     assert "compress_both" in result.output
 
 
 def test_a_gpu_without_a_data_sheet_is_refused(tmp_path: Path) -> None:
-    files = [tmp_path / "layers.json", tmp_path / "kernels.json"]
-    for file in files:
-        file.write_text(json.dumps({"provenance": {"gpu": {"name": "X1"}}, "rows": []}))
-    result = CliRunner().invoke(fit_roofline.main, list(map(str, files)))
+    file = tmp_path / "layers.json"
+    file.write_text(json.dumps({"provenance": {"gpu": {"name": "X1"}}, "rows": []}))
+    result = CliRunner().invoke(fit_roofline.main, [str(file)])
     assert result.exit_code == 1
     assert "the peaks of X1 are not in" in result.output
+
+
+def test_results_of_two_gpus_are_refused() -> None:
+    files = [str(source.layers[0]) for source in fit_roofline.MEASURED.values()]
+    result = CliRunner().invoke(fit_roofline.main, files)
+    assert result.exit_code == 1
+    assert "NVIDIA H100 80GB HBM3 and NVIDIA H200" in result.output

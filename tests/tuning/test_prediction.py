@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
+from bench.fit_roofline import MEASURED
 from bench.prediction import geometry_of
 from sdgp_accel import SDGPConfig, roofline
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
@@ -16,7 +16,6 @@ from sdgp_accel.roofline import device_figures
 from sdgp_accel.tuning import BackwardTimes
 from sdgp_accel.tuning.prediction import predict
 
-RESULTS = Path(__file__).parents[2] / "bench" / "results" / "layers_h100.json"
 CUDA = torch.device("cuda", 0)
 WIDE = LinearGeometry(8192, 14336, 4096)  # compute-bound, a gradient much narrower than the input
 NARROW = LinearGeometry(50176, 256, 1024)  # memory-bound
@@ -56,8 +55,12 @@ def test_what_compression_costs_decides() -> None:
     assert not any(predict(plan("conv2d", prune={"grad_input": "mvue", "grad_weight": "random"}), conv, CUDA).prunes)
 
 
-def test_it_is_near_what_an_h100_measured() -> None:
-    rows = json.loads(RESULTS.read_text())["rows"]
+@pytest.mark.parametrize(
+    ("device", "entry"), [("NVIDIA H100 80GB HBM3", "h100-measured"), ("NVIDIA H200", "h200-measured")]
+)
+def test_it_is_near_what_was_measured(device: str, entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: device)
+    rows = [row for path in MEASURED[entry].layers for row in json.loads(path.read_text())["rows"]]
     dense = best = predicted = 0.0
     for row in rows:
         geometry = geometry_of(row["geometry"])
@@ -71,7 +74,7 @@ def test_it_is_near_what_an_h100_measured() -> None:
 
 @pytest.mark.parametrize(
     ("name", "capability", "figures"),
-    [("NVIDIA H100 80GB HBM3", (9, 0), "h100-measured"), ("NVIDIA H200", (9, 0), "h200"),
+    [("NVIDIA H100 80GB HBM3", (9, 0), "h100-measured"), ("NVIDIA H200", (9, 0), "h200-measured"),
      ("NVIDIA A100-SXM4-40GB", (8, 0), "a100-40"), ("NVIDIA A100-SXM4-80GB", (8, 0), "a100-80"),
      ("NVIDIA GeForce RTX 4090", (8, 9), "rtx4090"), ("NVIDIA A30", (8, 0), "a100-80"),
      ("NVIDIA A10", (8, 6), "l40s"), ("NVIDIA B200", (10, 0), "h100-measured")],
