@@ -155,7 +155,7 @@ class _Linear(torch.autograd.Function):
         if not (needs_dx or needs_dw):
             return None, None, dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy, None
         plan, decision, to = ctx.call
-        if _is_plain(dy, decision):
+        if decision is not None and type(dy) is Tensor and not torch.is_grad_enabled() and not dy.is_meta:
             return *ops.run(dy, x, weight, needs_db, decision), None
         gradients = ops.linear_backward(dy, x, weight, needs_db, plan)
         used = weight if to is None or weight is None else ctx.parameter
@@ -191,17 +191,12 @@ class _Conv2d(torch.autograd.Function):
         if not (needs_dx or needs_dw):
             return None, None, dy.sum((0, 2, 3)), None
         plan, decision, to, window, channels_last = ctx.call
-        if _is_plain(dy, decision):
+        if decision is not None and type(dy) is Tensor and not torch.is_grad_enabled() and not dy.is_meta:
             return *ops.run(dy, x, weight, needs_db, decision), None
         absent_shape = () if needs_dx and needs_dw else ctx.absent_shape
         gradients = ops.conv2d_backward(dy, x, weight, needs_db, absent_shape, flat(window), channels_last, plan)
         used = weight if to is None or weight is None else ctx.parameter
         return *_place(_once(gradients, dy, x, used), needs_dx, needs_dw, needs_db), None
-
-
-def _is_plain(dy: Tensor, decision: Decision | None) -> bool:
-    """True in an ordinary eager backward."""
-    return decision is not None and type(dy) is Tensor and not dy.is_meta and not torch.is_grad_enabled()
 
 
 class _Once(torch.autograd.Function):

@@ -16,6 +16,7 @@ ones, a checkpoint that holds the generator's state repeats them, and a CUDA gra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -81,8 +82,13 @@ def take(generator: torch.Generator) -> tuple[int, int]:
     """The next seed of a generator that counts, as CUDA's do: its own seed under a mask, and where it has come to."""
     offset = generator.get_offset()
     generator.set_offset(offset + _PHILOX_STEP)
-    key = (generator.initial_seed() ^ _KEY_MASK) & (1 << 64) - 1
-    return key - (1 << 64) if key >> 63 else key, offset // _PHILOX_STEP
+    return _key_of(generator.initial_seed()), offset // _PHILOX_STEP
+
+
+@functools.lru_cache(maxsize=64)  # a run has few seeds, and Python's 64-bit arithmetic is slow
+def _key_of(seed: int) -> int:
+    key = (seed ^ _KEY_MASK) & (1 << 64) - 1
+    return key - (1 << 64) if key >> 63 else key
 
 
 def data_parallel_rank() -> int:

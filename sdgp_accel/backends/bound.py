@@ -54,11 +54,13 @@ class SparseBackward:
         block_at, (dgrad, wgrad) = block.data_ptr(), self._launches
         dx = dw = None
         if weight is not None:
-            dx = dy.new_empty_strided(dgrad.shape, dgrad.strides)
-            dgrad.run(block_at, weight_at, dx.data_ptr(), block_at + sweeps.spare_at, stream)
+            kernel, metadata_at, _, shape, strides, _ = dgrad
+            dx = dy.new_empty_strided(shape, strides)
+            kernel(block_at, block_at + metadata_at, weight_at, dx.data_ptr(), block_at + sweeps.spare_at, stream)
         if x is not None:
-            dw = dy.new_empty_strided(wgrad.shape, wgrad.strides, dtype=self._out_dtype)
-            wgrad.run(block_at + sweeps.wgrad_at, x_at, dw.data_ptr(), block_at, stream)
+            kernel, metadata_at, _, shape, strides, _ = wgrad
+            dw, values = dy.new_empty_strided(shape, strides, dtype=self._out_dtype), block_at + sweeps.wgrad_at
+            kernel(values, values + metadata_at, x_at, dw.data_ptr(), block_at, stream)
         return dx, dw, db
 
     @functools.cached_property

@@ -111,23 +111,6 @@ class Sweep(NamedTuple):
     dgrad_scale: int
     wgrad_scale: int
 
-    def run(self, dy: int, block: int, bias: int, seed: tuple[int, int, int], rank: int, stream: int) -> None:
-        """Launch it, on addresses; 0 for no bias gradient. seed: its address, or 0 and the two numbers."""
-        values = metadata = wgrad_values = wgrad_metadata = dgrad_scale = wgrad_scale = 0
-        if self.dgrad is not None:
-            values, metadata = block + self.dgrad[0], block + self.dgrad[1]
-        if self.wgrad is not None:
-            wgrad_values, wgrad_metadata = block + self.wgrad[0], block + self.wgrad[1]
-        workspace = block + self.workspace
-        if self.scope_scales is not None:
-            dgrad_scale, wgrad_scale = block + self.dgrad_scale, block + self.wgrad_scale
-            # Its sums lie where the partial sums of the bias gradient will: this launch ends before the next begins.
-            self.scope_scales(dy, workspace, dgrad_scale, wgrad_scale, stream)
-        self.launch(
-            dy, values, metadata, wgrad_values, wgrad_metadata, bias, workspace, *seed, rank, dgrad_scale, wgrad_scale,
-            stream,
-        )  # fmt: skip
-
 
 class Sweeps(NamedTuple):
     """All passes over gradients of one shape, and the block that they fill.
@@ -153,11 +136,29 @@ class Sweeps(NamedTuple):
         if self.bias is not None:
             db = dy.new_empty_strided(self.bias, _UNIT, dtype=self.bias_dtype)
             bias = db.data_ptr()
-        drawn = (0, 0, 0)
+        seed_at, key, offset = 0, 0, 0  # of the first, or the numbers themselves
         if seed is not None:
-            drawn = (0, *seed) if isinstance(seed, tuple) else (seed.data_ptr(), 0, 0)
-        for sweep in self.passes:
-            sweep.run(dy.data_ptr(), block.data_ptr(), bias, drawn, rank, stream)
+            if isinstance(seed, tuple):
+                key, offset = seed
+            else:
+                seed_at = seed.data_ptr()
+        dy_at, block_at = dy.data_ptr(), block.data_ptr()
+        # One frame for all of it, since each costs the host as much as some launch's checks.
+        for launch, scope_scales, dgrad, wgrad, workspace, dgrad_scale, wgrad_scale in self.passes:
+            values = metadata = wgrad_values = wgrad_metadata = dgrad_scale_at = wgrad_scale_at = 0
+            if dgrad is not None:
+                values, metadata = block_at + dgrad[0], block_at + dgrad[1]
+            if wgrad is not None:
+                wgrad_values, wgrad_metadata = block_at + wgrad[0], block_at + wgrad[1]
+            workspace += block_at
+            if scope_scales is not None:
+                dgrad_scale_at, wgrad_scale_at = block_at + dgrad_scale, block_at + wgrad_scale
+                # Its sums lie where the partial sums of the bias gradient will: it ends before the launch begins.
+                scope_scales(dy_at, workspace, dgrad_scale_at, wgrad_scale_at, stream)
+            launch(
+                dy_at, values, metadata, wgrad_values, wgrad_metadata, bias, workspace, seed_at, key, offset, rank,
+                dgrad_scale_at, wgrad_scale_at, stream,
+            )  # fmt: skip
             bias = 0  # the first pass has summed it
         return block, db
 
