@@ -74,12 +74,16 @@ def render(section: Section, results: Path) -> str:
 
 
 def summary(results: Path) -> str:
-    """One row per question: what its result files come down to, and on which machines."""
+    """One row per question: what its result files come down to, and on which machines; each where there are several."""
     rows = []
     for section in (CONVERGENCE, STEP_TIME, LAYERS, GEMM, PRUNE, CHECKS):
         found = [result for _, result in files(section, results)]
-        claims = [claim for result in found for claim in section.claims(result)]
         gpus = dict.fromkeys(gpu_name(result) for result in found)
+        claims = [
+            f"{claim} ({gpu_name(result)})" if len(gpus) > 1 else claim
+            for result in found
+            for claim in section.claims(result)
+        ]
         rows.append([section.question, "<br>".join(claims) or NOT_MEASURED, ", ".join(filter(None, gpus))])
     return "\n".join(table(("", "measured", "on"), rows))
 
@@ -316,7 +320,6 @@ def gemm(results: Path) -> str:
 def gemm_row(row: Row) -> list[str]:
     us = medians(row["us"])
     ours = us["ours"]
-    cutlass = [value for name, value in us.items() if name.startswith("peer_")]
     missing = (NOT_MEASURED, "does not run")
     return [
         f"{row['layer']}, {row['T']} positions",
@@ -325,7 +328,6 @@ def gemm_row(row: Row) -> list[str]:
         microseconds(ours),
         f"{2e-6 * row['m'] * row['n'] * row['k'] / ours:.0f}",
         *(times(us[peer] / ours) if peer in us else missing[peer in row.get("unavailable", ())] for peer in PEERS),
-        times(min(cutlass) / ours) if cutlass else NOT_MEASURED,
     ]
 
 
@@ -358,7 +360,7 @@ GEMM = Section(
     lambda result: isinstance(result, dict) and bool(result.get("results")) and "pas" in result["results"][0],
     (
         "layer", "pass", "m × n × k", "ours, µs", "dense-equivalent TFLOP/s",
-        *(f"over {peer}" for peer in PEERS.values()), "over CUTLASS's sparse collective",
+        *(f"over {peer}" for peer in PEERS.values()),
     ),
     lambda result: map(gemm_row, result["results"]),
     gemm_claims,
@@ -437,8 +439,6 @@ def spread(ratios: Iterable[float]) -> str:
 
 def gpu_name(result: Result) -> str:
     """What the numbers were measured on, as far as the file records it."""
-    if "meta" in result:
-        return str(result["meta"].get("gpu", ""))
     if "environments" in result:
         return ", ".join(dict.fromkeys(environment["device"] for environment in result["environments"]))
     origin = result.get("provenance") or {}
@@ -449,11 +449,6 @@ def machine(result: Result) -> str:
     """GPU, driver, clocks and versions, as far as the file records them."""
     if not isinstance(result, dict):
         return "machine not recorded in the file"
-    if "meta" in result:
-        meta = result["meta"]
-        known = [meta.get("smi") or meta.get("gpu")]
-        known += [f"{name} {meta[name]}" for name in ("torch", "cuda", "cusparselt") if name in meta]
-        return ", ".join(filter(None, known))
     origin = result.get("provenance") or {}
     gpu = origin.get("gpu") or {}
     state = gpu.get("state_under_load") or gpu.get("state") or {}
