@@ -79,11 +79,13 @@ class Tiling(NamedTuple):
         return ((part + split) * self.units * self.column_tiles + tile) * self.case.cluster_size, 0, 0
 
     def k_range(self, k: int, split: int) -> range:
-        """Of a split, as the launchers cut it: in tiles of 64, Hopper's in blocks of two."""
+        """Of a split, as the launchers cut it: in tiles of 64, or Hopper's in blocks of two, longer ones first."""
         step = 128 if self.hopper else 64
-        pieces = -(-k // step)
-        first, last = (pieces * s // self.case.splits * step for s in (split, split + 1))
-        return range(first, min(last, k))
+        pieces, splits = -(-k // step), self.case.splits
+        whole, longer = divmod(pieces, splits)
+        bounds = (split, split + 1)
+        first, last = (s * whole + min(s, longer) if self.hopper else pieces * s // splits for s in bounds)
+        return range(first * step, min(last * step, k))
 
 
 def tiling(case: GemmCase | ConvCase, rows: int, columns: int) -> Tiling:
