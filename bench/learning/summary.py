@@ -191,7 +191,8 @@ def plot(tables: dict[Task, dict[Cell, Entry]], path: Path) -> None:
         curves.legend()
         passes.set(title="2:4, by pruned pass", ylabel=f"{task.score} minus dense")
         passes.set_xticks(range(len(PRUNED)), [TITLES[pruned] for pruned in PRUNED])
-        patterns.set(title="N:M, both passes pruned", ylabel=f"{task.score} minus dense")
+        diverged = "; ×: diverged" if any(entry.diverged for entry in entries.values()) else ""
+        patterns.set(title=f"N:M, both passes pruned{diverged}", ylabel=f"{task.score} minus dense")
         patterns.set_xticks(range(len(PATTERNS)), [f"{n}:{m}" for n, m in PATTERNS], fontsize="small")
         for axis in (passes, patterns):
             axis.axhline(0, color="black", linewidth=0.8)
@@ -204,11 +205,14 @@ def plot(tables: dict[Task, dict[Cell, Entry]], path: Path) -> None:
 
 
 def _dots(axis: Any, entries: Sequence[Entry | None], shift: float, color: str) -> None:
-    """Mean difference to dense with the seeds' standard deviation, beside its position."""
+    """Mean difference to dense with the seeds' standard deviation, beside its position; a cross where it diverged."""
     points = [(position + shift, entry) for position, entry in enumerate(entries) if entry is not None]
+    crosses = [position for position, entry in points if entry.diverged]
+    points = [(position, entry) for position, entry in points if not entry.diverged]
     positions = [position for position, _ in points]
     deltas, stds = [entry.delta for _, entry in points], [entry.delta_std for _, entry in points]
     axis.errorbar(positions, deltas, stds, fmt="o", color=color, capsize=3, markersize=4)
+    axis.plot(crosses, [0.97] * len(crosses), "x", color=color, transform=axis.get_xaxis_transform())
 
 
 def _mean_std(values: Sequence[float]) -> tuple[float, float]:

@@ -152,3 +152,23 @@ def test_what_ran_on_a_device_is_compared_to_dense_runs_there(tiny, tmp_path):
     # A run is not repeated here, but dense runs have to be from here.
     lines.write_text("".join(json.dumps(elsewhere(line, 0.0)) + "\n" for line in (dense, pruned)))
     assert "1 runs to do" in run(lines, "--seeds", "1", "--cells", "2", "--task", "digits")
+
+
+def test_a_seed_that_diverged_is_named_so(tiny, tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    run(lines, "--seeds", "2", "--cells", "2", "--task", "digits")
+    results = [json.loads(line) for line in lines.read_text().splitlines()]
+    lost = next(line for line in results if line["cell"]["function"] == "mvue")
+    lost["final"] = dict.fromkeys(lost["final"], float("nan"))
+    lines.write_text("".join(json.dumps(line) + "\n" for line in results))
+    report = CliRunner().invoke(convergence.main, ["report", "--lines", str(lines), "--out", str(tmp_path)])
+    assert report.exit_code == 0, report.output
+    assert "| mvue | diverged |" in (tmp_path / "convergence.md").read_text()
+
+    def no_nan(name):
+        raise AssertionError(name)
+
+    written = json.loads((tmp_path / "convergence.json").read_text(), parse_constant=no_nan)
+    cells = {cell["cell"]: cell["mean"] for cell in written["tasks"]["digits"]["cells"]}
+    assert cells["mvue 2:4 both"] is None
+    assert cells["dense"] > 0.0
