@@ -33,7 +33,6 @@ from sdgp_accel.roofline import GPU, GPUS, Work, compress_rule, compress_seconds
 
 RESULTS = Path(__file__).parent / "results"
 ResultFile = click.Path(exists=True, dir_okay=False, path_type=Path)
-SHEETS = {"h100-measured": "h100", "h200-measured": "h200"}  # whose peaks a measured entry has
 
 
 class Sources(NamedTuple):
@@ -63,8 +62,7 @@ def fit(name: str, layers: Sequence[dict[str, Any]], kernels: dict[str, Any] | N
     if len(devices) != 1:
         raise click.ClickException(f"the results must be of one GPU; these are of {' and '.join(sorted(devices))}")
     (device,) = devices
-    entry = known_gpu(device) or ""
-    sheet = GPUS.get(SHEETS.get(entry, entry))
+    sheet = GPUS.get((known_gpu(device) or "").removesuffix("-measured"))
     if sheet is None:
         raise click.ClickException(f"the peaks of {device} are not in sdgp_accel.roofline.GPUS")
     gpu = replace(sheet, name=name, compute_efficiency=1.0, sparse_speedup=2.0, compress_costs={})

@@ -136,14 +136,13 @@ class Sweeps(NamedTuple):
         if self.bias is not None:
             db = dy.new_empty_strided(self.bias, _UNIT, dtype=self.bias_dtype)
             bias = db.data_ptr()
-        seed_at, key, offset = 0, 0, 0  # of the first, or the numbers themselves
+        seed_at, key, offset = 0, 0, 0  # the seed's address, or its two numbers
         if seed is not None:
             if isinstance(seed, tuple):
                 key, offset = seed
             else:
                 seed_at = seed.data_ptr()
         dy_at, block_at = dy.data_ptr(), block.data_ptr()
-        # One frame for all of it, since each costs the host as much as some launch's checks.
         for launch, scope_scales, dgrad, wgrad, workspace, dgrad_scale, wgrad_scale in self.passes:
             values = metadata = wgrad_values = wgrad_metadata = dgrad_scale_at = wgrad_scale_at = 0
             if dgrad is not None:

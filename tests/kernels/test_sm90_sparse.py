@@ -38,7 +38,7 @@ GEMM_CASES = [
     GemmCase("sm90_dgrad_bf16_128x256", 1, 8, 8, cluster_size=2, float_out=True),  # a CTA of the cluster has no rows
     GemmCase("sm90_dgrad_bf16_128x256", 131, 72, 203),  # channels of the gradient need no alignment
     GemmCase("sm90_dgrad_f16_128x128", 260, 520, 136, cluster_size=2, group_n=3, accumulate=True),
-    GemmCase("sm90_dgrad_f16_256x128", 1100, 264, 72, cluster_size=2),  # several tiles per CTA go out through the ring
+    GemmCase("sm90_dgrad_f16_256x128", 1100, 264, 72, cluster_size=2),  # several tiles per CTA, of one or two k tiles
     GemmCase("sm90_dgrad_bf16_128x192", 650, 392, 328),
     GemmCase("sm90_dgrad_f16_128x128_pingpong", 520, 264, 392),  # 15 tiles on 4 CTAs: warpgroups take turns
     GemmCase("sm90_dgrad_f16_128x128_pingpong", 700, 136, 72, cluster_size=2, accumulate=True),
