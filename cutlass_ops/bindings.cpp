@@ -22,10 +22,10 @@ template <typename Kind, typename... Sizes, typename... Arguments>
 void define_product(py::module_& module, const char* name, const char* doc, const Arguments&... sizes) {
   using Options = int64_t;
   py::class_<Kind>(module, name, doc)
-      .def(py::init<const std::string&, Sizes..., Options, Options, Options, Options, Options, bool, bool>(),
-           py::arg("name"), py::kw_only(), sizes..., py::arg("padded_k"), py::arg("splits") = 1, py::arg("group_n") = 8,
-           py::arg("cluster_size") = 2, py::arg("sm_count"), py::arg("out_is_float") = false,
-           py::arg("accumulate") = false)
+      .def(py::init<const std::string&, Sizes..., Options, Options, Options, Options, Options, Options, bool, bool>(),
+           py::arg("name"), py::kw_only(), sizes..., py::arg("padded_k"), py::arg("splits") = 1,
+           py::arg("owned_blocks") = 0, py::arg("group_n") = 8, py::arg("cluster_size") = 2, py::arg("sm_count"),
+           py::arg("out_is_float") = false, py::arg("accumulate") = false)
       .def("__call__", &Kind::operator(), py::arg("values"), py::arg("metadata"), py::arg("b"), py::arg("out"),
            py::arg("workspace") = 0, py::arg("stream") = 0);
 }

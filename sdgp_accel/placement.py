@@ -73,5 +73,5 @@ def _place(call: LayerCall, gpu: Device, config: SDGPConfig | None, reason: str,
 
 
 def _kernel(tiling: Tiling) -> str:
-    split_k = f" ×{tiling.splits}" if tiling.splits > 1 else ""
+    split_k = f" ×{tiling.splits}" if tiling.splits > 1 else " shared" if tiling.owned_steps else ""
     return f"{tiling.family} {tiling.tile}{split_k}"

@@ -54,8 +54,32 @@ def test_gathered_operands_prefer_narrow_tiles():
 
 @pytest.mark.parametrize("family", [SM90, SM80], ids=["SM90", "SM80"])
 def test_small_outputs_of_long_sums_are_split(family):
-    assert choose_tiling(family, "wgrad", 1024, 1024, 25088, 108).splits > 1
+    assert choose_tiling(family, "wgrad", 1024, 1024, 25088, 132 if family is SM90 else 108).splits > 1
     assert choose_tiling(family, "wgrad", 8192, 8192, 8192, 108).splits <= 2
+
+
+def test_a_last_round_that_leaves_many_idle_is_shared():
+    """24 x 4 tiles of 128x256 are 48 units for 66 clusters; 32 x 4 nearly fill them."""
+    shared = choose_tiling(SM90, "wgrad", 3072, 1024, 25088, 132)
+    assert (shared.tile, shared.cluster_size, shared.splits) == ("128x256", 2, 1)
+    assert 0.7 < shared.owned_steps / (25088 / tiles.TILE_K) < 48 / 66 + 0.02
+    assert choose_tiling(SM90, "wgrad", 4096, 1024, 25088, 132).owned_steps == 0
+    assert tiles.shared_workspace(shared, 132) == 132 * (128 * 256 + 8) * 4
+
+
+@pytest.mark.parametrize("shape", [(3072, 1024, 25088), (1024, 1024, 256), (8448, 256, 1000), (64, 64, 100)])
+def test_only_wgrads_whose_last_round_has_room_are_shared(shape):
+    m, n, k = shape
+    for family in FAMILIES.values():
+        assert all(tiling.owned_steps == 0 for tiling in tiles.rank_tilings(family, "dgrad", *shape, 132))
+        for tiling in tiles.rank_tilings(family, "wgrad", *shape, 132):
+            if tiling.owned_steps:
+                rows, columns = map(int, tiling.tile.split("x"))
+                units = -(-m // (rows * tiling.cluster_size)) * -(-n // columns)
+                assert family is SM90
+                assert units % (132 // tiling.cluster_size) > 0
+                assert 1 <= tiling.owned_steps < -(-k // tiles.TILE_K)
+                assert tiling.splits == 1
 
 
 def test_tiles_follow_the_shape():

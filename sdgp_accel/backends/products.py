@@ -120,7 +120,8 @@ def plan_product(
     c_in, c_out, positions = geometry.in_channels, geometry.out_channels, geometry.positions
     storage = Storage.of(1 if product == "dgrad" else 0, positions, c_out)
     arguments: dict[str, Any] = {
-        "splits": tiling.splits, "group_n": tiling.group_n, "cluster_size": tiling.cluster_size,
+        "splits": tiling.splits, "owned_blocks": tiling.owned_steps, "group_n": tiling.group_n,
+        "cluster_size": tiling.cluster_size,
         "sm_count": gpu.device_facts(device).multiprocessors, "out_is_float": out_dtype == torch.float32,
         "accumulate": accumulate, "padded_k": storage.k,
     }  # fmt: skip
@@ -143,8 +144,10 @@ def plan_product(
             shape=(g.batch, g.height, g.width, c_in, g.out_height, g.out_width, c_out, *g.kernel),
             window=(*g.stride, *g.padding, *g.dilation), **arguments,
         )  # fmt: skip
-    partials = 4 * tiling.splits * math.prod(shape) if tiling.splits > 1 else 0  # in float32
-    return Launch(kernel, storage.metadata_at, partials, shape, strides, final)
+    workspace = 4 * tiling.splits * math.prod(shape) if tiling.splits > 1 else 0  # partial results in float32
+    if tiling.owned_steps:
+        workspace = tiles.shared_workspace(tiling, gpu.device_facts(device).multiprocessors)
+    return Launch(kernel, storage.metadata_at, workspace, shape, strides, final)
 
 
 def _is_pointwise(geometry: Conv2dGeometry) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -35,6 +36,11 @@ IDLE_GAIN = 0.25
 # Tile columns that run together: all where they are few, else groups of 8; 0 to 6 % faster than 4 or 16 on an H100.
 FEW_COLUMNS, GROUP_N = 16, 8
 MAX_ROUNDS = 8  # of thread blocks that splitting may make of a product: more even out no better
+# Of sharing the last round's tiles, in steps of TILE_K of the fastest main loop (0.81 µs for 128x256 on an H200). By
+# calculation, not measured: a float32 tile of 128 KB is read at 64 bytes per cycle and multiprocessor, 1.2 µs; the
+# flags are cleared by a launch of their own, some 2 µs; and as much again, so that a choice by prediction is clear.
+PIECE_STEPS, SHARING_STEPS = 1.5, 5.0
+WARPS = 8  # that compute a tile, each with a flag for its part of it
 
 
 @dataclass(frozen=True, eq=False)  # each is itself only: a key of caches
@@ -49,6 +55,7 @@ class Family:
     multiply_adds_per_byte: float  # of a sparse main loop (counted dense), per byte of device memory traffic
     store_steps: float = 1.0  # filling the pipeline and storing the tile, in steps of TILE_K of the fastest main loop
     suffix: str = ""  # of the tile in the instances' names
+    shares_tiles: bool = False  # between thread blocks, where the last round would leave some idle
 
 
 # Medians over the products above 2e11 multiply-adds in bench/results/gemm-NVIDIA_H200.json, which timed every tile.
@@ -74,6 +81,7 @@ SM90 = Family(
     # By vit_large's fc1, fc2 and proj dgrads on an H200, which differ in k and in the number of tiles: a 128x256 tile
     # takes 0.81 us for each step and 2.46 us beside them. A ping-pong one takes 2.3 steps' time per area.
     store_steps=3.0,
+    shares_tiles=True,
 )  # fmt: skip
 
 # By calculation for an A100, not measured: the longest of the tensor cores (2048 multiply-adds per cycle and
@@ -111,6 +119,7 @@ class Tiling(NamedTuple):
     cluster_size: int
     splits: int  # parts of the reduction, each into its own float32 partial result
     group_n: int  # tile columns that run together, for reuse in L2
+    owned_steps: int = 0  # of TILE_K, by the owner of a tile of the last round, the rest by others; 0: none is shared
 
 
 def choose_tiling(
@@ -128,23 +137,28 @@ def choose_tiling(
 def rank_tilings(
     family: Family, product: Product, m: int, n: int, k: int, multiprocessors: int, gathering: bool = False
 ) -> tuple[Tiling, ...]:
-    """For each tile and cluster its best number of splits at [m, k] x [k, n], least predicted time first.
+    """For each tile and cluster its best number of splits at [m, k] x [k, n], and where a last round can be shared that
+    too; least predicted time first.
 
     Each round of thread blocks takes as long as one tile, a last one that leaves multiprocessors idle a little less;
-    splitting the reduction of a wgrad fills it, and costs writing and reading the partial results. gathering: the
-    product is a convolution's.
+    splitting the reduction of a wgrad fills it, and costs writing and reading the partial results. Sharing fills it as
+    well (cutlass_ops/include/sdgp/sm90_schedule.cuh), at the price of a partial result for each shared piece only.
+    gathering: the product is a convolution's.
     """
     steps = -(-k // TILE_K)
     tiles = family.dgrad if product == "dgrad" else family.gathering if gathering else family.wgrad
 
-    def best(tile: Tile, step_time: float) -> tuple[float, Tiling]:
+    def predictions(tile: Tile, step_time: float) -> Iterator[tuple[float, Tiling]]:
         tile_columns = -(-n // tile.columns)
-        blocks = tile.cluster * -(-m // (tile.rows * tile.cluster)) * tile_columns
+        units = -(-m // (tile.rows * tile.cluster)) * tile_columns
+        blocks, step_work = tile.cluster * units, tile.rows * tile.columns * TILE_K
+        group_n = tile_columns if tile_columns < FEW_COLUMNS else GROUP_N
+        tiling = Tiling(family.name, f"{tile}{family.suffix}", tile.cluster, 1, group_n)
 
         def cost(splits: int) -> float:
             rounds, rest = divmod(blocks * splits, multiprocessors)
             last_round = 1 - IDLE_GAIN * (1 - rest / multiprocessors) if rest else 0.0
-            main_loop = tile.rows * tile.columns * (-(-steps // splits) * step_time + family.store_steps) * TILE_K
+            main_loop = step_work * (-(-steps // splits) * step_time + family.store_steps)
             partials = 8.0 * m * n * splits if splits > 1 else 0.0
             return (rounds + last_round) * main_loop + partials * family.multiply_adds_per_byte / multiprocessors
 
@@ -152,8 +166,38 @@ def rank_tilings(
         rounds = range(1, MAX_ROUNDS + 1) if product == "wgrad" else ()
         filling = (min(max(multiprocessors * count // blocks, 1), steps) for count in rounds)
         splits = min(sorted({1, *filling}), key=cost)
-        group_n = tile_columns if tile_columns < FEW_COLUMNS else GROUP_N
-        return cost(splits), Tiling(family.name, f"{tile}{family.suffix}", tile.cluster, splits, group_n)
+        yield cost(splits), tiling._replace(splits=splits)
+        if family.shares_tiles and product == "wgrad" and not tile.pingpong:
+            for time, owned in _shared(units, multiprocessors // tile.cluster, steps, step_time, family.store_steps):
+                yield step_work * time, tiling._replace(owned_steps=owned)
 
-    candidates = [best(tile, step_time) for tile, step_time in tiles.items()]
+    candidates = [candidate for tile, step_time in tiles.items() for candidate in predictions(tile, step_time)]
     return tuple(tiling for _, tiling in sorted(candidates, key=lambda candidate: candidate[0]))
+
+
+def _shared(
+    units: int, clusters: int, steps: int, step_time: float, store_steps: float
+) -> Iterator[tuple[float, int]]:
+    """The time, in steps of the fastest main loop, where the last round's units are shared, and the steps of an owner;
+    nothing where there is nothing to share.
+
+    Owners and helpers take equally long: o = u / h (s - o + e), with u units, h helpers, s steps of a unit, o of its
+    owner, and e steps of overhead for each unit and piece.
+    """
+    rounds, shared = divmod(units, clusters)
+    if shared == 0 or steps < 2:
+        return
+    per_helper = shared / (clusters - shared)
+    owned = round(per_helper * (steps + store_steps / step_time) / (1 + per_helper))
+    owned = min(max(owned, 1), steps - 1)
+    tail, stretch = steps - owned, math.ceil(per_helper * (steps - owned))
+    helped, added = (stretch - 1) // tail + 2, (tail - 1) // stretch + 2  # pieces of a helper and an owner, at most
+    last_round = max(owned * step_time, stretch * step_time + helped * store_steps)
+    last_round += added * PIECE_STEPS + store_steps + SHARING_STEPS
+    yield rounds * (steps * step_time + store_steps) + last_round, owned
+
+
+def shared_workspace(tiling: Tiling, multiprocessors: int) -> int:
+    """Bytes of the workspace of a product that shares tiles: SdgpSparseGemm's in sparse_gemm_api.h."""
+    rows, columns = map(int, tiling.tile.split("x"))
+    return multiprocessors // tiling.cluster_size * tiling.cluster_size * 4 * (rows * columns + WARPS)

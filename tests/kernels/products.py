@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 import functools
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,10 +21,11 @@ from torch import Tensor
 import cutlass_ops
 from cutlass_ops import build_kernels
 from sdgp_accel.backends.sweep import Storage, StoredOperand
+from sdgp_accel.backends.tiles import Tiling, shared_workspace
 from sdgp_accel.semi_structured import SparseOperand, compress_matrix
 
 _POINTERS = ("values", "metadata", "b", "out", "workspace")
-_LAUNCH = ("padded_k", "splits", "group_n", "cluster_size", "sm_count", "out_is_float", "accumulate")
+_LAUNCH = ("padded_k", "splits", "owned_blocks", "group_n", "cluster_size", "sm_count", "out_is_float", "accumulate")
 _SHAPE = ("n", "h", "w", "c_in", "p", "q", "c_out", "r", "s")
 _WINDOW = ("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w")
 
@@ -43,6 +44,8 @@ ConvArguments = _structure((*_SHAPE, *_WINDOW))
 class Engine(Protocol):
     """Where kernels run."""
 
+    sm_count: int
+
     def put(self, tensor: Tensor) -> Tensor:
         """A copy in (simulated) device memory."""
 
@@ -59,7 +62,7 @@ class Engine(Protocol):
 class SimulatorEngine:
     """The instances' PTX on the CPU: out-of-bounds accesses, races and illegal metadata are faults."""
 
-    SM_COUNT = 4
+    sm_count = 4
 
     def __init__(self, arch: str) -> None:
         """arch: "80" or "90a"."""
@@ -86,6 +89,10 @@ class SimulatorEngine:
         """A C library with kernels that are not ours."""
         return self._engine.load(path)
 
+    def following_global_memory(self) -> contextlib.AbstractContextManager[None]:
+        """Within, races between thread blocks on global memory are faults."""
+        return self._engine.following_global_memory()
+
     def poisoned_shared(self) -> contextlib.AbstractContextManager[None]:
         """Within, kernels may read shared memory that nothing has written."""
         return self._engine.poisoned_shared()
@@ -111,7 +118,7 @@ class SimulatorEngine:
         function = getattr(self._engine.load(simulated_library(name, self._arch)), f"sdgp_{name}")
         addresses = {key: x.data_ptr() if isinstance(x, Tensor) else x for key, x in arguments.items()}
         with self._engine.checked():
-            status = function(ctypes.byref(structure(sm_count=self.SM_COUNT, **addresses)))
+            status = function(ctypes.byref(structure(sm_count=self.sm_count, **addresses)))
         if status:
             raise RuntimeError(f"{name}: status {status}")
 
@@ -169,10 +176,11 @@ class SimulatedKernels:
     ) -> Callable[..., None]:
         """`rows` of A, elements of the others."""
         shape = dict(shape)
-        assert shape.pop("sm_count") == self._engine.SM_COUNT
+        assert shape.pop("sm_count") == self._engine.sm_count
         stored = rows * shape["padded_k"]
         names = ("values", "metadata", "b", "out", "workspace")
-        sizes = (stored, stored // 8, 2 * b, out * (4 if shape["out_is_float"] else 2), 4 * shape["splits"] * out)
+        workspace = workspace_bytes(name, shape, out, self._engine.sm_count)
+        sizes = (stored, stored // 8, 2 * b, out * (4 if shape["out_is_float"] else 2), workspace)
 
         def launch(*addresses: int) -> None:
             run(name.removeprefix("sdgp_"), **shape, **dict(zip(names, addresses[:5], strict=True)))
@@ -203,7 +211,7 @@ class GpuEngine:
 
     def __init__(self) -> None:
         self._outputs: list[tuple[Tensor, int]] = []
-        self._sm_count = torch.cuda.get_device_properties(0).multi_processor_count
+        self.sm_count = torch.cuda.get_device_properties(0).multi_processor_count
 
     def put(self, tensor: Tensor) -> Tensor:
         return tensor.cuda()
@@ -223,7 +231,7 @@ class GpuEngine:
 
     def _launch(self, kind: Any, name: str, arguments: dict[str, Any]) -> None:
         addresses = {key: arguments.pop(key) for key in _POINTERS if key in arguments}
-        product = kind(f"sdgp_{name}", sm_count=self._sm_count, **arguments)
+        product = kind(f"sdgp_{name}", sm_count=self.sm_count, **arguments)
         product(**{key: x.data_ptr() for key, x in addresses.items() if x is not None})
         torch.cuda.synchronize()
         for buffer, size in self._outputs:
@@ -260,6 +268,7 @@ class GemmCase(NamedTuple):
     n: int
     k: int
     splits: int = 1
+    owned_blocks: int = 0
     cluster_size: int = 1
     group_n: int = 2
     float_out: bool = False
@@ -276,6 +285,7 @@ class ConvCase(NamedTuple):
     padding: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     splits: int = 1
+    owned_blocks: int = 0
     cluster_size: int = 1
     float_out: bool = False
     accumulate: bool = False
@@ -305,11 +315,21 @@ def sparse_matrix(rows: int, columns: int, axis: int, dtype: torch.dtype) -> Ten
     return result if axis == 1 else result.t().contiguous()
 
 
-def arguments(engine: Engine, operand: SparseOperand, b: Tensor, out: Tensor, splits: int) -> dict[str, object]:
-    workspace = engine.poisoned((splits, out.numel()), torch.float32) if splits > 1 else None
+def workspace_bytes(name: str, launch: Mapping[str, Any], out: int, sm_count: int) -> int:
+    """Of a launch of this instance with these arguments, `out` elements in its result."""
+    tiling = Tiling("", name.split("_")[-1], launch["cluster_size"], launch["splits"], 1, launch["owned_blocks"])
+    if tiling.owned_steps:
+        return shared_workspace(tiling, sm_count)
+    return 4 * tiling.splits * out if tiling.splits > 1 else 0
+
+
+def arguments(engine: Engine, operand: SparseOperand, b: Tensor, out: Tensor, case: Case) -> dict[str, object]:
+    size = workspace_bytes(case.instance, case._asdict(), out.numel(), engine.sm_count)
     return {
-        "values": engine.put(operand.values), "metadata": engine.put(operand.metadata), "b": engine.put(b),
-        "out": out, "workspace": workspace, "padded_k": operand.values.shape[operand.axis] * 2, "splits": splits,
+        "values": engine.put(operand.values), "metadata": engine.put(operand.metadata), "b": engine.put(b), "out": out,
+        "workspace": engine.poisoned((size // 4,), torch.float32) if size else None,
+        "padded_k": operand.values.shape[operand.axis] * 2, "splits": case.splits, "owned_blocks": case.owned_blocks,
+        "cluster_size": case.cluster_size, "out_is_float": case.float_out, "accumulate": case.accumulate,
     }  # fmt: skip
 
 
@@ -350,9 +370,8 @@ def run_gemm(engine: Engine, case: GemmCase, dy: Tensor, b: Tensor) -> tuple[Ten
     """The product and what the output held before."""
     out, before = output(engine, case, (case.m, case.n))
     engine.gemm(
-        case.instance, m=case.m, n=case.n, k=case.k, group_n=case.group_n, cluster_size=case.cluster_size,
-        out_is_float=case.float_out, accumulate=case.accumulate,
-        **arguments(engine, compressed(dy, case), b, out, case.splits),
+        case.instance, m=case.m, n=case.n, k=case.k, group_n=case.group_n,
+        **arguments(engine, compressed(dy, case), b, out, case),
     )  # fmt: skip
     return out, before
 
@@ -419,9 +438,8 @@ def run_conv(engine: Engine, case: ConvCase, dy: Tensor, b: Tensor) -> tuple[Ten
     out, before = output(engine, case, (batch, h, w, c_in) if is_dgrad(case) else (c_out, r, s, c_in))
     engine.conv(
         case.instance, shape=(batch, h, w, c_in, *out_size(case), c_out, r, s),
-        window=[*case.stride, *case.padding, *case.dilation], group_n=2, cluster_size=case.cluster_size,
-        out_is_float=case.float_out, accumulate=case.accumulate,
-        **arguments(engine, compressed(dy, case), b.permute(0, 2, 3, 1).contiguous(), out, case.splits),
+        window=[*case.stride, *case.padding, *case.dilation], group_n=2,
+        **arguments(engine, compressed(dy, case), b.permute(0, 2, 3, 1).contiguous(), out, case),
     )  # fmt: skip
     return out, before
 

@@ -165,7 +165,7 @@ def product_device(request, monkeypatch):
     if reason := toolchain.missing():
         pytest.skip(reason)
     simulated = SimulatedKernels(SimulatorEngine(arch))
-    facts = gpu.Device((int(arch[0]), int(arch[1])), SimulatorEngine.SM_COUNT, wgmma=arch == "90a")
+    facts = gpu.Device((int(arch[0]), int(arch[1])), SimulatorEngine.sm_count, wgmma=arch == "90a")
     monkeypatch.setattr(gpu, "device_facts", lambda device: facts)
     monkeypatch.setattr(gpu, "current_device", lambda: None)  # the index of the CPU
     monkeypatch.setattr(gpu, "stream_of", lambda device: 0)

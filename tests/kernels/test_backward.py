@@ -45,7 +45,7 @@ def simulated(engine, monkeypatch):
     if engine.name != "sim":
         pytest.skip("a GPU runs whole layers in tests/test_layers_cuda.py")
     kernels = SimulatedKernels(SimulatorEngine("80"), engine.kernels)
-    monkeypatch.setattr(gpu, "device_facts", lambda device: gpu.Device((8, 0), SimulatorEngine.SM_COUNT))
+    monkeypatch.setattr(gpu, "device_facts", lambda device: gpu.Device((8, 0), SimulatorEngine.sm_count))
     monkeypatch.setattr(gpu, "current_device", lambda: None)  # the index of the CPU
     monkeypatch.setattr(gpu, "stream_of", lambda device: 0)
     monkeypatch.setattr(cutlass_ops, "ARCHS", ("80",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import subprocess
 from pathlib import Path
@@ -54,6 +55,16 @@ GEMM_CASES = [
 ]
 
 
+# On the simulator's 4 multiprocessors; an H100's 132 take all of them in one round.
+SHARED_CASES = [
+    GemmCase("sm90_wgrad_bf16_256x128", 520, 264, 1490, owned_blocks=4),  # two rounds, then one tile and three helpers
+    GemmCase("sm90_wgrad_bf16_256x128", 40, 328, 730, owned_blocks=4, float_out=True, accumulate=True),  # one helper
+    GemmCase("sm90_wgrad_f16_128x256", 600, 200, 700, owned_blocks=3, cluster_size=2),
+    GemmCase("sm90_wgrad_f16_128x256", 8, 8, 1100, owned_blocks=1, float_out=True),  # a helper each for k of 384, ..
+    GemmCase("sm90_wgrad_bf16_128x192", 130, 504, 515, owned_blocks=2, accumulate=True),
+]
+
+
 CONV_CASES = [
     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 72, 7, 7), (64, 3, 3)),  # one k tile per tap
     ConvCase("sm90_conv_dgrad_f16_256x128", (9, 136, 15, 13), (72, 2, 1), padding=(1, 0), cluster_size=2),
@@ -70,6 +81,8 @@ CONV_CASES = [
     ConvCase("sm90_conv_wgrad_bf16_128x256", (2, 24, 9, 8), (131, 3, 3), splits=2),
     ConvCase("sm90_conv_wgrad_bf16_128x256", (2, 72, 9, 8), (136, 3, 3), splits=2, cluster_size=2),
     ConvCase("sm90_conv_wgrad_bf16_128x256", (3, 8, 11, 6), (8, 2, 3), stride=(2, 1), padding=(1, 0), dilation=(2, 1)),
+    ConvCase("sm90_conv_wgrad_bf16_128x256", (5, 72, 9, 8), (136, 3, 3), owned_blocks=2),
+    ConvCase("sm90_conv_wgrad_bf16_128x256", (5, 24, 17, 8), (40, 3, 3), (2, 1), owned_blocks=1, cluster_size=2),
 ]
 
 
@@ -79,11 +92,13 @@ def engine() -> Engine:
         return GpuEngine()
     if reason := toolchain.missing():
         pytest.skip(reason)
-    compile_for_simulator(sorted({case.instance for case in [*GEMM_CASES, *CONV_CASES]}), "90a")
+    compile_for_simulator(sorted({case.instance for case in [*GEMM_CASES, *SHARED_CASES, *CONV_CASES]}), "90a")
     return SimulatorEngine("90a")
 
 
-@pytest.mark.parametrize("case", GEMM_CASES, ids=lambda c: f"{c.instance.removeprefix('sm90_')}-{c.m}x{c.n}x{c.k}")
+@pytest.mark.parametrize(
+    "case", [*GEMM_CASES, *SHARED_CASES], ids=lambda c: f"{c.instance.removeprefix('sm90_')}-{c.m}x{c.n}x{c.k}"
+)
 def test_gemm(engine: Engine, case: GemmCase) -> None:
     check_gemm(engine, case)
 
@@ -99,6 +114,14 @@ def test_split_gemm_repeats_its_bits(engine: Engine) -> None:
     check_repeats(engine, GemmCase("sm90_wgrad_f16_128x256", 72, 72, 700, splits=4, float_out=True))
 
 
+@pytest.mark.parametrize("case", SHARED_CASES[:1], ids=str)
+def test_sharing_orders_what_clusters_pass_on(engine: Engine, case: GemmCase) -> None:
+    """And what it adds up, so that the bits repeat."""
+    follow = engine.following_global_memory if isinstance(engine, SimulatorEngine) else contextlib.nullcontext
+    with follow():
+        check_repeats(engine, case)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_gradient_reaches_its_row_only(engine: Engine, value: float) -> None:
     check_non_finite_row(engine, "sm90_dgrad_bf16_128x256", value)
@@ -106,6 +129,17 @@ def test_non_finite_gradient_reaches_its_row_only(engine: Engine, value: float) 
 
 def test_more_parts_than_blocks_of_k_are_refused(engine: Engine) -> None:
     check_refused(engine, GemmCase("sm90_wgrad_bf16_256x128", 8, 8, 100, splits=2))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [GemmCase("sm90_wgrad_bf16_256x128", 8, 8, 300, owned_blocks=3),  # nothing left
+     GemmCase("sm90_wgrad_bf16_256x128", 8, 8, 300, owned_blocks=1, splits=2),
+     GemmCase("sm90_dgrad_bf16_128x256", 8, 8, 300, owned_blocks=1)],
+    ids=str,
+)  # fmt: skip
+def test_products_that_cannot_be_shared_are_refused(engine: Engine, case: GemmCase) -> None:
+    check_refused(engine, case)
 
 
 def test_strided_dgrad_is_one_launch(engine: Engine) -> None:

@@ -92,9 +92,10 @@ class GlobalRaces:
         if not write:
             before = read[granules]
             other = (before >> LAUNCH == self.launch) & (before >> SHIFT & FIELD != ctas[:, None])
-            read[granules] = np.where(other, self.launch << LAUNCH | SEVERAL << SHIFT, stamp[:, None])
+            several = self.launch << LAUNCH | SEVERAL << SHIFT | before & stamp[:, None] & ATOMIC
+            read[granules] = np.where(other, several, stamp[:, None])
             return
-        self._check(read[granules], ctas, lanes, "read", atomic=False)
+        self._check(read[granules], ctas, lanes, "read", atomic)
         wrote[granules] = stamp[:, None]
         together = wrote[granules] != stamp[:, None]
         if together.any() and not atomic:

@@ -79,12 +79,8 @@ class Scheduler:
             groups.clear()
             return index, mask, int(np.count_nonzero(mask))
         self.spins += 1
-        if self.spins > PATIENCE:
-            self.spins = 0
-            lowest = groups[min(groups)]
-            warps = lowest.reshape(-1, 32).any(axis=1)
-            rest = np.logical_or.reduce(list(groups.values())) & ~np.repeat(warps, 32)
-            self.aside = np.repeat(warps, 32) if self.aside is None and rest.any() else None
+        if self.spins > PATIENCE and self.aside is not None:
+            self.spins, self.aside = 0, None
         held = polling = None
         for index in sorted(groups):
             mask = groups[index]
@@ -104,6 +100,9 @@ class Scheduler:
             elif held is None:
                 held = (index, mask)
             if ready.any():
+                if self.spins > PATIENCE:
+                    self.spins, self.aside = 0, np.repeat(ready.reshape(-1, 32).any(axis=1), 32)
+                    return self._pick()
                 return self._take(index, ready)
         if self.aside is not None:  # nobody else can run: start over
             self.aside = None

@@ -29,6 +29,7 @@ CASES = [
     ("read_neighbour", 17, "global-race"),
     ("last_block", 18, "global-race"),
     ("count_arrivals", 19, "global-race"),
+    ("await_flag", 20, "global-race"),
 ]
 N = 1024
 

@@ -88,7 +88,9 @@ def test_every_part_is_timed_and_no_generator_moves(
 
 def test_the_fastest_of_the_promising_tilings_is_what_gets_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     timeline = Timeline(monkeypatch)
-    dgrad = {"predicted": 2.0, "better": 1.5, "a": 3.0, "b": 4.0, "c": 3.5, "d": 5.0, "unpromising": 0.1}
+    dgrad = {"predicted": 2.0, "better": 1.5, "a": 3.0, "b": 4.0, "c": 3.5, "d": 5.0, "e": 4.5, "f": 6.0}
+    assert len(dgrad) == measurement.TILINGS
+    dgrad["unpromising"] = 0.1
     backend = Tiled(timeline, dgrad, {"only": 0.5})
     measured = measure(backend, decode(plan_string("linear", SDGPConfig())), LINEAR, torch.float32, CPU)
     assert measured.tilings == Tilings("better", "only")

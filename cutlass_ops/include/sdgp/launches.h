@@ -193,7 +193,7 @@ class Product {
     check_pointer("metadata", metadata, 16);
     check_pointer("b", b, in_chunks_ ? 16 : 2);
     check_pointer("out", out, in_chunks_ ? 16 : problem_.out_is_float ? 4 : 2);
-    if (problem_.splits > 1) check_pointer("workspace", workspace, 16);
+    if (problem_.splits > 1 || problem_.owned_blocks > 0) check_pointer("workspace", workspace, 16);
     Problem problem = problem_;
     problem.values = pointer<const void>(values);
     problem.metadata = pointer<const void>(metadata);
@@ -213,10 +213,11 @@ class Product {
 
 // The options of a launch, in any Problem.
 template <typename Problem>
-Problem with_options(Problem problem, int64_t padded_k, int64_t splits, int64_t group_n, int64_t cluster_size,
-                     int64_t sm_count, bool out_is_float, bool accumulate) {
+Problem with_options(Problem problem, int64_t padded_k, int64_t splits, int64_t owned_blocks, int64_t group_n,
+                     int64_t cluster_size, int64_t sm_count, bool out_is_float, bool accumulate) {
   problem.padded_k = checked("padded_k", padded_k);
   problem.splits = checked("splits", splits);
+  problem.owned_blocks = checked("owned_blocks", owned_blocks, 0);
   problem.group_n = checked("group_n", group_n);
   problem.cluster_size = checked("cluster_size", cluster_size);
   problem.sm_count = checked("sm_count", sm_count);

@@ -52,7 +52,7 @@ inline bool splits_fit(int splits, int64_t k) { return splits <= 65535 && splits
 
 template <typename Config>
 int launch_gemm(const SdgpSparseGemm& gemm) {
-  if (!splits_fit(gemm.splits, gemm.k)) return cudaErrorInvalidValue;
+  if (!splits_fit(gemm.splits, gemm.k) || gemm.owned_blocks != 0) return cudaErrorInvalidValue;
   if (gemm.k > INT_MAX - kTileK) return cudaErrorInvalidConfiguration;
   const MatrixGather gather{gemm.values, gemm.metadata, gemm.b, gemm.m, gemm.n, gemm.k, gemm.padded_k};
   return launch<Config>(gather, gemm, gemm.m, gemm.n, gemm.m, gemm.n);
@@ -65,7 +65,7 @@ inline DgradAxis dgrad_axis(int in, int out, int filter, int stride, int padding
 
 template <typename Config>
 int launch_conv_dgrad(const SdgpSparseConv& conv) {
-  if (conv.splits != 1 || conv.out_is_float != 0) return cudaErrorInvalidValue;
+  if (conv.splits != 1 || conv.owned_blocks != 0 || conv.out_is_float != 0) return cudaErrorInvalidValue;
   const DgradGather gather{conv.values,
                            conv.metadata,
                            conv.b,
@@ -85,7 +85,7 @@ int launch_conv_dgrad(const SdgpSparseConv& conv) {
 template <typename Config>
 int launch_conv_wgrad(const SdgpSparseConv& conv) {
   const int64_t positions = static_cast<int64_t>(conv.n) * conv.p * conv.q;
-  if (!splits_fit(conv.splits, positions)) return cudaErrorInvalidValue;
+  if (!splits_fit(conv.splits, positions) || conv.owned_blocks != 0) return cudaErrorInvalidValue;
   if (positions > INT_MAX - kTileK || static_cast<int64_t>(conv.n) * conv.h * conv.w > INT_MAX)
     return cudaErrorInvalidConfiguration;
   const WgradGather gather{conv.values,

@@ -124,7 +124,7 @@ int launch_sparse_dgrad(const SdgpSparseConv& conv) {
                        gather.grid, kBlockK / 16, Config::kBlockM, CU_TENSOR_MAP_SWIZZLE_NONE);
   if (error == 0) error = filter_map<Config>(maps.b, conv);
   if (error != 0) return error;
-  return launch<Config>(maps, gather, Target(conv), gather.pixels, conv.c_in, parts, pixels, conv.c_in);
+  return launch<Config>(maps, gather, Target(conv), gather.pixels, conv.c_in, 0, parts, pixels, conv.c_in);
 }
 
 template <typename Config>
@@ -152,7 +152,7 @@ int launch_sparse_wgrad(const SdgpSparseConv& conv) {
                            conv.dilation_h,
                            conv.dilation_w};
   const int64_t columns = int64_t{taps} * blocks_per_tap * kSwizzleElements;
-  return launch<Config>(maps, gather, target, conv.c_out, columns, target.splits, conv.c_out,
+  return launch<Config>(maps, gather, target, conv.c_out, columns, k_tiles, target.splits, conv.c_out,
                         int64_t{taps} * conv.c_in);
 }
 

@@ -26,6 +26,7 @@
 
 #include "sdgp/product.cuh"
 #include "sdgp/sm90_gather.cuh"
+#include "sdgp/sm90_schedule.cuh"
 
 namespace sdgp::sm90 {
 
@@ -33,49 +34,16 @@ constexpr int kInstructionK = 32;  // k per wgmma.sp with 16-bit elements
 constexpr int kConsumers = 2;      // consumer warpgroups
 constexpr int kSharedMemoryLimit = 232448;
 
-// The tile of one step of a persistent CTA, and its range of k in units of kStageK.
-struct WorkUnit {
-  int m_tile, n_tile, part;
-  KRange k;
-};
-
-// In which order tiles are computed. Divisions by these numbers are made fast: with the GPU's own ones every tile of
-// every CTA began with 1000 cycles of them, of 14500 for 128x256 tiles of k = 1024 (clock64 on an H200).
-//
-// Parts outermost (CTAs that run together share k, hence B), then groups of `group_n` tile columns, then rows, then the
-// columns of the group. A unit of a cluster is `cluster_size` tiles above each other. What a part is, the gather knows:
-// a stretch of k, or of the rows.
-struct Schedule {
-  int units, n_tiles, cluster_size;
-  FastDivision by_part, by_group, by_columns, by_last_columns;  // `by_last_columns`: of the last group
-
-  Schedule(int m_units, int n_tiles, int parts, int group_n, int cluster_size)
-      : units(m_units * n_tiles * parts),
-        n_tiles(n_tiles),
-        cluster_size(cluster_size),
-        by_part(m_units * n_tiles),
-        by_group(m_units * std::min(group_n, n_tiles)),
-        by_columns(std::min(group_n, n_tiles)),
-        by_last_columns((n_tiles - 1) % by_columns.divisor + 1) {}
-
-  // The unit of CTA `cta_rank` of a cluster.
-  template <typename Gather>
-  __device__ __forceinline__ WorkUnit unit(int index, int cta_rank, const Gather& gather) const {
-    const int part = by_part.quotient(index), tile = index - part * by_part.divisor;
-    const int group = by_group.quotient(tile), in_group = tile - group * by_group.divisor;
-    const int first_column = group * by_columns.divisor;
-    const FastDivision& by = first_column + by_columns.divisor < n_tiles ? by_columns : by_last_columns;
-    const int row = by.quotient(in_group);
-    return {row * cluster_size + cta_rank, first_column + in_group - row * by.divisor, part, gather.k_range(part)};
-  }
-};
-
 struct Problem {
   Schedule schedule;
   int rows, row_length;  // of the output
   void* out;             // [rows, row_length], or float [parts, rows, row_length] for Output::kPartial
   Output output;
   bool accumulate;  // out += result
+  // Of helpers (sm90_schedule.cuh): [slots, CTAs of a cluster, accumulators of a thread / 4, consumer threads, 4] and
+  // [slots, CTAs of a cluster, consumer warps].
+  float* pieces;
+  uint32_t* piece_flags;
 };
 
 enum class Consumers : int { kPingPong = 1, kCooperative = 2 };  // the value: warpgroups per tile
@@ -90,6 +58,8 @@ struct TileConfig {
   static constexpr int kTileConsumers = static_cast<int>(kConsumersOfTile);
   static constexpr int kSlabs = kBlockM / kSlabM / kTileConsumers;  // per consumer warpgroup
   static constexpr int kThreads = 128 * (kConsumers + 1);
+  // A unit can be shared by clusters: of wgrads, which are few tiles of a long k.
+  static constexpr bool kSharesTiles = kMajorA == Major::MN && kTileConsumers == kConsumers;
   // Together the 168 per thread of the launch bound.
   static constexpr int kProducerRegisters = Gather::kProducerRegisters;
   static constexpr int kConsumerRegisters = (3 * 168 - kProducerRegisters) / kConsumers;
@@ -213,6 +183,42 @@ __device__ __forceinline__ void store_slab(const float (&d)[kBlockN / 2], const 
   }
 }
 
+// Where a CTA's part of a piece is: of thread `thread` of its consumers, and the flag of its warp.
+template <typename Config>
+struct PieceOfThread {
+  static constexpr int kConsumerThreads = 128 * kConsumers;
+  static constexpr int kQuads = Config::kBlockM * Config::kBlockN / kConsumerThreads / 4;
+  float4* values;  // kConsumerThreads apart
+  uint32_t* flag;
+
+  __device__ __forceinline__ PieceOfThread(const Problem& problem, int slot, int cta_rank, int thread) {
+    const int cta = slot * problem.schedule.cluster_size + cta_rank;
+    values =
+        reinterpret_cast<float4*>(problem.pieces) + static_cast<int64_t>(cta) * (kQuads * kConsumerThreads) + thread;
+    flag = problem.piece_flags + cta * (kConsumerThreads / 32) + thread / 32;
+  }
+  __device__ __forceinline__ void store(const float (&d)[Config::kSlabs][Config::kBlockN / 2], int lane) const {
+#pragma unroll
+    for (int s = 0; s < Config::kSlabs; ++s)
+#pragma unroll
+      for (int i = 0; i < Config::kBlockN / 8; ++i)
+        values[(s * (Config::kBlockN / 8) + i) * kConsumerThreads] =
+            make_float4(d[s][4 * i], d[s][4 * i + 1], d[s][4 * i + 2], d[s][4 * i + 3]);
+    __syncwarp();
+    if (lane == 0) store_release(flag, 1);
+  }
+  __device__ __forceinline__ void add_to(float (&d)[Config::kSlabs][Config::kBlockN / 2]) const {
+    while (!__all_sync(0xffffffffu, load_acquire(flag) != 0)) continue;
+#pragma unroll
+    for (int s = 0; s < Config::kSlabs; ++s)
+#pragma unroll
+      for (int i = 0; i < Config::kBlockN / 8; ++i) {
+        const float4 value = values[(s * (Config::kBlockN / 8) + i) * kConsumerThreads];
+        d[s][4 * i] += value.x, d[s][4 * i + 1] += value.y, d[s][4 * i + 2] += value.z, d[s][4 * i + 3] += value.w;
+      }
+  }
+};
+
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     sparse_gemm_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ typename Config::Gather gather,
@@ -223,6 +229,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr int kColumnBlocks = kBlockN / kSwizzleElements;
   constexpr int kColumnBlockBytes = kStageK * kSwizzleElements * 2;
   constexpr int kBlocks = Config::kBlocks;
+  constexpr bool kSharesTiles = Config::kSharesTiles;
 
   // Shared memory: values and metadata of the blocks of A, stages of B, barriers.
   extern __shared__ uint8_t shared[];
@@ -264,7 +271,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   const Schedule& schedule = problem.schedule;
   const int segment_tiles = gather.segment_tiles();  // blocks of A start anew with every segment of k
-  const int first_unit = blockIdx.x / cluster_size, unit_step = gridDim.x / cluster_size;
+  const int clusters = cluster_count();
   RingPosition<kBlocks> a_ring;
   RingPosition<kStages> b_ring;
 
@@ -273,8 +280,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     decrease_registers<Config::kProducerRegisters>();
     if (warp == 0 && elect_one()) {
       const int first_b_row = cta_rank * (kStageK / cluster_size);  // of this CTA's share of B
-      for (int index = first_unit; index < schedule.units; index += unit_step) {
-        const WorkUnit unit = schedule.unit(index, cta_rank, gather);
+      for (int index = cluster_index(), position = 0; index < schedule.units;
+           schedule.advance<kSharesTiles>(index, position, clusters)) {
+        const WorkUnit unit = schedule.unit<kSharesTiles>(index, position, cta_rank, gather);
         typename Config::Gather::template Producer<kMajorA, kBlockM, kColumnBlocks> producer(
             gather, maps, unit.part, unit.m_tile * kBlockM, unit.n_tile * kBlockN, unit.k.begin, first_b_row);
         int tile_in_segment = 0;
@@ -316,8 +324,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
     float d[kSlabs][kBlockN / 2];
     uint32_t e_sets[2][kSlabs][2] = {};  // two sets: the MMAs in flight may still read one while the other is loaded
-    for (int index = first_unit, turn = 0; index < schedule.units; index += unit_step, ++turn) {
-      const WorkUnit unit = schedule.unit(index, cta_rank, gather);
+    int turn = 0;
+    for (int index = cluster_index(), position = 0; index < schedule.units;
+         schedule.advance<kSharesTiles>(index, position, clusters), ++turn) {
+      const WorkUnit unit = schedule.unit<kSharesTiles>(index, position, cta_rank, gather);
       if (kTurns > 1 && turn % kTurns != warpgroup) {  // the other's: what is loaded for it passes by
         a_ring.advance(blocks_of(unit.k, gather));
         b_ring.advance(unit.k.end - unit.k.begin);
@@ -386,7 +396,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         consume_block.template operator()<0>();
         consume_block.template operator()<1>();
       }
-      if (kTurns > 1 && index + unit_step < schedule.units)
+      if (kTurns > 1 && index + clusters < schedule.units)
         barrier_arrive(1 + (warpgroup + 1) % kTurns, 128 * kConsumers);
       wgmma_wait_group<0>();
 #pragma unroll
@@ -400,6 +410,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
             for (float& value : d[s]) value = 0.0f;
         }
+      }
+
+      if constexpr (kSharesTiles) {
+        const int thread = (warpgroup * 4 + warp) * 32 + lane;  // threadIdx.x, which need not be kept until here
+        const Sharing sharing = schedule.sharing(index, position);
+        if (sharing.pieces == kHelps) {
+          PieceOfThread<Config>(problem, sharing.slot, cta_rank, thread).store(d, lane);
+          continue;
+        }
+#pragma unroll 1
+        for (int piece = 0; piece < sharing.pieces; ++piece)
+          PieceOfThread<Config>(problem, sharing.slot + piece, cta_rank, thread).add_to(d);
       }
 
       const int column = unit.n_tile * kBlockN;

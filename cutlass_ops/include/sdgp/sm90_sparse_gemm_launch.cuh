@@ -59,7 +59,7 @@ struct Target {
   void* out;
   void* workspace;
   bool is_float, accumulate;
-  int splits, group_n, cluster_size, sm_count;
+  int splits, owned_blocks, group_n, cluster_size, sm_count;
   cudaStream_t stream;
 
   template <typename Arguments>
@@ -69,6 +69,7 @@ struct Target {
         is_float(arguments.out_is_float != 0),
         accumulate(arguments.accumulate != 0),
         splits(arguments.splits),
+        owned_blocks(arguments.owned_blocks),
         group_n(arguments.group_n),
         cluster_size(arguments.cluster_size),
         sm_count(arguments.sm_count),
@@ -78,10 +79,11 @@ struct Target {
   bool fits(int k_tiles) const { return splits >= 1 && splits <= (k_tiles + kBlockTiles - 1) / kBlockTiles; }
 };
 
-// The product has `parts` parts of `m` rows and `columns` columns; the output is [rows, row_length].
+// The product has `parts` parts of `m` rows, `columns` columns and `k_tiles`, where all have the same; the output is
+// [rows, row_length].
 template <typename Config>
 int launch(const TensorMaps& maps, const typename Config::Gather& gather, const Target& target, int64_t m,
-           int64_t columns, int parts, int64_t rows, int64_t row_length) {
+           int64_t columns, int k_tiles, int parts, int64_t rows, int64_t row_length) {
   // The kernel counts in 32 bits, rows and columns in whole tiles.
   const int rows_per_unit = Config::kBlockM * target.cluster_size;
   const int64_t m_units = (m + rows_per_unit - 1) / rows_per_unit;
@@ -94,22 +96,37 @@ int launch(const TensorMaps& maps, const typename Config::Gather& gather, const 
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
   if (attribute != cudaSuccess) return attribute;
 
+  const int clusters = target.sm_count / target.cluster_size;
+  Schedule schedule(static_cast<int>(m_units), static_cast<int>(n_tiles), parts, target.group_n, target.cluster_size);
+  float* pieces = nullptr;
+  uint32_t* piece_flags = nullptr;
+  if (target.owned_blocks > 0) {
+    if (!Config::kSharesTiles || parts != 1 || !schedule.share_last_round(clusters, k_tiles, target.owned_blocks))
+      return cudaErrorInvalidValue;
+    const int64_t ctas = int64_t{clusters} * target.cluster_size;
+    pieces = static_cast<float*>(target.workspace);
+    piece_flags = reinterpret_cast<uint32_t*>(pieces + ctas * Config::kBlockM * Config::kBlockN);
+    const cudaError_t cleared =
+        cudaMemsetAsync(piece_flags, 0, ctas * (4 * kConsumers * sizeof(uint32_t)), target.stream);
+    if (cleared != cudaSuccess) return cleared;
+  }
+
   const bool split = target.splits > 1;
-  const Problem problem{
-      Schedule(static_cast<int>(m_units), static_cast<int>(n_tiles), parts, target.group_n, target.cluster_size),
-      static_cast<int>(rows),
-      static_cast<int>(row_length),
-      split ? target.workspace : target.out,
-      split             ? Output::kPartial
-      : target.is_float ? Output::kFloat
-                        : Output::kElement,
-      !split && target.accumulate};
+  const Problem problem{schedule,
+                        static_cast<int>(rows),
+                        static_cast<int>(row_length),
+                        split ? target.workspace : target.out,
+                        split             ? Output::kPartial
+                        : target.is_float ? Output::kFloat
+                                          : Output::kElement,
+                        !split && target.accumulate,
+                        pieces,
+                        piece_flags};
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(target.cluster_size), 1, 1};
   cudaLaunchConfig_t launch{};
-  launch.gridDim = static_cast<unsigned>(std::min<int64_t>(units, target.sm_count / target.cluster_size)) *
-                   static_cast<unsigned>(target.cluster_size);
+  launch.gridDim = static_cast<unsigned>(std::min(schedule.units, clusters) * target.cluster_size);
   launch.blockDim = Config::kThreads;
   launch.dynamicSmemBytes = Config::kSharedBytes;
   launch.stream = target.stream;
@@ -135,7 +152,7 @@ int launch_sparse_gemm(const SdgpSparseGemm& gemm) {
                        kStageK / gemm.cluster_size, kSwizzleElements, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error != 0) return error;
   return launch<Config>(maps, MatrixGather{gemm.m, gemm.n, SplitRange(k_tiles, target.splits)}, target, gemm.m, gemm.n,
-                        target.splits, gemm.m, gemm.n);
+                        k_tiles, target.splits, gemm.m, gemm.n);
 }
 
 }  // namespace sdgp::sm90

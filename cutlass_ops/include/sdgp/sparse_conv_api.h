@@ -15,11 +15,11 @@ struct SdgpSparseConv {
   const void* metadata;
   const void* b;    // dgrad: the filter; wgrad: x
   void* out;        // dgrad: dx, 16-bit; wgrad: dw [c_out, r, s, c_in], 16-bit or float32 where out_is_float
-  void* workspace;  // float32 [splits, c_out, r, s, c_in] where splits > 1 (wgrad only)
+  void* workspace;  // as SdgpSparseGemm's, for partials [c_out, r, s, c_in]; wgrad only
   int32_t n, h, w, c_in, p, q, c_out, r, s;
   int32_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int32_t padded_k;
-  int32_t splits, group_n, cluster_size, sm_count;
+  int32_t splits, owned_blocks, group_n, cluster_size, sm_count;
   int32_t out_is_float, accumulate;
   void* stream;
 };

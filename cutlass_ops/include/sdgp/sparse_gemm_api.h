@@ -13,10 +13,13 @@ struct SdgpSparseGemm {
   const void* metadata;
   const void* b;
   void* out;        // 16-bit like the operands, or float32 where out_is_float
-  void* workspace;  // float32 [splits, m, n] where splits > 1
+  // float32 [splits, m, n] where splits > 1; where owned_blocks > 0, a float32 tile for each CTA that runs at a time
+  // (sm_count, rounded down to whole clusters) and behind those 8 uint32 for each
+  void* workspace;
   int32_t m, n, k;
   int32_t padded_k;      // length of k in values and metadata: the stored rows hold padded_k / 2 and padded_k / 16
   int32_t splits;        // 1 .. ceil(k / 128) parts of the k range, added up afterwards in a fixed order
+  int32_t owned_blocks;  // of 128 k, by the owner of a unit in the last round, shared (sm90_schedule.cuh); 0: not shared
   int32_t group_n;       // tile columns that run together, for reuse in L2
   int32_t cluster_size;  // 1 or 2; Hopper only
   int32_t sm_count;
