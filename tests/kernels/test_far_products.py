@@ -41,7 +41,7 @@ Block = tuple[int, int, int]
 class Simulator(SimulatorEngine):
     """As many multiprocessors as tiles, so that a persistent block has one of them, and its index says which."""
 
-    SM_COUNT = 1 << 28
+    sm_count = 1 << 28
 
     def __init__(self, arch: str) -> None:
         from tests.ptxsim.engine import SimEngine
