@@ -57,8 +57,13 @@ def rank(
 ) -> tuple[Tiling, ...]:
     """The tilings that run this product on this GPU, best predicted first. family: default the one that fits."""
     m, n, k = _product_size(geometry, product)
-    gathering = isinstance(geometry, Conv2dGeometry) and not _is_pointwise(geometry)
-    return rank_tilings(family or _family(geometry, device), product, m, n, k, device.multiprocessors, gathering)
+    gathering, shares = False, True
+    if isinstance(geometry, Conv2dGeometry) and not _is_pointwise(geometry):
+        gathering = True
+        # A strided dgrad is several products; and blocks of k begin anew with each tap.
+        shares = product == "wgrad" or (geometry.stride == (1, 1) and geometry.out_channels % tiles.TILE_K == 0)
+    family = family or _family(geometry, device)
+    return rank_tilings(family, product, m, n, k, device.multiprocessors, gathering, shares)
 
 
 def _product_size(geometry: Geometry, product: Product) -> tuple[int, int, int]:

@@ -122,28 +122,27 @@ class Tiling(NamedTuple):
     owned_steps: int = 0  # of TILE_K, by the owner of a tile of the last round, the rest by others; 0: none is shared
 
 
-def choose_tiling(
-    family: Family, product: Product, m: int, n: int, k: int, multiprocessors: int, gathering: bool = False
-) -> Tiling:
-    """The tiling of [m, k] x [k, n] with the least predicted time: the first of `rank_tilings`.
-
-    For SM90 within 4 % of the fastest tile of a search at 50 products of transformers on an H200 (bench/results/
-    gemm-NVIDIA_H200.json), within 13 % at 24 of 1x1 convolutions, 1 % on average.
-    """
-    return rank_tilings(family, product, m, n, k, multiprocessors, gathering)[0]
-
-
 @functools.lru_cache(maxsize=1 << 14)
 def rank_tilings(
-    family: Family, product: Product, m: int, n: int, k: int, multiprocessors: int, gathering: bool = False
+    family: Family,
+    product: Product,
+    m: int,
+    n: int,
+    k: int,
+    multiprocessors: int,
+    gathering: bool = False,
+    shares: bool = True,
 ) -> tuple[Tiling, ...]:
     """For each tile and cluster its best number of splits at [m, k] x [k, n], and where a last round can be shared that
-    too; least predicted time first.
+    too; least predicted time first, which is the default of a product.
+
+    For SM90 and unshared that is within 4 % of the fastest tile of a search at 50 products of transformers on an H200
+    (bench/results/gemm-NVIDIA_H200.json), within 13 % at 24 of 1x1 convolutions, 1 % on average.
 
     Each round of thread blocks takes as long as one tile, a last one that leaves multiprocessors idle a little less;
     splitting the reduction of a wgrad fills it, and costs writing and reading the partial results. Sharing fills it as
     well (cutlass_ops/include/sdgp/sm90_schedule.cuh), at the price of a partial result for each shared piece only.
-    gathering: the product is a convolution's.
+    gathering: the product is a convolution's. shares: whether k can be cut for sharing, at multiples of TILE_K.
     """
     steps = -(-k // TILE_K)
     tiles = family.dgrad if product == "dgrad" else family.gathering if gathering else family.wgrad
@@ -167,7 +166,7 @@ def rank_tilings(
         filling = (min(max(multiprocessors * count // blocks, 1), steps) for count in rounds)
         splits = min(sorted({1, *filling}), key=cost)
         yield cost(splits), tiling._replace(splits=splits)
-        if family.shares_tiles and product == "wgrad" and not tile.pingpong:
+        if shares and family.shares_tiles and not tile.pingpong:
             for time, owned in _shared(units, multiprocessors // tile.cluster, steps, step_time, family.store_steps):
                 yield step_work * time, tiling._replace(owned_steps=owned)
 

@@ -317,7 +317,8 @@ def sparse_matrix(rows: int, columns: int, axis: int, dtype: torch.dtype) -> Ten
 
 def workspace_bytes(name: str, launch: Mapping[str, Any], out: int, sm_count: int) -> int:
     """Of a launch of this instance with these arguments, `out` elements in its result."""
-    tiling = Tiling("", name.split("_")[-1], launch["cluster_size"], launch["splits"], 1, launch["owned_blocks"])
+    tile = next(part for part in name.split("_") if "x" in part)
+    tiling = Tiling("", tile, launch["cluster_size"], launch["splits"], 1, launch["owned_blocks"])
     if tiling.owned_steps:
         return shared_workspace(tiling, sm_count)
     return 4 * tiling.splits * out if tiling.splits > 1 else 0
@@ -409,13 +410,6 @@ def check_non_finite_row(engine: Engine, instance: str, value: float) -> None:
     assert finite.sum() == case.m - 1
 
 
-def check_refused(engine: Engine, case: GemmCase) -> None:
-    """The launch fails."""
-    dy, _, b = gemm_operands(case)
-    with pytest.raises(RuntimeError):
-        run_gemm(engine, case, dy, b)
-
-
 def out_size(case: ConvCase) -> tuple[int, int]:
     """Height and width of y."""
     (_, _, h, w), (_, r, s) = case.x, case.filter
@@ -432,6 +426,14 @@ def conv_gradient(case: ConvCase, x: Tensor, weight: Tensor, dy: Tensor) -> Tens
     return torch.nn.grad.conv2d_weight(x, weight.shape, dy, *window).permute(0, 2, 3, 1)
 
 
+def conv_operands(case: ConvCase) -> tuple[Tensor, Tensor, Tensor]:
+    """X, the filter and dY [N P Q, C_out]."""
+    (batch, c_in, _, _), (c_out, r, s), (p, q) = case.x, case.filter, out_size(case)
+    dtype = dtype_of(case)
+    dy = sparse_matrix(batch * p * q, c_out, 1 if is_dgrad(case) else 0, dtype)
+    return torch.randn(case.x).to(dtype), torch.randn(c_out, c_in, r, s).to(dtype), dy
+
+
 def run_conv(engine: Engine, case: ConvCase, dy: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """dX or dW, channels last, from dY [N P Q, C_out] and the filter or x, and what the output held before."""
     (batch, c_in, h, w), (c_out, r, s) = case.x, case.filter
@@ -446,12 +448,16 @@ def run_conv(engine: Engine, case: ConvCase, dy: Tensor, b: Tensor) -> tuple[Ten
 
 def check_conv(engine: Engine, case: ConvCase) -> None:
     """Run a convolution gradient on fresh operands and compare it with float64."""
-    (batch, c_in, _, _), (c_out, r, s) = case.x, case.filter
-    p, q = out_size(case)
-    x, weight = torch.randn(case.x).to(dtype_of(case)), torch.randn(c_out, c_in, r, s).to(dtype_of(case))
-    dy = sparse_matrix(batch * p * q, c_out, 1 if is_dgrad(case) else 0, dtype_of(case))
+    (batch, _, _, _), (c_out, r, s), (p, q) = case.x, case.filter, out_size(case)
+    x, weight, dy = conv_operands(case)
     out, before = run_conv(engine, case, dy, weight if is_dgrad(case) else x)
     tensors = [t.double() for t in (x, weight, dy.view(batch, p, q, c_out).permute(0, 3, 1, 2))]
     exact, magnitude = conv_gradient(case, *tensors), conv_gradient(case, *(t.abs() for t in tensors))
     terms = c_out * r * s if is_dgrad(case) else batch * p * q
     assert_close(out, exact + before.double(), magnitude + before.double().abs(), terms)
+
+
+def check_refused(engine: Engine, case: Case) -> None:
+    """The launch fails."""
+    with pytest.raises(RuntimeError, match=r"status|invalid"):
+        check_gemm(engine, case) if isinstance(case, GemmCase) else check_conv(engine, case)

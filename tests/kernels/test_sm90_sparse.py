@@ -13,6 +13,7 @@ import torch
 import cutlass_ops
 from cutlass_ops import build_kernels
 from tests.kernels.products import (
+    Case,
     ConvCase,
     Engine,
     GemmCase,
@@ -62,6 +63,8 @@ SHARED_CASES = [
     GemmCase("sm90_wgrad_f16_128x256", 600, 200, 700, owned_blocks=3, cluster_size=2),
     GemmCase("sm90_wgrad_f16_128x256", 8, 8, 1100, owned_blocks=1, float_out=True),  # a helper each for k of 384, ..
     GemmCase("sm90_wgrad_bf16_128x192", 130, 504, 515, owned_blocks=2, accumulate=True),
+    GemmCase("sm90_dgrad_bf16_128x256", 700, 200, 1100, owned_blocks=6, cluster_size=2),
+    GemmCase("sm90_dgrad_f16_256x128", 300, 328, 700, owned_blocks=2, accumulate=True),
 ]
 
 
@@ -77,6 +80,8 @@ CONV_CASES = [
     ConvCase("sm90_conv_dgrad_bf16_256x64_pingpong", (5, 64, 17, 16), (72, 3, 3)),
     ConvCase("sm90_conv_dgrad_bf16_256x64_pingpong", (9, 72, 15, 13), (200, 3, 5), (2, 2), (1, 2), cluster_size=2),
     ConvCase("sm90_conv_dgrad_bf16_256x64_pingpong", (2, 64, 12, 13), (136, 3, 3), (2, 3), (2, 3), (3, 2)),
+    ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 72, 9, 7), (128, 3, 2), (1, 1), (1, 0), (1, 2), owned_blocks=2),
+    ConvCase("sm90_conv_dgrad_f16_256x128", (7, 264, 9, 7), (256, 3, 3), owned_blocks=11, cluster_size=2),
     ConvCase("sm90_conv_wgrad_bf16_64x192_pingpong", (2, 64, 12, 13), (64, 3, 3), splits=3, accumulate=True),
     ConvCase("sm90_conv_wgrad_bf16_128x256", (2, 24, 9, 8), (131, 3, 3), splits=2),
     ConvCase("sm90_conv_wgrad_bf16_128x256", (2, 72, 9, 8), (136, 3, 3), splits=2, cluster_size=2),
@@ -135,10 +140,12 @@ def test_more_parts_than_blocks_of_k_are_refused(engine: Engine) -> None:
     "case",
     [GemmCase("sm90_wgrad_bf16_256x128", 8, 8, 300, owned_blocks=3),  # nothing left
      GemmCase("sm90_wgrad_bf16_256x128", 8, 8, 300, owned_blocks=1, splits=2),
-     GemmCase("sm90_dgrad_bf16_128x256", 8, 8, 300, owned_blocks=1)],
+     GemmCase("sm90_wgrad_f16_64x256_pingpong", 8, 8, 300, owned_blocks=1),
+     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 72, 7, 7), (64, 3, 3), owned_blocks=1),  # blocks end within a tap
+     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 64, 9, 8), (128, 3, 3), stride=(2, 2), owned_blocks=1)],
     ids=str,
 )  # fmt: skip
-def test_products_that_cannot_be_shared_are_refused(engine: Engine, case: GemmCase) -> None:
+def test_products_that_cannot_be_shared_are_refused(engine: Engine, case: Case) -> None:
     check_refused(engine, case)
 
 

@@ -93,8 +93,10 @@ struct MatrixGather {
 
   __device__ __forceinline__ KRange k_range(int part) const { return split(part); }
 
-  // A block of A holds two k tiles, counted from the start of a segment of k.
+  // A block of A holds two k tiles, counted from the start of a segment of k. A range of k begins with a segment, or,
+  // where clusters share a tile, anywhere with a block: `in_segment` says how many k tiles of the segment are before.
   __device__ __forceinline__ int segment_tiles() const { return INT_MAX; }
+  __device__ __forceinline__ int in_segment(int) const { return 0; }
   __device__ __forceinline__ int64_t out_row(int row, int) const { return row < m ? row : -1; }
   __device__ __forceinline__ ColumnRun out_columns(int column) const { return {column, n - column}; }
 
@@ -175,7 +177,7 @@ struct DgradGather {
   static constexpr bool kHasEmptyParts = true;  // a stride beyond the filter's reach leaves pixels without a tap
   PixelGrid grid;                               // rows of a part, over dY
   int pixels, n;                                // rows of a part, columns of D
-  int tiles_per_tap;                            // k tiles of one tap: C_out / 64 rounded up
+  FastDivision by_tap;                          // k tiles of one tap: C_out / 64 rounded up
   int taps_w;                                   // of the whole filter, in a row
   DgradAxis vertical, horizontal;
   uint8_t parts[kMaxStride * kMaxStride];  // vertical residue * kMaxStride + horizontal one, longest k range first
@@ -187,9 +189,12 @@ struct DgradGather {
     return horizontal.residues[parts[part] % kMaxStride];
   }
   __device__ __forceinline__ KRange k_range(int part) const {
-    return {0, row_residue(part).taps * column_residue(part).taps * tiles_per_tap};
+    return {0, row_residue(part).taps * column_residue(part).taps * by_tap.divisor};
   }
-  __device__ __forceinline__ int segment_tiles() const { return tiles_per_tap; }
+  __device__ __forceinline__ int segment_tiles() const { return by_tap.divisor; }
+  __device__ __forceinline__ int in_segment(int k_tile) const {
+    return k_tile - by_tap.quotient(k_tile) * by_tap.divisor;
+  }
   __device__ __forceinline__ int64_t out_row(int row, int part) const {
     if (row >= pixels) return -1;
     if (vertical.stride == 1 && horizontal.stride == 1) return row;
@@ -210,9 +215,8 @@ struct DgradGather {
     const Residue columns;
     int column, first_b_row, channel, u, tap, offset_h, offset_w;
 
-    // The k range starts at the first tap: a part is not split along k.
     __device__ __forceinline__ Producer(const DgradGather& gather, const TensorMaps& maps, int part, int row,
-                                        int column, int, int first_b_row)
+                                        int column, int k_tile, int first_b_row)
         : gather(gather),
           maps(maps),
           start(pixel_start(gather.grid, row)),
@@ -225,10 +229,17 @@ struct DgradGather {
       tap = rows.first_tap * gather.taps_w + columns.first_tap;
       offset_h = rows.last_offset;
       offset_w = columns.last_offset;
+      if (k_tile == 0) return;
+      const int met = gather.by_tap.quotient(k_tile), t = met / columns.taps;
+      u = met - t * columns.taps;
+      channel = (k_tile - met * gather.by_tap.divisor) * kStageK;
+      tap += t * gather.vertical.tap_step * gather.taps_w + u * gather.horizontal.tap_step;
+      offset_h -= t * gather.vertical.offset_step;
+      offset_w -= u * gather.horizontal.offset_step;
     }
     __device__ __forceinline__ void advance() {
       channel += kStageK;
-      if (channel < gather.tiles_per_tap * kStageK) return;
+      if (channel < gather.by_tap.divisor * kStageK) return;
       channel = 0;
       tap += gather.horizontal.tap_step;
       offset_w -= gather.horizontal.offset_step;
@@ -262,6 +273,7 @@ struct WgradGather {
 
   __device__ __forceinline__ KRange k_range(int part) const { return split(part); }
   __device__ __forceinline__ int segment_tiles() const { return INT_MAX; }
+  __device__ __forceinline__ int in_segment(int) const { return 0; }
   __device__ __forceinline__ int64_t out_row(int row, int) const { return row < m ? row : -1; }
   __device__ __forceinline__ ColumnRun out_columns(int column) const {
     const int block = column / kSwizzleElements, tap = block / blocks_per_tap;

@@ -97,7 +97,8 @@ int launch_sparse_dgrad(const SdgpSparseConv& conv) {
                  1};
   gather.pixels = conv.n * gather.grid.height * gather.grid.width;
   gather.n = conv.c_in;
-  gather.tiles_per_tap = (conv.c_out + kStageK - 1) / kStageK;
+  const int tiles_per_tap = (conv.c_out + kStageK - 1) / kStageK;
+  gather.by_tap = FastDivision(tiles_per_tap);
   gather.taps_w = conv.s;
 
   // What lasts longest starts first. Pixels without a tap get a zero gradient, which changes no sum.
@@ -124,7 +125,9 @@ int launch_sparse_dgrad(const SdgpSparseConv& conv) {
                        gather.grid, kBlockK / 16, Config::kBlockM, CU_TENSOR_MAP_SWIZZLE_NONE);
   if (error == 0) error = filter_map<Config>(maps.b, conv);
   if (error != 0) return error;
-  return launch<Config>(maps, gather, Target(conv), gather.pixels, conv.c_in, 0, parts, pixels, conv.c_in);
+  // The k tiles of the one part, which clusters may share where blocks of A do not end within a tap.
+  const int k_tiles = parts == 1 && tiles_per_tap % kBlockTiles == 0 ? taps(gather.parts[0]) * tiles_per_tap : 0;
+  return launch<Config>(maps, gather, Target(conv), gather.pixels, conv.c_in, k_tiles, parts, pixels, conv.c_in);
 }
 
 template <typename Config>

@@ -58,8 +58,7 @@ struct TileConfig {
   static constexpr int kTileConsumers = static_cast<int>(kConsumersOfTile);
   static constexpr int kSlabs = kBlockM / kSlabM / kTileConsumers;  // per consumer warpgroup
   static constexpr int kThreads = 128 * (kConsumers + 1);
-  // A unit can be shared by clusters: of wgrads, which are few tiles of a long k.
-  static constexpr bool kSharesTiles = kMajorA == Major::MN && kTileConsumers == kConsumers;
+  static constexpr bool kSharesTiles = kTileConsumers == kConsumers;  // between clusters: sm90_schedule.cuh
   // Together the 168 per thread of the launch bound.
   static constexpr int kProducerRegisters = Gather::kProducerRegisters;
   static constexpr int kConsumerRegisters = (3 * 168 - kProducerRegisters) / kConsumers;
@@ -285,7 +284,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         const WorkUnit unit = schedule.unit<kSharesTiles>(index, position, cta_rank, gather);
         typename Config::Gather::template Producer<kMajorA, kBlockM, kColumnBlocks> producer(
             gather, maps, unit.part, unit.m_tile * kBlockM, unit.n_tile * kBlockN, unit.k.begin, first_b_row);
-        int tile_in_segment = 0;
+        int tile_in_segment = kSharesTiles ? gather.in_segment(unit.k.begin) : 0;
 #pragma unroll 1
         for (int k_tile = unit.k.begin; k_tile < unit.k.end; ++k_tile, producer.advance()) {
           if (tile_in_segment % kBlockTiles == 0) {
@@ -381,6 +380,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       };
 
       int k_tile = unit.k.begin, left_in_segment = segment_tiles;
+      if constexpr (kSharesTiles) left_in_segment -= gather.in_segment(k_tile);
       const auto consume_block = [&]<int kSet>() {
         if (k_tile >= unit.k.end) return;
         consume_stage.template operator()<kSet, 0>(k_tile > unit.k.begin);

@@ -79,8 +79,8 @@ struct Target {
   bool fits(int k_tiles) const { return splits >= 1 && splits <= (k_tiles + kBlockTiles - 1) / kBlockTiles; }
 };
 
-// The product has `parts` parts of `m` rows, `columns` columns and `k_tiles`, where all have the same; the output is
-// [rows, row_length].
+// The product has `parts` parts of `m` rows, `columns` columns and `k_tiles` (of which clusters may share some; 0: not);
+// the output is [rows, row_length].
 template <typename Config>
 int launch(const TensorMaps& maps, const typename Config::Gather& gather, const Target& target, int64_t m,
            int64_t columns, int k_tiles, int parts, int64_t rows, int64_t row_length) {
