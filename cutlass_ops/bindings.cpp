@@ -46,10 +46,10 @@ PYBIND11_MODULE(_C, module) {
                             "Prune dY [t, c] and compress it along both axes; SdgpPruneCompress in "
                             "prune_compress_api.h. dgrad_k, wgrad_k: 0 where that operand is not wanted.")
       .def(py::init<const std::string&, int64_t, int64_t, const std::string&, int64_t, int64_t, int64_t, int64_t,
-                    int64_t, int64_t, float, std::optional<int64_t>, const std::string&, bool>(),
+                    int64_t, int64_t, int64_t, float, std::optional<int64_t>, const std::string&, bool>(),
            py::kw_only(), py::arg("function"), py::arg("n"), py::arg("m"), py::arg("dtype"), py::arg("t"), py::arg("c"),
-           py::arg("row_stride"), py::arg("dgrad_k") = 0, py::arg("wgrad_k") = 0, py::arg("wgrad_pitch") = 0,
-           py::arg("eps") = 0.0f, py::arg("positions_per_sample") = py::none(),
+           py::arg("row_stride"), py::arg("dgrad_k") = 0, py::arg("dgrad_words") = 0, py::arg("wgrad_k") = 0,
+           py::arg("wgrad_pitch") = 0, py::arg("eps") = 0.0f, py::arg("positions_per_sample") = py::none(),
            py::arg("metadata_layout") = "row_major", py::arg("bias_is_float") = false)
       .def("__call__", &PruneCompress::operator(), py::arg("dy"), py::arg("dgrad_values") = 0,
            py::arg("dgrad_metadata") = 0, py::arg("wgrad_values") = 0, py::arg("wgrad_metadata") = 0,

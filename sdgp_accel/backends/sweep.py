@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdgp_accel.backends import CACHED_DECISIONS, Needs
-from sdgp_accel.backends.tiles import TILE_K
+from sdgp_accel.backends.tiles import STAGE_K, TILE_K
 from sdgp_accel.config import PruneSpec
 from sdgp_accel.geometry import Geometry
 from sdgp_accel.layer_plan import LayerPlan
@@ -23,7 +23,7 @@ from sdgp_accel.philox import Seed
 from sdgp_accel.semi_structured import SparseOperand
 
 DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
-CHUNK = 8  # 16-bit values in 16 bytes: the rows of wgrad's operand are padded to whole ones
+CHUNK = 8  # 16-bit values or words in 16 bytes: rows are padded to whole ones, as TMA wants them
 _ALIGNMENT = 128  # bytes, of what is read or written on its own: lines of the L2 cache; vectors need 16
 _UNIT = (1,)
 
@@ -31,21 +31,26 @@ _UNIT = (1,)
 class Storage(NamedTuple):
     """How an operand is stored: values first, the metadata `metadata_at` bytes behind their beginning.
 
-    axis, shape: of the `SparseOperand`. stored: rows and columns of the values; the metadata has an eighth of them
-    along `axis`. pitch: channels in a stored row of wgrad's, C padded to whole chunks.
+    axis, shape: of the `SparseOperand`. stored: rows and columns of the values. words: of the metadata, an eighth of
+    them along `axis`, and padded to whole chunks where that is along the rows.
     """
 
     axis: int
     shape: tuple[int, int]
     stored: tuple[int, int]
+    words: tuple[int, int]
     metadata_at: int
 
     @classmethod
     def of(cls, axis: int, t: int, c: int) -> Storage:
         """Of a gradient [T, C]: dgrad's (axis 1) or wgrad's (axis 0)."""
-        k = _padded(c if axis == 1 else t, TILE_K)
-        stored = (t, k // 2) if axis == 1 else (k // 2, _padded(c, CHUNK))
-        return cls(axis, (t, c), stored, 2 * math.prod(stored))
+        if axis == 1:  # to no more than a stage: narrow layers are short of bandwidth
+            k = _padded(c, STAGE_K)
+            stored, words = (t, k // 2), (t, _padded(k // 16, CHUNK))
+        else:
+            k, pitch = _padded(t, TILE_K), _padded(c, CHUNK)
+            stored, words = (k // 2, pitch), (k // 16, pitch)
+        return cls(axis, (t, c), stored, words, 2 * math.prod(stored))
 
     @property
     def k(self) -> int:
@@ -55,7 +60,7 @@ class Storage(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of values and metadata."""
-        return self.metadata_at + self.metadata_at // 8
+        return self.metadata_at + 2 * math.prod(self.words)
 
     @property
     def padded_nbytes(self) -> int:
@@ -77,11 +82,10 @@ class StoredOperand(NamedTuple):
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """The memory of values and metadata, with all that pads them."""
-        (rows, columns), size = self.storage.stored, math.prod(self.storage.stored)
-        words = (rows, columns // 8) if self.storage.axis == 1 else (rows // 8, columns)
-        begin = self.at // 2
-        values, metadata = self.block[begin : begin + size], self.block[begin + size : begin + size + size // 8]
-        return values.view(rows, columns), metadata.view(torch.int16).view(words)
+        begin, end = self.at // 2, (self.at + self.storage.nbytes) // 2
+        between = begin + self.storage.metadata_at // 2
+        values, metadata = self.block[begin:between], self.block[between:end]
+        return values.view(self.storage.stored), metadata.view(torch.int16).view(self.storage.words)
 
     def unpack(self) -> SparseOperand:
         """The same memory as values and metadata."""
@@ -89,6 +93,8 @@ class StoredOperand(NamedTuple):
         if self.storage.axis == 0:  # without the channels that fill up the last chunk
             channels = self.storage.shape[1]
             values, metadata = values[:, :channels], metadata[:, :channels]
+        else:
+            metadata = metadata[:, : self.storage.k // 16]
         return SparseOperand(values, metadata, self.storage.axis, self.storage.shape)
 
     def decompress(self) -> Tensor:
@@ -240,7 +246,8 @@ def _sweep(
     rule = {"n": spec.n, "m": spec.m, "eps": spec.eps, "positions_per_sample": scope.positions_per_sample, **gradient}
     launch = kernels.PruneCompress(
         function=spec.function, **rule, bias_is_float=bias_is_float,
-        dgrad_k=dgrad.k if dgrad else 0, wgrad_k=wgrad.k if wgrad else 0, wgrad_pitch=wgrad.stored[1] if wgrad else 0,
+        dgrad_k=dgrad.k if dgrad else 0, dgrad_words=dgrad.words[1] if dgrad else 0,
+        wgrad_k=wgrad.k if wgrad else 0, wgrad_pitch=wgrad.stored[1] if wgrad else 0,
     )  # fmt: skip
     return Sweep(
         launch,

@@ -30,7 +30,8 @@ class Tile(NamedTuple):
 
 Costs = Mapping[Tile, float]
 
-TILE_K = 128  # reduction lengths are padded to it: one step of the Hopper kernels' main loop, two of the others'
+TILE_K = 128  # positions are padded to it: one step of the Hopper kernels' main loop, two of the others'
+STAGE_K = 64  # channels are padded to it: half a step, what a filter's tap is rounded up to
 # With few multiprocessors busy, those run faster: they have the power and the L2 cache to themselves (an H100).
 IDLE_GAIN = 0.25
 # Tile columns that run together: all where they are few, else groups of 8; 0 to 6 % faster than 4 or 16 on an H100.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import random
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,9 +147,10 @@ class SimulatedKernels:
         t, c, per_sample = shape["t"], shape["c"], shape["positions_per_sample"]
         scale = 4 * (t // per_sample * c if per_sample else 1)
         stored = (t * shape["dgrad_k"], (shape["wgrad_pitch"] or c) * shape["wgrad_k"])
+        words = t * shape["dgrad_words"]
         bias = c * (4 if shape["bias_is_float"] else 2)
         sizes = (
-            2 * ((t - 1) * shape["row_stride"] + c), stored[0], stored[0] // 8, stored[1], stored[1] // 8, bias,
+            2 * ((t - 1) * shape["row_stride"] + c), stored[0], 2 * words, stored[1], stored[1] // 8, bias,
             4 * c * self.bias_partial_rows(t, c), 16, 0, 0, 0, scale, scale,
         )  # fmt: skip
         return self._launcher(launch, sizes)
@@ -178,9 +180,10 @@ class SimulatedKernels:
         shape = dict(shape)
         assert shape.pop("sm_count") == self._engine.sm_count
         stored = rows * shape["padded_k"]
+        words = rows * -(-shape["padded_k"] // 128) * 8 if "dgrad" in name else stored // 16
         names = ("values", "metadata", "b", "out", "workspace")
         workspace = workspace_bytes(name, shape, out, self._engine.sm_count)
-        sizes = (stored, stored // 8, 2 * b, out * (4 if shape["out_is_float"] else 2), workspace)
+        sizes = (stored, 2 * words, 2 * b, out * (4 if shape["out_is_float"] else 2), workspace)
 
         def launch(*addresses: int) -> None:
             run(name.removeprefix("sdgp_"), **shape, **dict(zip(names, addresses[:5], strict=True)))
@@ -326,8 +329,11 @@ def workspace_bytes(name: str, launch: Mapping[str, Any], out: int, sm_count: in
 
 def arguments(engine: Engine, operand: SparseOperand, b: Tensor, out: Tensor, case: Case) -> dict[str, object]:
     size = workspace_bytes(case.instance, case._asdict(), out.numel(), engine.sm_count)
+    metadata = operand.metadata
+    if operand.axis == 1:  # in whole chunks of 16 bytes
+        metadata = torch.nn.functional.pad(metadata, (0, -metadata.shape[1] % 8), value=0x4444)
     return {
-        "values": engine.put(operand.values), "metadata": engine.put(operand.metadata), "b": engine.put(b), "out": out,
+        "values": engine.put(operand.values), "metadata": engine.put(metadata), "b": engine.put(b), "out": out,
         "workspace": engine.poisoned((size // 4,), torch.float32) if size else None,
         "padded_k": operand.values.shape[operand.axis] * 2, "splits": case.splits, "owned_blocks": case.owned_blocks,
         "cluster_size": case.cluster_size, "out_is_float": case.float_out, "accumulate": case.accumulate,
@@ -354,7 +360,7 @@ def assert_close(out: Tensor, exact: Tensor, magnitude: Tensor, k: int) -> None:
 def compressed(dy: Tensor, case: Case) -> SparseOperand:
     """dY [T, C], pruned along the axis of the case's pass, as that pass takes it: wgrad's rows in whole chunks."""
     if is_dgrad(case):
-        return compress_matrix(dy, 1, k_align=128)
+        return compress_matrix(dy, 1, k_align=random.choice((64, 128)))
     return compress_matrix(torch.nn.functional.pad(dy, (0, -dy.shape[1] % 8)), 0, k_align=128)
 
 

@@ -56,9 +56,11 @@ def new_seed():
 
 def run(
     engine, x, spec, seed, rank=0, positions_per_sample=1, k_align=16, dgrad=True, wgrad=True, bias=None,
-    layout="row_major", pitch=None,
+    layout="row_major", pitch=None, whole_words=False,
 ):  # fmt: skip
     """The kernel's outputs for the gradient x; wgrad's with rows of `pitch` channels, default those of x.
+
+    whole_words: dgrad's metadata in rows of whole chunks, what fills them up checked here.
 
     bias: dtype of the bias gradient, if it is wanted.
     """
@@ -77,7 +79,8 @@ def run(
     for axis, name, wanted in ((1, "dgrad", dgrad), (0, "wgrad", wgrad)):
         if wanted:
             k = -(-x.shape[axis] // k_align) * k_align
-            shapes = ((t, k // 2), (t, k // 16)) if axis == 1 else ((k // 2, pitch), (k // 16, pitch))
+            words = -(-k // 128) * 8 if whole_words else k // 16
+            shapes = ((t, k // 2), (t, words)) if axis == 1 else ((k // 2, pitch), (k // 16, pitch))
             values, metadata = engine.empty(*shapes[0], dtype=x.dtype), engine.empty(*shapes[1], dtype=torch.int16)
             if layout != "row_major":
                 padding = torch.full(shapes[1] if axis == 1 else shapes[1][::-1], 0x4444, dtype=torch.int16)
@@ -85,6 +88,8 @@ def run(
             operands[1 - axis] = SparseOperand(values, metadata, axis, (t, c if axis == 1 else pitch))
             arguments |= {f"{name}_values": values.data_ptr(), f"{name}_metadata": metadata.data_ptr()}
             lengths[f"{name}_k"] = k
+            if axis == 1:
+                lengths["dgrad_words"] = words
     keep = []
     if spec.scope != "group" and spec.function == "rescale_magnitude":
         samples = positions_per_sample if spec.scope == "sample_channel" else 0
@@ -108,7 +113,12 @@ def run(
     )  # fmt: skip
     with engine.launching():
         launch(**arguments)
-    return Outputs(*(o and SparseOperand(o.values.cpu(), o.metadata.cpu(), o.axis, o.shape) for o in operands), db)
+    operands = [o and SparseOperand(o.values.cpu(), o.metadata.cpu(), o.axis, o.shape) for o in operands]
+    if dgrad and whole_words:
+        words = operands[0].values.shape[1] // 8
+        assert (operands[0].metadata[:, words:] == 0x4444).all()
+        operands[0] = operands[0]._replace(metadata=operands[0].metadata[:, :words])
+    return Outputs(*operands, db)
 
 
 def assert_same(operand, x, spec, rng, positions_per_sample=1, k_align=16):
@@ -122,7 +132,8 @@ def assert_same(operand, x, spec, rng, positions_per_sample=1, k_align=16):
 
 def check(engine, x, spec, positions_per_sample=1, k_align=16, rank=3):
     seed = new_seed() if torch.rand(()) < 0.5 else tuple(new_seed().tolist())
-    outputs = run(engine, x, spec, seed, rank, positions_per_sample, k_align)
+    whole_words = bool(torch.rand(()) < 0.5)
+    outputs = run(engine, x, spec, seed, rank, positions_per_sample, k_align, whole_words=whole_words)
     for operand in outputs[:2]:
         assert_same(operand, x, spec, Rng(seed, rank, 1 - operand.axis), positions_per_sample, k_align)
 
@@ -264,10 +275,10 @@ ADDRESSES = dict.fromkeys(("dy", "dgrad_values", "dgrad_metadata", "seed"), 1 <<
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("dy", 0), ("dy", 1), ("t", -1), ("c", 0), ("row_stride", 7), ("row_stride", 1 << 62), ("dgrad_values", 2),
-     ("dgrad_metadata", 0), ("dgrad_k", 8), ("dgrad_k", 17), ("seed", 4), ("positions_per_sample", 4),
-     ("metadata_layout", "sm70"), ("n", 3), ("n", 1 << 40), ("m", 6), ("dtype", "f32"), ("function", "topk"),
-     ("function", "scope_scales"), ("function", "scaled_magnitude"), ("eps", -1.0), ("eps", float("nan")),
-     ("eps", 1e300)],
+     ("dgrad_metadata", 0), ("dgrad_k", 8), ("dgrad_k", 17), ("dgrad_words", 2), ("seed", 4),
+     ("positions_per_sample", 4), ("dgrad_words", 16), ("metadata_layout", "sm70"), ("n", 3), ("n", 1 << 40), ("m", 6),
+     ("dtype", "f32"), ("function", "topk"), ("function", "scope_scales"), ("function", "scaled_magnitude"),
+     ("eps", -1.0), ("eps", float("nan")), ("eps", 1e300)],
 )  # fmt: skip
 def test_bad_arguments_are_named(engine, argument, value):
     shape, addresses = (given | ({argument: value} if argument in given else {}) for given in (SHAPE, ADDRESSES))

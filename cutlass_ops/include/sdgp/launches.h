@@ -33,8 +33,9 @@ class PruneCompress {
  public:
   // positions_per_sample: of a scope wider than a group, 0 for one that is the whole tensor; none: the group.
   PruneCompress(const std::string& function, int64_t n, int64_t m, const std::string& dtype, int64_t t, int64_t c,
-                int64_t row_stride, int64_t dgrad_k, int64_t wgrad_k, int64_t wgrad_pitch, float eps,
-                std::optional<int64_t> positions_per_sample, const std::string& metadata_layout, bool bias_is_float)
+                int64_t row_stride, int64_t dgrad_k, int64_t dgrad_words, int64_t wgrad_k, int64_t wgrad_pitch,
+                float eps, std::optional<int64_t> positions_per_sample, const std::string& metadata_layout,
+                bool bias_is_float)
       : draws_(function == "random" || function == "mvue"), is_wide_(positions_per_sample.has_value()) {
     check_choice("function", function, {"magnitude", "random", "rescale_magnitude", "mvue"});
     check_matrix(t, c, row_stride);
@@ -47,6 +48,12 @@ class PruneCompress {
     if (dgrad_k != 0) {
       check_padded("dgrad_k", dgrad_k, c, kLayoutTiles[layout]);
       check_extent("t and dgrad_k", t, dgrad_k);
+    }
+    const int64_t words = dgrad_k / 16, whole = layout == SDGP_LAYOUT_ROW_MAJOR ? (words + 7) / 8 * 8 : words;
+    if (dgrad_words == 0) dgrad_words = words;
+    if (dgrad_words != words && dgrad_words != whole) {
+      throw std::invalid_argument("dgrad_words must be dgrad_k / 16 = " + std::to_string(words) +
+                                  ", or row-major that padded to a multiple of 8; got " + std::to_string(dgrad_words));
     }
     if (wgrad_pitch == 0) wgrad_pitch = c;
     if (wgrad_k != 0) {
@@ -69,6 +76,7 @@ class PruneCompress {
     problem_.c = c;
     problem_.row_stride = row_stride;
     problem_.dgrad_k = dgrad_k;
+    problem_.dgrad_words = dgrad_words;
     problem_.wgrad_k = wgrad_k;
     problem_.wgrad_pitch = wgrad_pitch;
     problem_.eps = eps;

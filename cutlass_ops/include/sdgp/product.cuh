@@ -20,6 +20,10 @@ enum class Output : int { kElement, kFloat, kPartial };
 // with zeros and legal metadata.
 __host__ __device__ inline int64_t operand_pitch(int64_t m) { return (m + 7) / 8 * 8; }
 
+// Metadata words from one row to the next of a dgrad operand whose rows of values are `padded_k` / 2 long: in whole
+// chunks of 16 bytes as well, the last one filled up with legal metadata.
+__host__ __device__ inline int64_t metadata_pitch(int64_t padded_k) { return (padded_k / 16 + 7) / 8 * 8; }
+
 // Metadata words outside the operand arrive in shared memory as 0, which is not legal; legal words are never 0.
 __device__ __forceinline__ uint32_t make_legal(uint32_t words) {
   if ((words & 0xffffu) == 0) words |= kLegalMetadata;

@@ -14,8 +14,9 @@ struct SdgpPruneCompress {
   const void* dy;  // 16-bit, row_stride elements from one position to the next, channels contiguous
   int64_t t, c, row_stride;
   void* dgrad_values;    // [t, dgrad_k / 2]
-  void* dgrad_metadata;  // 16-bit words [t, dgrad_k / 16]
+  void* dgrad_metadata;  // 16-bit words [t, dgrad_words], row-major
   int64_t dgrad_k;       // c padded to a multiple of 16 or more
+  int64_t dgrad_words;   // dgrad_k / 16, or that padded to a multiple of 8, 16 bytes: with legal metadata
   void* wgrad_values;    // [wgrad_k / 2, wgrad_pitch]
   void* wgrad_metadata;  // 16-bit words [wgrad_k / 16, wgrad_pitch], in a tiled layout of c rows
   int64_t wgrad_k;       // t padded to a multiple of 16 or more
@@ -38,7 +39,8 @@ struct SdgpPruneCompress {
   void* stream;
 };
 
-// Layouts of metadata, described in sdgp_accel/layouts.py. Tiled ones need dgrad_k and wgrad_k in whole tiles.
+// Layouts of metadata, described in sdgp_accel/layouts.py. Tiled ones need dgrad_k and wgrad_k in whole tiles, and
+// dgrad_words = dgrad_k / 16.
 enum { SDGP_LAYOUT_ROW_MAJOR, SDGP_LAYOUT_SM80, SDGP_LAYOUT_SM90_K32, SDGP_LAYOUT_SM90_K64, SDGP_LAYOUT_SM90_K128 };
 
 // The factors of rescale_magnitude for a scope wider than a group: sum |dy| / (sum |kept| + eps) per (sample, channel).

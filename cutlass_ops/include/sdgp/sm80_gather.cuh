@@ -58,9 +58,9 @@ __device__ __forceinline__ void copy_chunk(uint32_t target, const uint16_t* sour
 
 // ---- A ----------------------------------------
 
-// A with k contiguous: values [pixels, padded_k / 2], metadata [pixels, padded_k / 16]. Four threads copy the values of
-// a row, one of them its metadata. In shared memory: 64 bytes of values per row, chunk c of row r at c ^ (r / 2 % 4);
-// 8 bytes of metadata per row.
+// A with k contiguous: values [pixels, padded_k / 2], metadata [pixels, metadata_pitch(padded_k)]. Four threads copy
+// the values of a row, one of them its metadata. In shared memory: 64 bytes of values per row, chunk c of row r at c ^
+// (r / 2 % 4); 8 bytes of metadata per row.
 template <typename Tile>
 struct KMajorOperand {
   static constexpr int kRowStep = Tile::kThreads / 4;
@@ -68,12 +68,13 @@ struct KMajorOperand {
   static_assert(kRows >= 1 && kRows <= 4 && kRowStep % 8 == 0);
 
   const uint16_t *values, *metadata;
-  int padded_k;
+  int value_pitch, word_pitch;
 
   __device__ __forceinline__ KMajorOperand(const void* values, const void* metadata, int padded_k)
       : values(static_cast<const uint16_t*>(values) + threadIdx.x % 4 * kChunk),
         metadata(static_cast<const uint16_t*>(metadata)),
-        padded_k(padded_k) {}
+        value_pitch(padded_k / 2),
+        word_pitch(static_cast<int>(metadata_pitch(padded_k))) {}
 
   __device__ __forceinline__ static int row(int i) { return static_cast<int>(threadIdx.x) / 4 + i * kRowStep; }
 
@@ -86,9 +87,9 @@ struct KMajorOperand {
       const bool valid = pixels[i] >= 0;
       const int64_t pixel = valid ? pixels[i] : 0;
       cp_async<16>(value_tile + row(i) * kTileValues * 2 + swizzled * 16,
-                   values + pixel * (padded_k / 2) + k_tile * kTileValues, valid);
+                   values + pixel * value_pitch + k_tile * kTileValues, valid);
       if (chunk == i) {
-        cp_async<8>(metadata_tile + row(i) * kTileWords * 2, metadata + pixel * (padded_k / 16) + k_tile * kTileWords,
+        cp_async<8>(metadata_tile + row(i) * kTileWords * 2, metadata + pixel * word_pitch + k_tile * kTileWords,
                     valid);
       }
     }

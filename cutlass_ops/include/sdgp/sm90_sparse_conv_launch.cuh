@@ -116,7 +116,7 @@ int launch_sparse_dgrad(const SdgpSparseConv& conv) {
   std::stable_sort(gather.parts, gather.parts + parts, [&](uint8_t a, uint8_t b) { return taps(a) > taps(b); });
 
   constexpr auto kType = kTensorMapType<typename Config::Element>;
-  const int64_t values = conv.padded_k / 2, words = conv.padded_k / 16;
+  const int64_t values = conv.padded_k / 2, words = metadata_pitch(conv.padded_k);
   TensorMaps maps;
   int error = im2col_map(maps.values, kType, conv.values, conv.n, conv.p, conv.q, values, gather.grid, kBlockK / 2,
                          Config::kBlockM, CU_TENSOR_MAP_SWIZZLE_128B);

@@ -37,19 +37,19 @@ int matrix_operand_maps(TensorMaps& maps, const void* values, const void* metada
   constexpr auto kType = kTensorMapType<typename Config::Element>;
   constexpr auto kWords = CU_TENSOR_MAP_DATA_TYPE_UINT16;
   constexpr int kValues = kBlockK / 2, kMetadataWords = kBlockK / 16;
-  const int64_t stored_values = padded_k / 2, stored_words = padded_k / 16;
+  const int64_t stored_values = padded_k / 2;
   if constexpr (Config::kMajorA == Major::K) {
     const int error =
         matrix_map(maps.values, kType, values, m, stored_values, Config::kBlockM, kValues, CU_TENSOR_MAP_SWIZZLE_128B);
     return error != 0 ? error
-                      : matrix_map(maps.metadata, kWords, metadata, m, stored_words, Config::kBlockM, kMetadataWords,
-                                   CU_TENSOR_MAP_SWIZZLE_NONE);
+                      : matrix_map(maps.metadata, kWords, metadata, m, metadata_pitch(padded_k), Config::kBlockM,
+                                   kMetadataWords, CU_TENSOR_MAP_SWIZZLE_NONE);
   } else {
     const int64_t pitch = operand_pitch(m);
     const int error =
         matrix_map(maps.values, kType, values, stored_values, pitch, kValues, kSlabM, CU_TENSOR_MAP_SWIZZLE_128B);
     return error != 0 ? error
-                      : matrix_map(maps.metadata, kWords, metadata, stored_words, pitch, kMetadataWords, kSlabM,
+                      : matrix_map(maps.metadata, kWords, metadata, padded_k / 16, pitch, kMetadataWords, kSlabM,
                                    CU_TENSOR_MAP_SWIZZLE_128B);
   }
 }
@@ -79,8 +79,8 @@ struct Target {
   bool fits(int k_tiles) const { return splits >= 1 && splits <= (k_tiles + kBlockTiles - 1) / kBlockTiles; }
 };
 
-// The product has `parts` parts of `m` rows, `columns` columns and `k_tiles` (of which clusters may share some; 0: not);
-// the output is [rows, row_length].
+// The product has `parts` parts of `m` rows, `columns` columns and `k_tiles` (of which clusters may share some; 0:
+// not); the output is [rows, row_length].
 template <typename Config>
 int launch(const TensorMaps& maps, const typename Config::Gather& gather, const Target& target, int64_t m,
            int64_t columns, int k_tiles, int parts, int64_t rows, int64_t row_length) {

@@ -17,7 +17,8 @@ struct SdgpSparseGemm {
   // (sm_count, rounded down to whole clusters) and behind those 8 uint32 for each
   void* workspace;
   int32_t m, n, k;
-  int32_t padded_k;      // length of k in values and metadata: the stored rows hold padded_k / 2 and padded_k / 16
+  int32_t padded_k;      // length of k in the values; rows along k hold padded_k / 2 values and padded_k / 16 words of
+                         // metadata, padded to whole chunks of 8 words
   int32_t splits;        // 1 .. ceil(k / 128) parts of the k range, added up afterwards in a fixed order
   int32_t owned_blocks;  // of 128 k, by the owner of a unit in the last round, shared (sm90_schedule.cuh); 0: not shared
   int32_t group_n;       // tile columns that run together, for reuse in L2

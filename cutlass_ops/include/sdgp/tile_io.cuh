@@ -70,7 +70,7 @@ class DgradRows {
   __device__ __forceinline__ DgradRows(const SdgpPruneCompress& problem, int64_t row, int64_t channel)
       : problem_(problem),
         values_(static_cast<uint8_t*>(problem.dgrad_values) + row * problem.dgrad_k + channel),
-        metadata_(static_cast<uint8_t*>(problem.dgrad_metadata) + (row * problem.dgrad_k + channel) / 8),
+        metadata_(static_cast<uint8_t*>(problem.dgrad_metadata) + row * (2 * problem.dgrad_words) + channel / 8),
         row_(row),
         channel_(channel) {}
 
@@ -85,10 +85,23 @@ class DgradRows {
         *reinterpret_cast<uint16_t*>(metadata_of_row()) = static_cast<uint16_t>(metadata);
       }
     }
-    ++row_, values_ += problem_.dgrad_k, metadata_ += problem_.dgrad_k / 8;
+    advance();
+  }
+
+  // A row where there is nothing: legal metadata and, where the operand goes as far, zeros.
+  __device__ __forceinline__ void pad() {
+    if (row_ < problem_.t) {
+      if (channel_ < problem_.dgrad_k) *reinterpret_cast<uint2*>(values_) = {0, 0};
+      *metadata_of_row() = 0x44;
+    }
+    advance();
   }
 
  private:
+  __device__ __forceinline__ void advance() {
+    ++row_, values_ += problem_.dgrad_k, metadata_ += 2 * problem_.dgrad_words;
+  }
+
   __device__ __forceinline__ uint8_t* metadata_of_row() const {
     if (problem_.metadata_layout == SDGP_LAYOUT_ROW_MAJOR) return metadata_;
     return static_cast<uint8_t*>(problem_.dgrad_metadata) +
@@ -100,14 +113,14 @@ class DgradRows {
   int64_t row_, channel_;
 };
 
-// The dgrad operand from channel `first`, a multiple of 8, on: zeros with a legal nibble.
+// The dgrad operand from channel `first`, a multiple of 8, on.
 __device__ __forceinline__ void pad_dgrad(const SdgpPruneCompress& problem, const Cover& cover, const Place& place,
                                           int64_t first) {
   if (place.channel_block != cover.channel_blocks - 1) return;
-  for (int64_t channel = first + place.lane * kTileChannels; channel < problem.dgrad_k;
+  for (int64_t channel = first + place.lane * kTileChannels; channel < problem.dgrad_words * 16;
        channel += cover.lanes * kTileChannels) {
     DgradRows<kTileChannels> rows(problem, place.position, channel);
-    for (int r = 0; r < kTilePositions; ++r) rows.store({0, 0}, 0x44);
+    for (int r = 0; r < kTilePositions; ++r) rows.pad();
   }
 }
 
