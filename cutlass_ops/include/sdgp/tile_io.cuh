@@ -34,7 +34,7 @@ __device__ __forceinline__ void store_channels(uint16_t* row, int64_t channel, i
 // The thread's place in dY.
 struct Place {
   int lane, block_row, rows_per_block;
-  int64_t channel_block, position_block;
+  unsigned channel_block, position_block;
   int64_t channel, position;  // the first ones of its tile
 
   __device__ __forceinline__ explicit Place(const Cover& cover)
@@ -44,8 +44,8 @@ struct Place {
     const unsigned row_of_blocks = blockIdx.x / cover.channel_blocks;
     position_block = row_of_blocks;
     channel_block = blockIdx.x - row_of_blocks * cover.channel_blocks;
-    channel = (channel_block * cover.lanes + lane) * kTileChannels;
-    position = (position_block * rows_per_block + block_row) * kTilePositions;
+    channel = (int64_t{channel_block} * cover.lanes + lane) * kTileChannels;
+    position = (int64_t{position_block} * rows_per_block + block_row) * kTilePositions;
   }
 };
 
@@ -70,13 +70,14 @@ class DgradRows {
   __device__ __forceinline__ DgradRows(const SdgpPruneCompress& problem, int64_t row, int64_t channel)
       : problem_(problem),
         values_(static_cast<uint8_t*>(problem.dgrad_values) + row * problem.dgrad_k + channel),
-        metadata_(static_cast<uint8_t*>(problem.dgrad_metadata) + row * (2 * problem.dgrad_words) + channel / 8),
+        metadata_(static_cast<uint8_t*>(problem.dgrad_metadata) + (row * problem.dgrad_words * 16 + channel) / 8),
         row_(row),
-        channel_(channel) {}
+        channel_(channel),
+        rows_(static_cast<int>(min(problem.t - row, int64_t{kTilePositions}))) {}
 
   // values: two kept of each quad; metadata: 4 bits per quad. Rows beyond the last are not written.
   __device__ __forceinline__ void store(const uint32_t (&values)[kChannels / 4], uint32_t metadata) {
-    if (row_ < problem_.t) {
+    if (done_ < rows_) {
       if constexpr (kChannels == 8) {
         *reinterpret_cast<uint2*>(values_) = {values[0], values[1]};
         *metadata_of_row() = static_cast<uint8_t>(metadata);
@@ -90,7 +91,7 @@ class DgradRows {
 
   // A row where there is nothing: legal metadata and, where the operand goes as far, zeros.
   __device__ __forceinline__ void pad() {
-    if (row_ < problem_.t) {
+    if (done_ < rows_) {
       if (channel_ < problem_.dgrad_k) *reinterpret_cast<uint2*>(values_) = {0, 0};
       *metadata_of_row() = 0x44;
     }
@@ -99,18 +100,19 @@ class DgradRows {
 
  private:
   __device__ __forceinline__ void advance() {
-    ++row_, values_ += problem_.dgrad_k, metadata_ += 2 * problem_.dgrad_words;
+    ++done_, values_ += problem_.dgrad_k, metadata_ += 2 * problem_.dgrad_words;
   }
 
   __device__ __forceinline__ uint8_t* metadata_of_row() const {
     if (problem_.metadata_layout == SDGP_LAYOUT_ROW_MAJOR) return metadata_;
     return static_cast<uint8_t*>(problem_.dgrad_metadata) +
-           tiled_word(problem_.metadata_layout, row_, channel_ / 16, problem_.t) * 2 + channel_ / 8 % 2;
+           tiled_word(problem_.metadata_layout, row_ + done_, channel_ / 16, problem_.t) * 2 + channel_ / 8 % 2;
   }
 
   const SdgpPruneCompress& problem_;
   uint8_t *values_, *metadata_;  // of the current row; metadata in row-major order
-  int64_t row_, channel_;
+  int64_t row_, channel_;        // the first
+  int rows_, done_ = 0;
 };
 
 // The dgrad operand from channel `first`, a multiple of 8, on.
@@ -146,12 +148,12 @@ __device__ __forceinline__ void store_wgrad_metadata(const SdgpPruneCompress& pr
 __device__ __forceinline__ void store_bias_partials(const SdgpPruneCompress& problem, const Cover& cover,
                                                     const Place& place, const float (&bias)[kTileChannels],
                                                     float (&sums)[kBlockThreads][kTileChannels]) {
-  if (place.position_block * place.rows_per_block * kTilePositions >= problem.t) return;
+  if (int64_t{place.position_block} * place.rows_per_block * kTilePositions >= problem.t) return;
 #pragma unroll
   for (int e = 0; e < kTileChannels; ++e) sums[threadIdx.x][e] = bias[e];
   __syncthreads();
   for (int e = static_cast<int>(threadIdx.x); e < cover.lanes * kTileChannels; e += kBlockThreads) {
-    const int64_t target = place.channel_block * cover.lanes * kTileChannels + e;
+    const int64_t target = int64_t{place.channel_block} * cover.lanes * kTileChannels + e;
     if (target >= problem.c) continue;
     float sum = 0.0f;
     for (int r = 0; r < place.rows_per_block; ++r) sum += sums[r * cover.lanes + e / kTileChannels][e % kTileChannels];
