@@ -75,7 +75,7 @@ class Extension:
 
     launch = staticmethod("".format)  # a C function, as theirs are
 
-    PruneCompress = SparseGemm = SparseConv = bind
+    PruneCompress = SparseGemm = SparseConv = Backward = bind
 
     def bias_partial_rows(self, t: int, c: int) -> int:
         return 1

@@ -6,12 +6,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "sdgp/launches.h"
+#include "sdgp/backward_launch.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using sdgp::Backward;
+using sdgp::Product;
 using sdgp::PruneCompress;
 using sdgp::ScopeScales;
 using sdgp::SparseConv;
@@ -21,7 +23,7 @@ using sdgp::SparseGemm;
 template <typename Kind, typename... Sizes, typename... Arguments>
 void define_product(py::module_& module, const char* name, const char* doc, const Arguments&... sizes) {
   using Options = int64_t;
-  py::class_<Kind>(module, name, doc)
+  py::class_<Kind, Product, std::shared_ptr<Kind>>(module, name, doc)
       .def(py::init<const std::string&, Sizes..., Options, Options, Options, Options, Options, Options, bool, bool>(),
            py::arg("name"), py::kw_only(), sizes..., py::arg("padded_k"), py::arg("splits") = 1,
            py::arg("owned_blocks") = 0, py::arg("group_n") = 8, py::arg("cluster_size") = 2, py::arg("sm_count"),
@@ -42,9 +44,10 @@ PYBIND11_MODULE(_C, module) {
              "Rows of the workspace bias_partials, float32 [rows, c].");
   module.def("scope_workspace", &sdgp_scope_workspace, py::arg("t"), py::arg("c"), py::arg("positions_per_sample"),
              "Values of the workspace `sums` of ScopeScales, float64; it may be null where that is 0.");
-  py::class_<PruneCompress>(module, "PruneCompress",
-                            "Prune dY [t, c] and compress it along both axes; SdgpPruneCompress in "
-                            "prune_compress_api.h. dgrad_k, wgrad_k: 0 where that operand is not wanted.")
+  py::class_<PruneCompress, std::shared_ptr<PruneCompress>>(
+      module, "PruneCompress",
+      "Prune dY [t, c] and compress it along both axes; SdgpPruneCompress in "
+      "prune_compress_api.h. dgrad_k, wgrad_k: 0 where that operand is not wanted.")
       .def(py::init<const std::string&, int64_t, int64_t, const std::string&, int64_t, int64_t, int64_t, int64_t,
                     int64_t, int64_t, int64_t, float, std::optional<int64_t>, const std::string&, bool>(),
            py::kw_only(), py::arg("function"), py::arg("n"), py::arg("m"), py::arg("dtype"), py::arg("t"), py::arg("c"),
@@ -56,13 +59,14 @@ PYBIND11_MODULE(_C, module) {
            py::arg("bias") = 0, py::arg("bias_partials") = 0, py::arg("seed") = 0, py::arg("key") = 0,
            py::arg("offset") = 0, py::arg("rank") = 0, py::arg("dgrad_scale") = 0, py::arg("wgrad_scale") = 0,
            py::arg("stream") = 0);
-  py::class_<ScopeScales>(module, "ScopeScales",
-                          "The factors of rescale_magnitude over a scope wider than a group; SdgpScopeScales there.")
+  py::class_<ScopeScales, std::shared_ptr<ScopeScales>>(
+      module, "ScopeScales", "The factors of rescale_magnitude over a scope wider than a group; SdgpScopeScales there.")
       .def(py::init<int64_t, int64_t, const std::string&, int64_t, int64_t, int64_t, int64_t, float>(), py::kw_only(),
            py::arg("n"), py::arg("m"), py::arg("dtype"), py::arg("t"), py::arg("c"), py::arg("row_stride"),
            py::arg("positions_per_sample"), py::arg("eps"))
       .def("__call__", &ScopeScales::operator(), py::arg("dy"), py::arg("sums") = 0, py::arg("dgrad_scale") = 0,
            py::arg("wgrad_scale") = 0, py::arg("stream") = 0);
+  py::class_<Product, std::shared_ptr<Product>>(module, "Product", "A sparse product: SparseGemm or SparseConv.");
   define_product<SparseGemm, int64_t, int64_t, int64_t>(
       module, "SparseGemm", "The instance `name` of the sparse GEMM; SdgpSparseGemm in sparse_gemm_api.h.",
       py::arg("m"), py::arg("n"), py::arg("k"));
@@ -71,4 +75,14 @@ PYBIND11_MODULE(_C, module) {
       "The instance `name` of the sparse convolution; SdgpSparseConv in sparse_conv_api.h. shape: n, h, w, c_in, p, "
       "q, c_out, r, s; window: stride, padding, dilation, vertical first.",
       py::arg("shape"), py::arg("window"));
+  py::class_<Backward>(
+      module, "Backward",
+      "The launches of one layer's backward. All places are bytes from the beginning of one block. sweeps: "
+      "(PruneCompress, ScopeScales or None, (values, metadata) of dgrad or None, the same of wgrad, workspace, "
+      "dgrad_scale, wgrad_scale); dgrad, wgrad: (product, (values, metadata), workspace) or None.")
+      .def(py::init<std::vector<Backward::Sweep>, std::optional<Backward::Part>, std::optional<Backward::Part>>(),
+           py::arg("sweeps"), py::arg("dgrad"), py::arg("wgrad"))
+      .def("__call__", &Backward::operator(), py::arg("dy"), py::arg("block"), py::arg("bias") = 0, py::arg("seed") = 0,
+           py::arg("key") = 0, py::arg("offset") = 0, py::arg("rank") = 0, py::arg("weight") = 0, py::arg("dx") = 0,
+           py::arg("x") = 0, py::arg("dw") = 0, py::arg("stream") = 0);
 }

@@ -4,18 +4,31 @@ the shape alone is worked out at the first call, and what is left is allocations
 
 from __future__ import annotations
 
-import functools
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import cutlass_ops
 from sdgp_accel.backends import Call, Decision, Gradients, Needs, gpu
-from sdgp_accel.backends.products import ALIGNMENT, Launch, plan_product
-from sdgp_accel.backends.sweep import Sweeps, plan_sweeps
+from sdgp_accel.backends.products import ALIGNMENT, plan_product
+from sdgp_accel.backends.sweep import UNIT, plan_sweeps
 from sdgp_accel.geometry import LinearGeometry
 from sdgp_accel.philox import data_parallel_rank, next_seed
+
+
+class _Bound(NamedTuple):
+    """One layer's backward for one choice of gradients: all its launches in one call, and what it allocates.
+
+    block: the elements of operands and workspaces. dx, dw: shape and strides; db: shape.
+    """
+
+    launch: Any
+    block: tuple[int]
+    dx: tuple[tuple[int, ...], tuple[int, ...]]
+    dw: tuple[tuple[int, ...], tuple[int, ...]]
+    db: tuple[int] | None
 
 
 class SparseBackward:
@@ -30,14 +43,14 @@ class SparseBackward:
         self._input_shape, self._device, self._draws = call.input_shape, call.device, decision.draws
         is_matrix = isinstance(decision.geometry, LinearGeometry)
         self._memory_format = torch.contiguous_format if is_matrix else torch.channels_last
-        self._sweeps: dict[tuple[bool, bool, bool], Sweeps] = {}
+        self._bound: dict[tuple[bool, bool, bool], _Bound] = {}
 
     def __call__(self, dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool) -> Gradients | None:
         """See `BoundBackward`."""
         device, memory_format = self._device, self._memory_format
         if not dy.is_contiguous(memory_format=memory_format) or gpu.current_device() != device.index:
             return None
-        x_at = weight_at = 0
+        x_at = weight_at = dx_at = dw_at = db_at = seed_at = key = offset = rank = 0
         if x is not None:
             x_at = x.data_ptr()
             if x_at % ALIGNMENT or not x.is_contiguous(memory_format=memory_format):
@@ -47,27 +60,32 @@ class SparseBackward:
             if weight_at % ALIGNMENT or not weight.is_contiguous(memory_format=memory_format):
                 return None
         needs = (weight is not None, x is not None, bias)
-        sweeps = self._sweeps.get(needs) or self._prepare(needs)
-        stream = gpu.stream_of(device)
-        seed, rank = (next_seed(device), data_parallel_rank()) if self._draws else (None, 0)
-        block, db = sweeps.run(dy, seed, rank, stream)
-        block_at, (dgrad, wgrad) = block.data_ptr(), self._launches
-        dx = dw = None
-        # What `Launch.run` does, without its frames: they cost a Conv2d's backward some 4 µs of 15 (bench/overhead.py),
-        # with the one that a test for an ordinary backward would take in `functional`.
+        launch, size, dx_like, dw_like, db_shape = self._bound.get(needs) or self._prepare(needs)
+        dx = dw = db = None
+        if self._draws:
+            seed, rank = next_seed(device), data_parallel_rank()
+            if isinstance(seed, tuple):
+                key, offset = seed
+            else:
+                seed_at = seed.data_ptr()
+        block = dy.new_empty_strided(size, UNIT)
         if weight is not None:
-            kernel, metadata_at, _, shape, strides, _ = dgrad
-            dx = dy.new_empty_strided(shape, strides)
-            kernel(block_at, block_at + metadata_at, weight_at, dx.data_ptr(), block_at + sweeps.spare_at, stream)
+            dx = dy.new_empty_strided(*dx_like)
+            dx_at = dx.data_ptr()
         if x is not None:
-            kernel, metadata_at, _, shape, strides, _ = wgrad
-            dw, values = dy.new_empty_strided(shape, strides, dtype=self._out_dtype), block_at + sweeps.wgrad_at
-            kernel(values, values + metadata_at, x_at, dw.data_ptr(), block_at, stream)
+            dw = dy.new_empty_strided(*dw_like, dtype=self._out_dtype)
+            dw_at = dw.data_ptr()
+        if db_shape is not None:
+            db = dy.new_empty_strided(db_shape, UNIT, dtype=self._out_dtype)
+            db_at = db.data_ptr()
+        launch(
+            dy.data_ptr(), block.data_ptr(), db_at, seed_at, key, offset, rank, weight_at, dx_at, x_at, dw_at,
+            gpu.stream_of(device),
+        )  # fmt: skip
         return dx, dw, db
 
-    @functools.cached_property
-    def _launches(self) -> tuple[Launch, Launch]:
-        geometry, _, tilings, dtype = self._shape
+    def _prepare(self, needs: tuple[bool, bool, bool]) -> _Bound:
+        geometry, plan, tilings, dtype = self._shape
         kernels, device = cutlass_ops.kernels(), self._device
         dgrad = plan_product(kernels, geometry, "dgrad", dtype, device, tilings.dgrad, dtype)
         wgrad = plan_product(kernels, geometry, "wgrad", dtype, device, tilings.wgrad, self._out_dtype)
@@ -75,16 +93,20 @@ class SparseBackward:
         assert wgrad is not None
         if isinstance(geometry, LinearGeometry):  # an input of any rank
             dgrad = dgrad._replace(shape=self._input_shape, strides=_contiguous_strides(self._input_shape))
-        return dgrad, wgrad
-
-    def _prepare(self, needs: tuple[bool, bool, bool]) -> Sweeps:
-        geometry, plan, _, dtype = self._shape
-        spare = (launch.workspace if needed else 0 for launch, needed in zip(self._launches, needs, strict=False))
+        needs_dx, needs_dw, _ = needs
+        spare = (dgrad.workspace if needs_dx else 0, wgrad.workspace if needs_dw else 0)
         sweeps = plan_sweeps(
-            cutlass_ops.kernels(), geometry, plan, Needs(*needs), geometry.out_channels, dtype, self._out_dtype, *spare
+            kernels, geometry, plan, Needs(*needs), geometry.out_channels, dtype, self._out_dtype, *spare
         )
-        self._sweeps[needs] = sweeps
-        return sweeps
+        parts = (
+            (dgrad.kernel, (0, dgrad.metadata_at), sweeps.spare_at) if needs_dx else None,
+            # Its workspace begins with the block, where by then nothing is needed any more.
+            (wgrad.kernel, (sweeps.wgrad_at, sweeps.wgrad_at + wgrad.metadata_at), 0) if needs_dw else None,
+        )
+        launch = kernels.Backward(sweeps.passes, *parts)
+        bound = _Bound(launch, sweeps.size, (dgrad.shape, dgrad.strides), (wgrad.shape, wgrad.strides), sweeps.bias)
+        self._bound[needs] = bound
+        return bound
 
 
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

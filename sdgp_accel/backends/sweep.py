@@ -25,7 +25,7 @@ from sdgp_accel.semi_structured import SparseOperand
 DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 CHUNK = 8  # 16-bit values or words in 16 bytes: rows are padded to whole ones, as TMA wants them
 _ALIGNMENT = 128  # bytes, of what is read or written on its own: lines of the L2 cache; vectors need 16
-_UNIT = (1,)
+UNIT = (1,)
 
 
 class Storage(NamedTuple):
@@ -103,7 +103,7 @@ class StoredOperand(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """One pass over gradients [T, C] of one shape.
+    """One pass over gradients [T, C] of one shape, as the extension's `Backward` takes it.
 
     dgrad, wgrad: where in the block the values and the metadata of the operand begin; None for what is not asked for.
     workspace, dgrad_scale, wgrad_scale: where these begin.
@@ -121,11 +121,12 @@ class Sweep(NamedTuple):
 class Sweeps(NamedTuple):
     """All passes over gradients of one shape, and the block that they fill.
 
-    size: elements of the block, as a shape. wgrad_at: where wgrad's operand begins; dgrad's begins with the block.
-    spare_at: where the bytes begin that dgrad's product asked for. bias: shape of the bias gradient, if asked for.
-    bias_dtype: its dtype.
+    launch: all of them in one call. size: elements of the block, as a shape. wgrad_at: where wgrad's operand begins;
+    dgrad's begins with the block. spare_at: where the bytes begin that dgrad's product asked for. bias: shape of the
+    bias gradient, if asked for. bias_dtype: its dtype.
     """
 
+    launch: Any
     passes: tuple[Sweep, ...]
     size: tuple[int]
     wgrad_at: int
@@ -138,9 +139,9 @@ class Sweeps(NamedTuple):
 
         dy: in the memory that the passes were made for. seed: where a function draws. stream: of the current device.
         """
-        block, db, bias = dy.new_empty_strided(self.size, _UNIT), None, 0
+        block, db, bias = dy.new_empty_strided(self.size, UNIT), None, 0
         if self.bias is not None:
-            db = dy.new_empty_strided(self.bias, _UNIT, dtype=self.bias_dtype)
+            db = dy.new_empty_strided(self.bias, UNIT, dtype=self.bias_dtype)
             bias = db.data_ptr()
         seed_at, key, offset = 0, 0, 0  # the seed's address, or its two numbers
         if seed is not None:
@@ -148,23 +149,7 @@ class Sweeps(NamedTuple):
                 key, offset = seed
             else:
                 seed_at = seed.data_ptr()
-        dy_at, block_at = dy.data_ptr(), block.data_ptr()
-        for launch, scope_scales, dgrad, wgrad, workspace, dgrad_scale, wgrad_scale in self.passes:
-            values = metadata = wgrad_values = wgrad_metadata = dgrad_scale_at = wgrad_scale_at = 0
-            if dgrad is not None:
-                values, metadata = block_at + dgrad[0], block_at + dgrad[1]
-            if wgrad is not None:
-                wgrad_values, wgrad_metadata = block_at + wgrad[0], block_at + wgrad[1]
-            workspace += block_at
-            if scope_scales is not None:
-                dgrad_scale_at, wgrad_scale_at = block_at + dgrad_scale, block_at + wgrad_scale
-                # Its sums lie where the partial sums of the bias gradient will: it ends before the launch begins.
-                scope_scales(dy_at, workspace, dgrad_scale_at, wgrad_scale_at, stream)
-            launch(
-                dy_at, values, metadata, wgrad_values, wgrad_metadata, bias, workspace, seed_at, key, offset, rank,
-                dgrad_scale_at, wgrad_scale_at, stream,
-            )  # fmt: skip
-            bias = 0  # the first pass has summed it
+        self.launch(dy.data_ptr(), block.data_ptr(), bias, seed_at, key, offset, rank, 0, 0, 0, 0, stream)
         return block, db
 
 
@@ -206,7 +191,8 @@ def plan_sweeps(
         for spec, scope in zip(specs, scopes, strict=True)
     ]  # fmt: skip
     size = (-(-(spare_at + dgrad_spare) // 2),)
-    return Sweeps(tuple(passes), size, wgrad_at, spare_at, (c,) if needs.bias else None, bias_dtype)
+    launch, bias = kernels.Backward(passes, None, None), (c,) if needs.bias else None
+    return Sweeps(launch, tuple(passes), size, wgrad_at, spare_at, bias, bias_dtype)
 
 
 class _Scope(NamedTuple):

@@ -175,9 +175,7 @@ def rank_tilings(
     return tuple(tiling for _, tiling in sorted(candidates, key=lambda candidate: candidate[0]))
 
 
-def _shared(
-    units: int, clusters: int, steps: int, step_time: float, store_steps: float
-) -> Iterator[tuple[float, int]]:
+def _shared(units: int, clusters: int, steps: int, step_time: float, store_steps: float) -> Iterator[tuple[float, int]]:
     """The time, in steps of the fastest main loop, where the last round's units are shared, and the steps of an owner;
     nothing where there is nothing to share.
 

@@ -162,6 +162,30 @@ class SimulatedKernels:
         dy = 2 * ((t - 1) * shape["row_stride"] + c)
         return self._launcher(launch, (dy, 8 * self.scope_workspace(t, c, per_sample), scale, scale))
 
+    def Backward(self, sweeps: Sequence[Any], dgrad: Any, wgrad: Any) -> Callable[..., None]:
+        """What the extension's does, step by step."""
+
+        def launch(
+            dy: int, block: int, bias: int, seed: int, key: int, offset: int, rank: int, weight: int, dx: int, x: int,
+            dw: int, stream: int,
+        ) -> None:  # fmt: skip
+            for prune_compress, scope_scales, *operands, workspace, dgrad_scale, wgrad_scale in sweeps:
+                places = [block + place for place in (workspace, dgrad_scale, wgrad_scale)]
+                written = [
+                    0 if operand is None else block + place for operand in operands for place in operand or (0, 0)
+                ]
+                scales = places[1:] if scope_scales is not None else [0, 0]
+                if scope_scales is not None:
+                    scope_scales(dy, *places, stream)
+                prune_compress(dy, *written, bias, places[0], seed, key, offset, rank, *scales, stream)
+                bias = 0
+            for part, b, out in ((dgrad, weight, dx), (wgrad, x, dw)):
+                if part is not None:
+                    product, (values, metadata), workspace = part
+                    product(block + values, block + metadata, b, out, block + workspace, stream)
+
+        return launch
+
     def SparseGemm(self, name: str, **shape: Any) -> Callable[..., None]:
         m, n, k = (shape[size] for size in "mnk")
         rows = m if "dgrad" in name else -(-m // 8) * 8

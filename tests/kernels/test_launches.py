@@ -95,3 +95,53 @@ def test_products_that_do_not_exist_are_named(engine, name):
                 getattr(engine.kernels, launch)(wrong, **arguments)
     assert engine.kernels.has(GEMM_NAME)
     assert not engine.kernels.has("malloc")
+
+
+@pytest.mark.parametrize("wants_dgrad", [True, False])
+def test_a_backward_is_its_launches_one_after_another(engine, wants_dgrad):
+    """The same bits, in a block of the same layout."""
+    t, c, n = 48, 72, 24
+    rule = {"n": 2, "m": 4, "eps": 1e-8, "dtype": "f16", "t": t, "c": c, "row_stride": c, "positions_per_sample": 12}
+    lengths = {"dgrad_k": 128 * wants_dgrad, "wgrad_k": 128}
+    prune_compress = engine.kernels.PruneCompress(
+        function="rescale_magnitude", **rule, **lengths, dgrad_words=8 * wants_dgrad, bias_is_float=True
+    )
+    scope_scales = engine.kernels.ScopeScales(**rule)
+    shared = {"padded_k": 128, "sm_count": 4, "out_is_float": True}
+    dgrad = engine.kernels.SparseGemm(GEMM_NAME, m=t, n=n, k=c, **shared | {"out_is_float": False})
+    wgrad = engine.kernels.SparseGemm("sdgp_sm80_wgrad_f16_64x128", m=c, n=n, k=t, **shared)
+    sizes = [t * 128, t * 16, 64 * c * 2, 8 * c * 2]  # values and metadata of both operands
+    partials = 8 * engine.kernels.scope_workspace(t, c, 12) + 4 * c * engine.kernels.bias_partial_rows(t, c)
+    sizes += [-(-partials // 16) * 16, 4 * 4 * c, 4 * 4 * c]  # the workspace, a factor for each sample and channel
+    places = [sum(sizes[:i]) for i in range(len(sizes))]
+    dy, weight, x = (engine.put(torch.randn(*shape).half()) for shape in ((t, c), (c, n), (t, n)))
+
+    def outputs() -> tuple[torch.Tensor, ...]:
+        dx, dw = engine.empty(t, n, dtype=torch.float16), engine.empty(c, n, dtype=torch.float32)
+        return engine.empty(sum(sizes), dtype=torch.uint8), dx, dw, engine.empty(c, dtype=torch.float32)
+
+    block, dx, dw, db = first = outputs()
+    at = [block.data_ptr() + place for place in places]
+    operands = dict(zip(("dgrad_values", "dgrad_metadata", "wgrad_values", "wgrad_metadata"), at[:4], strict=True))
+    scales = {"dgrad_scale": at[5], "wgrad_scale": at[6]}
+    with engine.launching():
+        scope_scales(dy=dy.data_ptr(), sums=at[4], **scales)
+        prune_compress(dy=dy.data_ptr(), **operands, bias=db.data_ptr(), bias_partials=at[4], **scales)
+        if wants_dgrad:
+            dgrad(at[0], at[1], weight.data_ptr(), dx.data_ptr())
+        wgrad(at[2], at[3], x.data_ptr(), dw.data_ptr())
+
+    sweep = (prune_compress, scope_scales, tuple(places[:2]) if wants_dgrad else None, tuple(places[2:4]), *places[4:])
+    backward = engine.kernels.Backward(
+        [sweep], (dgrad, tuple(places[:2]), 0) if wants_dgrad else None, (wgrad, tuple(places[2:4]), 0)
+    )
+    block, dx, dw, db = second = outputs()
+    with engine.launching():
+        backward(
+            dy.data_ptr(), block.data_ptr(), db.data_ptr(), 0, 0, 0, 0, weight.data_ptr(), dx.data_ptr(), x.data_ptr(),
+            dw.data_ptr(), 0,
+        )  # fmt: skip
+    operands = slice(0 if wants_dgrad else places[2], places[4])
+    compared = [(first[0][operands], second[0][operands]), (first[2], second[2]), (first[3], second[3])]
+    for theirs, ours in [*compared, (first[1], second[1])] if wants_dgrad else compared:
+        assert torch.equal(ours.cpu().view(torch.uint8), theirs.cpu().view(torch.uint8))

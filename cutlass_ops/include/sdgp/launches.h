@@ -177,12 +177,20 @@ inline void check_multiple(const char* argument, int32_t size, int32_t factor) {
   }
 }
 
-// A sparse GEMM or convolution gradient. Problem: SdgpSparseGemm or SdgpSparseConv, which call alike what is alike.
-template <typename Problem, typename Function>
+// A sparse GEMM or convolution gradient.
 class Product {
  public:
+  virtual ~Product() = default;
+  virtual void operator()(int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace,
+                          int64_t stream) const = 0;
+};
+
+// Problem: SdgpSparseGemm or SdgpSparseConv, which call alike what is alike.
+template <typename Problem, typename Function>
+class ProductOf : public Product {
+ public:
   // k: how far padded_k must reach. kinds: how the names of these instances go on after their family's.
-  Product(const std::string& name, const Problem& problem, int64_t k, std::initializer_list<const char*> kinds)
+  ProductOf(const std::string& name, const Problem& problem, int64_t k, std::initializer_list<const char*> kinds)
       : name_(name), in_chunks_(!name.ends_with("_any")), function_(instance<Function>(name)), problem_(problem) {
     const auto is_kind = [&](const char* kind) {
       return name.starts_with(std::string("sdgp_sm80_") + kind) || name.starts_with(std::string("sdgp_sm90_") + kind);
@@ -196,7 +204,8 @@ class Product {
     }
   }
 
-  void operator()(int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace, int64_t stream) const {
+  void operator()(int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace,
+                  int64_t stream) const override {
     check_pointer("values", values, 16);
     check_pointer("metadata", metadata, 16);
     check_pointer("b", b, in_chunks_ ? 16 : 2);
@@ -234,11 +243,11 @@ Problem with_options(Problem problem, int64_t padded_k, int64_t splits, int64_t 
   return problem;
 }
 
-class SparseGemm : public Product<SdgpSparseGemm, SdgpSparseGemmFunction> {
+class SparseGemm : public ProductOf<SdgpSparseGemm, SdgpSparseGemmFunction> {
  public:
   template <typename... Options>
   SparseGemm(const std::string& name, int64_t m, int64_t n, int64_t k, Options... options)
-      : Product(name, with_options(sizes(m, n, k), options...), k, {"dgrad_", "wgrad_"}) {
+      : ProductOf(name, with_options(sizes(m, n, k), options...), k, {"dgrad_", "wgrad_"}) {
     check_multiple("n", problem_.n, in_chunks_ ? 8 : 1);
   }
 
@@ -252,15 +261,15 @@ class SparseGemm : public Product<SdgpSparseGemm, SdgpSparseGemmFunction> {
   }
 };
 
-class SparseConv : public Product<SdgpSparseConv, SdgpSparseConvFunction> {
+class SparseConv : public ProductOf<SdgpSparseConv, SdgpSparseConvFunction> {
  public:
   using Shape = std::array<int64_t, 9>;   // n, h, w, c_in, p, q, c_out, r, s
   using Window = std::array<int64_t, 6>;  // stride, padding, dilation, vertical first
 
   template <typename... Options>
   SparseConv(const std::string& name, const Shape& shape, const Window& window, Options... options)
-      : Product(name, with_options(sizes(shape, window), options...), reduced(name, shape),
-                {"conv_dgrad_", "conv_wgrad_"}) {
+      : ProductOf(name, with_options(sizes(shape, window), options...), reduced(name, shape),
+                  {"conv_dgrad_", "conv_wgrad_"}) {
     check_multiple("c_in", problem_.c_in, in_chunks_ ? 8 : 1);
   }
 
