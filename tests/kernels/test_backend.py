@@ -218,6 +218,41 @@ def test_wgrad_delivers_to_out(product_device, name, dtype):
     products.assert_close(out, exact.cpu(), magnitude.cpu(), geometry.positions)
 
 
+SHARING_GEOMETRIES = {
+    "linear": LinearGeometry(700, 264, 192),
+    "3x3": Conv2dGeometry.of((5, 72, 9, 8), (128, 72, 3, 3), (1, 1, 1, 1, 1, 1, 1), True),
+}
+
+
+@pytest.mark.parametrize("pass_name", ["grad_input", "grad_weight"])
+@pytest.mark.parametrize("name", SHARING_GEOMETRIES)
+def test_tilings_that_share_tiles_deliver(product_device, name, pass_name):
+    """Only Hopper's kernels do; with the number of multiprocessors that there is."""
+    geometry = SHARING_GEOMETRIES[name]
+    listed = cutlass.BACKEND.tilings(geometry, pass_name, torch.bfloat16, product_device)
+    sharing = [tiling for tiling in listed if tiling.owned_steps > 0]
+    if listed[0].family == "sm80":
+        assert not sharing
+        return
+    memory_format = torch.channels_last if name == "3x3" else torch.contiguous_format
+    x_shape = geometry.input_shape if name == "3x3" else (geometry.positions, geometry.in_channels)
+    axis = 1 if pass_name == "grad_input" else 0
+    dy = products.sparse_matrix(geometry.positions, geometry.out_channels, axis, torch.bfloat16).to(product_device)
+    operand = products.stored(compress_matrix(dy, axis))
+    other = torch.randn(geometry.weight_shape if axis == 1 else x_shape, device=product_device).bfloat16()
+    other, gradient = other.contiguous(memory_format=memory_format), dense.layer_view(dy.double(), geometry)
+    run, exactly = (cutlass.BACKEND.dgrad, dense.dgrad) if axis == 1 else (cutlass.BACKEND.wgrad, dense.wgrad)
+    exact, magnitude = (
+        exactly(gradient, other.double(), geometry),
+        exactly(gradient.abs(), other.double().abs(), geometry),
+    )
+    terms = geometry.out_channels * 9 if axis == 1 else geometry.positions
+    for tiling in sharing[:2]:
+        out = run(operand, other, geometry, tiling)
+        products.assert_close(out, exact.cpu(), magnitude.cpu(), terms)
+    assert sharing
+
+
 def gradients(layer_type, arguments, x, dy, config, backend):
     """(dX, dW, db) of a layer with fixed parameters and random numbers."""
     torch.manual_seed(5)
