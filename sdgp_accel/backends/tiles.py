@@ -39,8 +39,9 @@ FEW_COLUMNS, GROUP_N = 16, 8
 MAX_ROUNDS = 8  # of thread blocks that splitting may make of a product: more even out no better
 # Of sharing the last round's tiles, in steps of TILE_K of the fastest main loop (0.81 µs for 128x256 on an H200). By
 # calculation, not measured: a float32 tile of 128 KB is read at 64 bytes per cycle and multiprocessor, 1.2 µs; the
-# flags are cleared by a launch of their own, some 2 µs; and as much again, so that a choice by prediction is clear.
-PIECE_STEPS, SHARING_STEPS = 1.5, 5.0
+# flags are cleared by a launch of their own, some 2 µs.
+PIECE_STEPS, SHARING_STEPS = 1.5, 2.5
+SHARING_MARGIN = 1.03  # of the prediction, over its error elsewhere: what is not clearly faster is not shared
 WARPS = 8  # that compute a tile, each with a flag for its part of it
 
 
@@ -169,7 +170,7 @@ def rank_tilings(
         yield cost(splits), tiling._replace(splits=splits)
         if shares and family.shares_tiles and not tile.pingpong:
             for time, owned in _shared(units, multiprocessors // tile.cluster, steps, step_time, family.store_steps):
-                yield step_work * time, tiling._replace(owned_steps=owned)
+                yield step_work * time * SHARING_MARGIN, tiling._replace(owned_steps=owned)
 
     candidates = [candidate for tile, step_time in tiles.items() for candidate in predictions(tile, step_time)]
     return tuple(tiling for _, tiling in sorted(candidates, key=lambda candidate: candidate[0]))
