@@ -97,16 +97,16 @@ def test_products_that_do_not_exist_are_named(engine, name):
     assert not engine.kernels.has("malloc")
 
 
-@pytest.mark.parametrize("wants_dgrad", [True, False])
-def test_a_backward_is_its_launches_one_after_another(engine, wants_dgrad):
+@pytest.mark.parametrize(("wants_dgrad", "scope"), [(True, 12), (True, None), (False, None), (False, 12)])
+def test_a_backward_is_its_launches_one_after_another(engine, wants_dgrad, scope):
     """The same bits, in a block of the same layout."""
     t, c, n = 48, 72, 24
-    rule = {"n": 2, "m": 4, "eps": 1e-8, "dtype": "f16", "t": t, "c": c, "row_stride": c, "positions_per_sample": 12}
+    rule = {"n": 2, "m": 4, "eps": 1e-8, "dtype": "f16", "t": t, "c": c, "row_stride": c, "positions_per_sample": scope}
     lengths = {"dgrad_k": 128 * wants_dgrad, "wgrad_k": 128}
     prune_compress = engine.kernels.PruneCompress(
         function="rescale_magnitude", **rule, **lengths, dgrad_words=8 * wants_dgrad, bias_is_float=True
     )
-    scope_scales = engine.kernels.ScopeScales(**rule)
+    scope_scales = None if scope is None else engine.kernels.ScopeScales(**rule)
     shared = {"padded_k": 128, "sm_count": 4, "out_is_float": True}
     dgrad = engine.kernels.SparseGemm(GEMM_NAME, m=t, n=n, k=c, **shared | {"out_is_float": False})
     wgrad = engine.kernels.SparseGemm("sdgp_sm80_wgrad_f16_64x128", m=c, n=n, k=t, **shared)
@@ -123,9 +123,10 @@ def test_a_backward_is_its_launches_one_after_another(engine, wants_dgrad):
     block, dx, dw, db = first = outputs()
     at = [block.data_ptr() + place for place in places]
     operands = dict(zip(("dgrad_values", "dgrad_metadata", "wgrad_values", "wgrad_metadata"), at[:4], strict=True))
-    scales = {"dgrad_scale": at[5], "wgrad_scale": at[6]}
+    scales = {} if scope is None else {"dgrad_scale": at[5], "wgrad_scale": at[6]}
     with engine.launching():
-        scope_scales(dy=dy.data_ptr(), sums=at[4], **scales)
+        if scope_scales is not None:
+            scope_scales(dy=dy.data_ptr(), sums=at[4], **scales)
         prune_compress(dy=dy.data_ptr(), **operands, bias=db.data_ptr(), bias_partials=at[4], **scales)
         if wants_dgrad:
             dgrad(at[0], at[1], weight.data_ptr(), dx.data_ptr())
