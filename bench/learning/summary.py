@@ -114,11 +114,13 @@ def _numbers(value: Any) -> Any:
 
 
 def markdown(task: Task, entries: dict[Cell, Entry]) -> str:
-    """Two tables: 2:4 by pruned pass, and the other patterns with both passes pruned."""
+    """2:4 by pruned pass, and for each choice of passes all patterns."""
     lines = [*heading(task, entries), *two_four(entries)]
     patterns = [f"{n}:{m}" for n, m in PATTERNS]
-    others = [[_cell(entries, Cell(function, "both", n, m)) for function in FUNCTIONS] for n, m in PATTERNS]
-    lines += _table("both passes", FUNCTIONS, patterns, others)
+    for pruned in reversed(PRUNED):
+        cells = [[_cell(entries, Cell(function, pruned, n, m)) for function in FUNCTIONS] for n, m in PATTERNS]
+        if any(cell.pruned == pruned and (cell.n, cell.m) != (2, 4) for cell in entries):  # else said above
+            lines += _table(TITLES[pruned], FUNCTIONS, patterns, cells)
     return "\n".join(lines)
 
 
