@@ -149,9 +149,7 @@ def plan_product(
             shape=(g.batch, g.height, g.width, c_in, g.out_height, g.out_width, c_out, *g.kernel),
             window=(*g.stride, *g.padding, *g.dilation), **arguments,
         )  # fmt: skip
-    workspace = 4 * tiling.splits * math.prod(shape) if tiling.splits > 1 else 0  # partial results in float32
-    if tiling.owned_steps:
-        workspace = tiles.shared_workspace(tiling, gpu.device_facts(device).multiprocessors)
+    workspace = tiles.workspace_bytes(tiling, math.prod(shape), gpu.device_facts(device).multiprocessors)
     return Launch(kernel, storage.metadata_at, workspace, shape, strides, final)
 
 

@@ -169,23 +169,24 @@ def rank_tilings(
         splits = min(sorted({1, *filling}), key=cost)
         yield cost(splits), tiling._replace(splits=splits)
         if shares and family.shares_tiles and not tile.pingpong:
-            for time, owned in _shared(units, multiprocessors // tile.cluster, steps, step_time, family.store_steps):
-                yield step_work * time * SHARING_MARGIN, tiling._replace(owned_steps=owned)
+            shared = _shared(units, multiprocessors // tile.cluster, steps, step_time, family.store_steps)
+            if shared is not None:
+                yield step_work * shared[0] * SHARING_MARGIN, tiling._replace(owned_steps=shared[1])
 
     candidates = [candidate for tile, step_time in tiles.items() for candidate in predictions(tile, step_time)]
     return tuple(tiling for _, tiling in sorted(candidates, key=lambda candidate: candidate[0]))
 
 
-def _shared(units: int, clusters: int, steps: int, step_time: float, store_steps: float) -> Iterator[tuple[float, int]]:
+def _shared(units: int, clusters: int, steps: int, step_time: float, store_steps: float) -> tuple[float, int] | None:
     """The time, in steps of the fastest main loop, where the last round's units are shared, and the steps of an owner;
-    nothing where there is nothing to share.
+    None where there is nothing to share.
 
     Owners and helpers take equally long: o = u / h (s - o + e), with u units, h helpers, s steps of a unit, o of its
     owner, and e steps of overhead for each unit and piece.
     """
     rounds, shared = divmod(units, clusters)
     if shared == 0 or steps < 2:
-        return
+        return None
     per_helper = shared / (clusters - shared)
     owned = round(per_helper * (steps + store_steps / step_time) / (1 + per_helper))
     owned = min(max(owned, 1), steps - 1)
@@ -193,10 +194,12 @@ def _shared(units: int, clusters: int, steps: int, step_time: float, store_steps
     helped, added = (stretch - 1) // tail + 2, (tail - 1) // stretch + 2  # pieces of a helper and an owner, at most
     last_round = max(owned * step_time, stretch * step_time + helped * store_steps)
     last_round += added * PIECE_STEPS + store_steps + SHARING_STEPS
-    yield rounds * (steps * step_time + store_steps) + last_round, owned
+    return rounds * (steps * step_time + store_steps) + last_round, owned
 
 
-def shared_workspace(tiling: Tiling, multiprocessors: int) -> int:
-    """Bytes of the workspace of a product that shares tiles: SdgpSparseGemm's in sparse_gemm_api.h."""
-    rows, columns = map(int, tiling.tile.split("x"))
-    return multiprocessors // tiling.cluster_size * tiling.cluster_size * 4 * (rows * columns + WARPS)
+def workspace_bytes(tiling: Tiling, outputs: int, multiprocessors: int) -> int:
+    """Of a product with `outputs` elements in its result: SdgpSparseGemm's workspace in sparse_gemm_api.h."""
+    if tiling.owned_steps:
+        rows, columns = map(int, tiling.tile.split("x"))
+        return multiprocessors // tiling.cluster_size * tiling.cluster_size * 4 * (rows * columns + WARPS)
+    return 4 * tiling.splits * outputs if tiling.splits > 1 else 0

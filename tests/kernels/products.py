@@ -22,7 +22,7 @@ from torch import Tensor
 import cutlass_ops
 from cutlass_ops import build_kernels
 from sdgp_accel.backends.sweep import Storage, StoredOperand
-from sdgp_accel.backends.tiles import Tiling, shared_workspace
+from sdgp_accel.backends.tiles import Tiling, workspace_bytes
 from sdgp_accel.semi_structured import SparseOperand, compress_matrix
 
 _POINTERS = ("values", "metadata", "b", "out", "workspace")
@@ -206,7 +206,7 @@ class SimulatedKernels:
         stored = rows * shape["padded_k"]
         words = rows * -(-shape["padded_k"] // 128) * 8 if "dgrad" in name else stored // 16
         names = ("values", "metadata", "b", "out", "workspace")
-        workspace = workspace_bytes(name, shape, out, self._engine.sm_count)
+        workspace = workspace_of(name, shape, out, self._engine.sm_count)
         sizes = (stored, 2 * words, 2 * b, out * (4 if shape["out_is_float"] else 2), workspace)
 
         def launch(*addresses: int) -> None:
@@ -342,17 +342,15 @@ def sparse_matrix(rows: int, columns: int, axis: int, dtype: torch.dtype) -> Ten
     return result if axis == 1 else result.t().contiguous()
 
 
-def workspace_bytes(name: str, launch: Mapping[str, Any], out: int, sm_count: int) -> int:
+def workspace_of(name: str, launch: Mapping[str, Any], out: int, sm_count: int) -> int:
     """Of a launch of this instance with these arguments, `out` elements in its result."""
     tile = next(part for part in name.split("_") if "x" in part)
     tiling = Tiling("", tile, launch["cluster_size"], launch["splits"], 1, launch["owned_blocks"])
-    if tiling.owned_steps:
-        return shared_workspace(tiling, sm_count)
-    return 4 * tiling.splits * out if tiling.splits > 1 else 0
+    return workspace_bytes(tiling, out, sm_count)
 
 
 def arguments(engine: Engine, operand: SparseOperand, b: Tensor, out: Tensor, case: Case) -> dict[str, object]:
-    size = workspace_bytes(case.instance, case._asdict(), out.numel(), engine.sm_count)
+    size = workspace_of(case.instance, case._asdict(), out.numel(), engine.sm_count)
     metadata = operand.metadata
     if operand.axis == 1:  # in whole chunks of 16 bytes
         metadata = torch.nn.functional.pad(metadata, (0, -metadata.shape[1] % 8), value=0x4444)
