@@ -1,9 +1,9 @@
-"""Build the README's result sections from the files under bench/results/.
+"""Build what is shown of the files under bench/results/: the README's sections, and speed.md and speed.png beside them.
 
-    python -m bench.report            # write every section between its markers in the README
-    python -m bench.report --check    # change nothing; exit 1 where the README is out of step
+    python -m bench.report            # write them
+    python -m bench.report --check    # change nothing; exit 1 where one of them is out of step
 
-A section stands between ``<!-- results: NAME -->`` and ``<!-- end -->``, NAME one of `SECTIONS`.
+A section of the README stands between ``<!-- results: NAME -->`` and ``<!-- end -->``, NAME one of `SECTIONS`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from bench import tables
+from bench import figure, tables
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
@@ -22,9 +22,6 @@ SECTION = re.compile(r"(<!-- results: (?P<name>\w+) -->\n).*?(<!-- end -->)", re
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "summary": tables.summary,
     "convergence": tables.convergence,
-    "layers": tables.layers,
-    "gemm": tables.gemm,
-    "prune": tables.prune,
     "step_time": tables.step_time,
 }
 
@@ -45,19 +42,26 @@ def filled(text: str, results: Path) -> str:
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Change nothing; exit 1 where the README is out of step.")
+@click.option("--check", is_flag=True, help="Change nothing; exit 1 where something is out of step.")
 def main(check: bool) -> None:
-    """Write the result sections of the README."""
+    """Write the result sections of the README, speed.md and speed.png."""
     text = README.read_text()
     try:
-        wanted = filled(text, RESULTS)
+        pages = {README: filled(text, RESULTS), RESULTS / "speed.md": tables.speed(RESULTS)}
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     if missing := set(SECTIONS) - {section["name"] for section in SECTION.finditer(text)}:
         raise click.ClickException(f"README.md has no section {', '.join(sorted(missing))}")
-    if check and text != wanted:
-        raise click.ClickException("README.md is out of step with bench/results/: run python -m bench.report")
-    README.write_text(wanted)
+    picture = RESULTS / "speed.png"
+    stale = [path.name for path, page in pages.items() if not path.exists() or path.read_text() != page]
+    stale += [] if figure.is_current(picture, RESULTS) else [picture.name]
+    if check and stale:
+        names = " and ".join(stale)
+        raise click.ClickException(f"out of step with bench/results/: {names}; run python -m bench.report")
+    for path, page in pages.items():
+        path.write_text(page)
+    if picture.name in stale:
+        figure.draw(RESULTS, picture)
 
 
 if __name__ == "__main__":

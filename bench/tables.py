@@ -1,4 +1,4 @@
-"""Markdown tables from the result files under bench/results/: what the README shows of them.
+"""Markdown tables from the result files under bench/results/: for the README, and speed.md beside the files.
 
 Files are told apart by what they hold. Each table names the files it came from, the machine and the versions; what has
 no file is "not measured yet". Columns called "predicted" hold a roofline's figures (`sdgp plan`), never measurements.
@@ -24,7 +24,6 @@ from sdgp_accel.tuning import BackwardTimes
 
 NOT_MEASURED = "not measured yet"
 CONTENDERS = ("dense", "dense, compiled", "SDGP", "SDGP, compiled")  # as `sdgp bench` calls them
-LONG = 14  # table lines from which on a table is folded
 PEERS = {"cublas": "cuBLAS (dense)", "cslt": "cuSPARSELt", "semi_structured": "`torch._sparse_semi_structured_mm`"}
 Result = Any  # a result file's JSON
 Row = dict[str, Any]
@@ -65,12 +64,20 @@ def files(section: Section, results: Path) -> list[tuple[Path, Result]]:
 
 
 def render(section: Section, results: Path) -> str:
-    """A table for each file of `section`, folded where it is long, and where it comes from."""
+    """A table for each file of `section`, and where it comes from, for a page that lies beside the files."""
     texts = []
     for path, result in files(section, results):
         lines = table(section.columns, section.rows(result))
         texts.append("\n".join([*lines, "", *section.notes(result), f"From {source(path)}: {machine(result)}."]))
     return "\n\n".join(texts) or f"{NOT_MEASURED.capitalize()}."
+
+
+def speed(results: Path) -> str:
+    """The page with every measurement of layers, products and prune + compress."""
+    parts = ["# Speed: every measurement", "Built by `python -m bench.report` from the files named below the tables."]
+    for title, section in SPEED.items():
+        parts += [f"## {title}", render(section, results)]
+    return "\n\n".join(parts) + "\n"
 
 
 def summary(results: Path) -> str:
@@ -89,10 +96,9 @@ def summary(results: Path) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, folded where there are many."""
-    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return folded("All measurements", lines) if len(lines) > LONG else lines
+    """The lines of a Markdown table."""
+    head = [f"| {' | '.join(columns)} |", f"| {' | '.join(['---'] * len(columns))} |"]
+    return head + [f"| {' | '.join(row)} |" for row in rows]
 
 
 def print_table(section: Section, result: Result) -> None:
@@ -113,11 +119,6 @@ def plain(text: str) -> str:
     return text.replace("**", "").replace("`", "")
 
 
-def folded(title: str, lines: Iterable[str]) -> list[str]:
-    """Lines that a reader has to open."""
-    return [f"<details><summary>{title}</summary>", "", *lines, "", "</details>"]
-
-
 # Does it learn? From bench/convergence.py; its tables are in convergence_2_4.md.
 
 
@@ -126,7 +127,8 @@ def convergence(results: Path) -> str:
     path = results / "convergence_2_4.md"
     if not path.exists():
         return f"{NOT_MEASURED.capitalize()}."
-    return "\n".join(folded("All functions and passes, 2:4", path.read_text().strip().splitlines()))
+    folded = ("<details><summary>All functions and passes, 2:4</summary>", path.read_text().strip(), "</details>")
+    return "\n\n".join(folded)
 
 
 def convergence_claims(result: Result) -> list[str]:
@@ -155,7 +157,7 @@ CONVERGENCE = Section(
 def step_time(results: Path) -> str:
     """One table over all models of the list and all files, and what the files were measured on."""
     found = files(STEP_TIME, results)
-    rows = [[*row, source(path)] for path, result in found for row in STEP_TIME.rows(result)]
+    rows = [[*row, source(path, "bench/results/")] for path, result in found for row in STEP_TIME.rows(result)]
     measured = {result["model"] for _, result in found}
     rows += [[model, *[NOT_MEASURED] * 5, "", ""] for model in MODELS if model not in measured]
     lines = table((*STEP_TIME.columns, "file"), rows)
@@ -230,10 +232,6 @@ STEP_TIME = Section(
 
 
 # One layer's backward, from bench/layers.py.
-
-
-def layers(results: Path) -> str:
-    return render(LAYERS, results)
 
 
 def layer_rows(result: Result) -> Iterable[list[str]]:
@@ -313,10 +311,6 @@ LAYERS = Section(
 # The sparse products by themselves against their peers, from bench/gemm.py.
 
 
-def gemm(results: Path) -> str:
-    return render(GEMM, results)
-
-
 def gemm_row(row: Row) -> list[str]:
     us = medians(row["us"])
     ours = us["ours"]
@@ -371,10 +365,6 @@ GEMM = Section(
 # Prune and compress along both axes, in units of a copy of the same tensor, from bench/kernels.py.
 
 
-def prune(results: Path) -> str:
-    return render(PRUNE, results)
-
-
 def both_operands(result: Result) -> list[Row]:
     """The rows that write both operands and nothing else."""
     return [row for row in result["rows"] if row["needs"] == {"dgrad": True, "wgrad": True, "bias": False}]
@@ -408,6 +398,13 @@ PRUNE = Section(
 )
 
 
+SPEED = {
+    "One layer's backward, prune + compress and both products included (`python bench/layers.py`)": LAYERS,
+    "Sparse products alone, bf16 with float32 sums (`python bench/gemm.py`)": GEMM,
+    "Prune + compress alone, both operands in one pass (`python bench/kernels.py`)": PRUNE,
+}
+
+
 # Tests and compute-sanitizer on a GPU, from the record of bench/suite.py.
 
 
@@ -426,8 +423,9 @@ CHECKS = Section(
 )
 
 
-def source(path: Path) -> str:
-    return f"[{path.name}](bench/results/{path.name})"
+def source(path: Path, folder: str = "") -> str:
+    """A link to a result file in `folder`."""
+    return f"[{path.name}]({folder}{path.name})"
 
 
 def spread(ratios: Iterable[float]) -> str:

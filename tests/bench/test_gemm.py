@@ -101,7 +101,7 @@ def test_another_family_is_called_the_fallback(clock: None, monkeypatch: pytest.
     assert {tiling.family for tiling in ran} == {"sm80"}
     assert row["fallback"] == "sm80"
     (tmp_path / "gemm.json").write_text(json.dumps({"benchmark": "gemm", "provenance": {}, "results": [row]}))
-    assert "These are the sm80 kernels, the fallback for" in tables.gemm(tmp_path)
+    assert "These are the sm80 kernels, the fallback for" in tables.render(tables.GEMM, tmp_path)
     assert "sm80 fallback, dgrad, 1 shapes: 1.50 × cuBLAS (dense)" in tables.summary(tmp_path)
 
 
@@ -114,7 +114,7 @@ def test_readme_table_reads_the_result_file(tmp_path: Path) -> None:
     row = (
         "| net.fc, 64 positions | wgrad | 512 × 256 × 64000 | 10.0 | 1678 | 1.50 × | not measured yet | does not run |"
     )
-    assert row in tables.gemm(tmp_path)
+    assert row in tables.render(tables.GEMM, tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

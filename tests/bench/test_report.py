@@ -6,7 +6,7 @@ import re
 import pytest
 from click.testing import CliRunner
 
-from bench import report, tables
+from bench import figure, report, tables
 from bench.prediction import predict
 from bench.step_time import MODELS
 from sdgp_accel.roofline import GPUS
@@ -84,21 +84,47 @@ STEP = {
 }
 
 
+PARTS = {"layers": tables.LAYERS, "gemm": tables.GEMM, "prune": tables.PRUNE}
+
+
 def build(section, folder, content):
     (folder / "result.json").write_text(json.dumps(content))
-    return report.SECTIONS[section](folder)
+    return tables.render(PARTS[section], folder) if section in PARTS else report.SECTIONS[section](folder)
 
 
-def test_readme_is_in_step_with_the_results():
+def test_everything_is_in_step_with_the_results():
     result = CliRunner().invoke(report.main, ["--check"])
     assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("section", ["layers", "gemm", "prune", "convergence"])
 def test_missing_results_are_named_as_such(section, tmp_path):
-    assert report.SECTIONS[section](tmp_path) == "Not measured yet."
     others = {"layers": GEMM, "gemm": PRUNE, "prune": STEP, "convergence": LAYERS}
     assert build(section, tmp_path, others[section]) == "Not measured yet."
+
+
+def test_the_page_of_speeds_has_every_part(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(GEMM))
+    text = tables.speed(tmp_path)
+    assert text.count("\n## ") == 3
+    assert text.count("Not measured yet.") == 2
+    assert "\nFrom [a.json](a.json): A GPU" in text
+
+
+def test_the_picture_knows_what_it_was_drawn_from(tmp_path):
+    results, picture = tmp_path / "results", tmp_path / "speed.png"
+    results.mkdir()
+    assert not figure.is_current(picture, results)
+    figure.draw(results, picture)  # with nothing to show
+    assert figure.is_current(picture, results)
+    sm80 = GEMM | {"results": [GEMM["results"][0] | {"fallback": "sm80"}]}
+    for name, result in {"a": LAYERS, "b": GEMM, "c": PRUNE, "d": STEP, "e": sm80}.items():
+        (results / f"{name}.json").write_text(json.dumps(result))
+        assert not figure.is_current(picture, results)
+        figure.draw(results, picture)
+        assert figure.is_current(picture, results)
+    (results / "e.json").unlink()
+    assert not figure.is_current(picture, results)
 
 
 def test_models_without_a_step_time_are_named(tmp_path):
@@ -149,7 +175,7 @@ def test_layers(tmp_path):
     assert head + "— | 50.0 | — | 1.50 × | 2.00 × | — | **1.50 ×** | — | dgrad + wgrad sparse, 1.50 × |" in text
     assert f"| a.conv | 16 → 32 3×3 /2, 8×4×4 | 0.0, 0 | `mvue` |{'  |' * 10} dense: odd channels |" in text
     assert "Predicted" not in text
-    assert "[result.json](bench/results/result.json): A GPU, driver 580, 1 MHz, 2 W, CUDA 13.0, torch 2.11.0" in text
+    assert "[result.json](result.json): A GPU, driver 580, 1 MHz, 2 W, CUDA 13.0, torch 2.11.0" in text
 
 
 def test_layers_of_a_known_gpu_have_predictions_beside_them(tmp_path):
@@ -179,7 +205,7 @@ def test_step_time_compares_with_the_fastest_dense_step(tmp_path):
     text = build("step_time", tmp_path, STEP)
     head = "| resnet9, batch 512, `mvue` | 10.00 | 9.00 | 8.00 |"
     saved = "**+10.0 %** (dense +20.0 %; dense, compiled +10.0 %)"
-    assert f"{head} not measured yet | {saved} | +10.0 %, X1 | [result.json]" in text
+    assert f"{head} not measured yet | {saved} | +10.0 %, X1 | [result.json](bench/results/result.json)" in text
     left_out = STEP["settings"] | {"left_out": {"SDGP, compiled": "no compiler"}}
     assert f"{head} does not run |" in build("step_time", tmp_path, STEP | {"settings": left_out})
     assert "result.json: A GPU, driver 580" in text
@@ -193,11 +219,6 @@ def test_what_is_pruned_how_is_in_the_name():
 
 def test_emulated_steps_are_no_savings(tmp_path):
     assert "| resnet9 | not measured yet" in build("step_time", tmp_path, STEP | {"kind": "emulated"})
-
-
-def test_long_tables_are_folded(tmp_path):
-    assert "<details>" not in build("prune", tmp_path, PRUNE)
-    assert "<details>" in build("prune", tmp_path, PRUNE | {"rows": [PRUNE_ROW] * tables.LONG})
 
 
 @pytest.mark.parametrize(
@@ -218,8 +239,8 @@ def test_a_damaged_result_is_named(tmp_path, monkeypatch, content):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("<!-- results: gemm -->", "<!-- results: nothing -->", "results: nothing --> must name one of summary, "),
-        ("<!-- results: gemm -->", "", "README.md has no section gemm"),
+        ("<!-- results: step_time -->", "<!-- results: nothing -->", "results: nothing --> must name one of summary, "),
+        ("<!-- results: step_time -->", "", "README.md has no section step_time"),
         ("<!-- end -->", "", "results: summary --> must name one of .* and have an end of its own"),
     ],
 )
@@ -236,7 +257,7 @@ def test_a_readme_without_its_sections_is_left_alone(tmp_path, monkeypatch, old,
 
 
 def test_sections_are_filled_and_stay_filled(tmp_path):
-    text = "before\n<!-- results: prune -->\nold\n<!-- end -->\nafter\n"
-    wanted = "before\n<!-- results: prune -->\n\nNot measured yet.\n\n<!-- end -->\nafter\n"
+    text = "before\n<!-- results: convergence -->\nold\n<!-- end -->\nafter\n"
+    wanted = "before\n<!-- results: convergence -->\n\nNot measured yet.\n\n<!-- end -->\nafter\n"
     assert report.filled(text, tmp_path) == wanted
     assert report.filled(wanted, tmp_path) == wanted
