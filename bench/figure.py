@@ -102,6 +102,7 @@ def layers(axis: Any, results: Sequence[tables.Result]) -> None:
                 speedups.setdefault(row["layer"], {})[row["prune"]] = row["backward_speedup"]
                 alone.setdefault(row["layer"], []).append(ms.dense / (ms.sparse_dgrad + ms.sparse_wgrad))
     order = sorted(speedups, key=lambda layer: max(speedups[layer].values()))
+    axis.set_xlim(left=0.25)
     axis.axvspan(0, 1, color="gainsboro", alpha=0.5, zorder=0, label="slower than dense: not what auto takes")
     both = [statistics.median(alone[layer]) for layer in order]
     axis.plot(both, range(len(order)), "|", color="grey", markersize=9, label="products alone")
@@ -110,7 +111,6 @@ def layers(axis: Any, results: Sequence[tables.Result]) -> None:
         if points:
             axis.plot(*zip(*points, strict=True), "o", color=color, label=f"{function}, prune + compress included")
     rows(axis, order)
-    axis.set_xlim(left=0.25)
     legend_below(axis)
 
 
@@ -131,8 +131,7 @@ def products(axis: Any, results: Sequence[tables.Result]) -> None:
                 label = f"{name}, over {tables.PEERS[peer]}"
                 axis.plot(*zip(*points, strict=True), marker, color=color, alpha=0.7, markersize=5, label=label)
     rows(axis, order)
-    if order:
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), ncols=2, fontsize="small")
+    legend_below(axis)
 
 
 def rows(axis: Any, labels: Sequence[str]) -> None:
@@ -143,6 +142,11 @@ def rows(axis: Any, labels: Sequence[str]) -> None:
     axis.margins(y=0.02)
     if not labels:
         axis.text(0.5, 0.5, tables.NOT_MEASURED, ha="center", transform=axis.transAxes)
+
+
+def legend_below(axis: Any) -> None:
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), ncols=2, fontsize="small")
 
 
 def short(result: tables.Result) -> str:
