@@ -102,7 +102,6 @@ def layers(axis: Any, results: Sequence[tables.Result]) -> None:
                 speedups.setdefault(row["layer"], {})[row["prune"]] = row["backward_speedup"]
                 alone.setdefault(row["layer"], []).append(ms.dense / (ms.sparse_dgrad + ms.sparse_wgrad))
     order = sorted(speedups, key=lambda layer: max(speedups[layer].values()))
-    axis.set_xlim(left=0.25)
     axis.axvspan(0, 1, color="gainsboro", alpha=0.5, zorder=0, label="slower than dense: not what auto takes")
     both = [statistics.median(alone[layer]) for layer in order]
     axis.plot(both, range(len(order)), "|", color="grey", markersize=9, label="products alone")
@@ -111,6 +110,7 @@ def layers(axis: Any, results: Sequence[tables.Result]) -> None:
         if points:
             axis.plot(*zip(*points, strict=True), "o", color=color, label=f"{function}, prune + compress included")
     rows(axis, order)
+    axis.set_xlim(left=0.25)
     legend_below(axis)
 
 
