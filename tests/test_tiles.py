@@ -90,6 +90,10 @@ def test_only_last_rounds_that_have_room_are_shared(product, shape):
                 assert tiling.splits == 1
 
 
+def test_one_multiprocessor_gets_no_cluster():
+    assert all(tiling.cluster_size == 1 for tiling in rank_tilings(SM90, "dgrad", 1000, 256, 1024, 1))
+
+
 def test_tiles_follow_the_shape():
     assert first(SM80, "dgrad", 100000, 64, 256, 108).tile == "128x64"
     assert first(SM80, "wgrad", 64, 576, 200704, 108).tile == "64x128"

@@ -20,13 +20,12 @@ MAX_SIZE = (1 << 31) - 1024  # the products count positions and channels, rounde
 # cuTensorMapEncodeIm2col); the corners go beyond padding and reach of the filter by less than a stride.
 MAX_REACH, MAX_STRIDE = 120, 8
 MAX_RESIDUES = 65535  # of a strided dgrad, which has a row of blocks for each: the y dimension of a grid
-COLUMN_TILE = 64  # Hopper's wgrad counts a tap's columns in whole ones
 ALIGNMENT = 16  # bytes, of the weight or x: TMA's, and cp.async's copies
 
 
 def too_large(geometry: Geometry) -> str | None:
     """Why the products of this layer cannot run on sparse tensor cores."""
-    positions, columns = geometry.positions, -(-geometry.in_channels // COLUMN_TILE) * COLUMN_TILE
+    positions, columns = geometry.positions, _padded(geometry.in_channels, tiles.TAP_COLUMNS)
     if isinstance(geometry, Conv2dGeometry):
         if (residues := math.prod(geometry.stride)) > MAX_RESIDUES:
             return f"sparse dgrad takes strides with at most {MAX_RESIDUES} residues; got {residues}"
@@ -56,23 +55,27 @@ def rank(
     geometry: Geometry, product: Product, device: gpu.Device, family: tiles.Family | None = None
 ) -> tuple[Tiling, ...]:
     """The tilings that run this product on this GPU, best predicted first. family: default the one that fits."""
-    m, n, k = _product_size(geometry, product)
-    gathering, shares = False, True
+    family = family or _family(geometry, device)
+    c_in, gathering, shares = geometry.in_channels, False, True
     if isinstance(geometry, Conv2dGeometry) and not _is_pointwise(geometry):
         gathering = True
+        c_in = _padded(c_in, family.tap_columns)
         # A strided dgrad is several products; and blocks of k begin anew with each tap.
         shares = product == "wgrad" or (geometry.stride == (1, 1) and geometry.out_channels % tiles.TILE_K == 0)
-    family = family or _family(geometry, device)
+    m, n, k = _product_size(geometry, product, c_in)
     return rank_tilings(family, product, m, n, k, device.multiprocessors, gathering, shares)
 
 
-def _product_size(geometry: Geometry, product: Product) -> tuple[int, int, int]:
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _product_size(geometry: Geometry, product: Product, c_in: int) -> tuple[int, int, int]:
     """(m, n, k) of dgrad or wgrad as one product; of a convolution's, the taps of the filter included.
 
     A strided dgrad meets a part of the taps at each pixel: on average one of stride x stride.
     """
-    c_in, c_out = geometry.in_channels, geometry.out_channels
-    taps, met, inputs = 1, 1, geometry.positions
+    c_out, taps, met, inputs = geometry.out_channels, 1, 1, geometry.positions
     if isinstance(geometry, Conv2dGeometry):
         taps = geometry.kernel[0] * geometry.kernel[1]
         met = -(-taps // (geometry.stride[0] * geometry.stride[1]))

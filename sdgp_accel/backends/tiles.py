@@ -32,6 +32,7 @@ Costs = Mapping[Tile, float]
 
 TILE_K = 128  # positions are padded to it: one step of the Hopper kernels' main loop, two of the others'
 STAGE_K = 64  # channels are padded to it: half a step, what a filter's tap is rounded up to
+TAP_COLUMNS = 64  # of Hopper's gathering wgrads: a box of the dense operand's TMA
 # With few multiprocessors busy, those run faster: they have the power and the L2 cache to themselves (an H100).
 IDLE_GAIN = 0.25
 # Tile columns that run together: all where they are few, else groups of 8; 0 to 6 % faster than 4 or 16 on an H100.
@@ -57,6 +58,7 @@ class Family:
     multiply_adds_per_byte: float  # of a sparse main loop (counted dense), per byte of device memory traffic
     store_steps: float = 1.0  # filling the pipeline and storing the tile, in steps of TILE_K of the fastest main loop
     suffix: str = ""  # of the tile in the instances' names
+    tap_columns: int = 1  # the columns of a gathering wgrad's filter tap count in multiples of it
     shares_tiles: bool = False  # between thread blocks, where the last round would leave some idle
 
 
@@ -83,6 +85,7 @@ SM90 = Family(
     # By vit_large's fc1, fc2 and proj dgrads on an H200, which differ in k and in the number of tiles: a 128x256 tile
     # takes 0.81 us for each step and 2.46 us beside them. A ping-pong one takes 2.3 steps' time per area.
     store_steps=3.0,
+    tap_columns=TAP_COLUMNS,
     shares_tiles=True,
 )  # fmt: skip
 
@@ -110,7 +113,7 @@ SM80_SMALL = replace(
 # Rows that do not begin at multiples of 16 bytes, copied value by value. One tile: the cost compares with nothing, and
 # only says how much the reduction may be split.
 _ANY = {Tile(128, 64, 1): 6.0}
-SM80_ANY = replace(SM80, dgrad=_ANY, wgrad=_ANY, gathering=_ANY, suffix="_any")
+SM80_ANY = replace(SM80, dgrad=_ANY, wgrad=_ANY, gathering=_ANY, suffix="_any", tap_columns=8)
 
 
 class Tiling(NamedTuple):
@@ -173,7 +176,8 @@ def rank_tilings(
             if shared is not None:
                 yield step_work * shared[0] * SHARING_MARGIN, tiling._replace(owned_steps=shared[1])
 
-    candidates = [candidate for tile, step_time in tiles.items() for candidate in predictions(tile, step_time)]
+    fitting = {tile: step_time for tile, step_time in tiles.items() if tile.cluster <= multiprocessors}
+    candidates = [candidate for tile, step_time in fitting.items() for candidate in predictions(tile, step_time)]
     return tuple(tiling for _, tiling in sorted(candidates, key=lambda candidate: candidate[0]))
 
 

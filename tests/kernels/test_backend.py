@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -251,6 +253,24 @@ def test_tilings_that_share_tiles_deliver(product_device, name, pass_name):
         out = run(operand, other, geometry, tiling)
         products.assert_close(out, exact.cpu(), magnitude.cpu(), terms)
     assert sharing
+
+
+@pytest.mark.parametrize("multiprocessors", [4, 114, 132])
+def test_shared_rounds_are_those_that_the_kernel_counts(multiprocessors):
+    """A gathering wgrad has whole boxes of 64 columns for each tap: with other columns, another last round."""
+    device = gpu.Device((9, 0), multiprocessors, wgmma=True)
+    shared = 0
+    for taps, c_in in itertools.product(((3, 3), (5, 5), (7, 7), (2, 4)), (24, 64, 72, 96, 416, 656)):
+        for c_out in (136, 384, 512, 1024):
+            geometry = Conv2dGeometry(2, c_in, 20, 20, c_out, 20, 20, taps, (1, 1), (1, 1), (1, 1), 1, True)
+            for tiling in sparse_products.rank(geometry, "wgrad", device):
+                if tiling.owned_steps:
+                    rows, columns = map(int, tiling.tile.split("x"))
+                    units = -(-c_out // (rows * tiling.cluster_size))
+                    units *= -(-taps[0] * taps[1] * (-(-c_in // 64) * 64) // columns)
+                    assert units % (multiprocessors // tiling.cluster_size) > 0, (geometry, tiling)
+                    shared += 1
+    assert shared
 
 
 def gradients(layer_type, arguments, x, dy, config, backend):
