@@ -120,9 +120,9 @@ def test_the_picture_knows_what_it_was_drawn_from(tmp_path):
     sm80 = GEMM | {"results": [GEMM["results"][0] | {"fallback": "sm80"}]}
     for name, result in {"a": LAYERS, "b": GEMM, "c": PRUNE, "d": STEP, "e": sm80}.items():
         (results / f"{name}.json").write_text(json.dumps(result))
-        assert not figure.is_current(picture, results)
-        figure.draw(results, picture)
-        assert figure.is_current(picture, results)
+    assert not figure.is_current(picture, results)
+    figure.draw(results, picture)
+    assert figure.is_current(picture, results)
     (results / "e.json").unlink()
     assert not figure.is_current(picture, results)
 
