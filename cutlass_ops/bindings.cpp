@@ -1,6 +1,7 @@
 // Python's view of the kernels: raw pointers, sizes and a stream as integers, no libtorch. Arguments are checked before
 // anything is launched; a launch that fails raises RuntimeError with the kernel's name and CUDA's message. A call with
-// positional arguments takes little of the host's time.
+// positional arguments takes little of the host's time. Launches release the GIL, since one that meets a full queue
+// waits for the GPU.
 //
 // Every instance is a C function in this shared library and is found by its name, so adding one means adding a file.
 #include <pybind11/pybind11.h>
@@ -18,6 +19,7 @@ using sdgp::PruneCompress;
 using sdgp::ScopeScales;
 using sdgp::SparseConv;
 using sdgp::SparseGemm;
+using Launching = py::call_guard<py::gil_scoped_release>;
 
 // Both kinds of product take these, and are called alike.
 template <typename Kind, typename... Sizes, typename... Arguments>
@@ -28,7 +30,7 @@ void define_product(py::module_& module, const char* name, const char* doc, cons
            py::arg("name"), py::kw_only(), sizes..., py::arg("padded_k"), py::arg("splits") = 1,
            py::arg("owned_blocks") = 0, py::arg("group_n") = 8, py::arg("cluster_size") = 2, py::arg("sm_count"),
            py::arg("out_is_float") = false, py::arg("accumulate") = false)
-      .def("__call__", &Kind::operator(), py::arg("values"), py::arg("metadata"), py::arg("b"), py::arg("out"),
+      .def("__call__", &Kind::operator(), Launching(), py::arg("values"), py::arg("metadata"), py::arg("b"), py::arg("out"),
            py::arg("workspace") = 0, py::arg("stream") = 0);
 }
 
@@ -54,7 +56,7 @@ PYBIND11_MODULE(_C, module) {
            py::arg("row_stride"), py::arg("dgrad_k") = 0, py::arg("dgrad_words") = 0, py::arg("wgrad_k") = 0,
            py::arg("wgrad_pitch") = 0, py::arg("eps") = 0.0f, py::arg("positions_per_sample") = py::none(),
            py::arg("metadata_layout") = "row_major", py::arg("bias_is_float") = false)
-      .def("__call__", &PruneCompress::operator(), py::arg("dy"), py::arg("dgrad_values") = 0,
+      .def("__call__", &PruneCompress::operator(), Launching(), py::arg("dy"), py::arg("dgrad_values") = 0,
            py::arg("dgrad_metadata") = 0, py::arg("wgrad_values") = 0, py::arg("wgrad_metadata") = 0,
            py::arg("bias") = 0, py::arg("bias_partials") = 0, py::arg("seed") = 0, py::arg("key") = 0,
            py::arg("offset") = 0, py::arg("rank") = 0, py::arg("dgrad_scale") = 0, py::arg("wgrad_scale") = 0,
@@ -64,7 +66,7 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init<int64_t, int64_t, const std::string&, int64_t, int64_t, int64_t, int64_t, float>(), py::kw_only(),
            py::arg("n"), py::arg("m"), py::arg("dtype"), py::arg("t"), py::arg("c"), py::arg("row_stride"),
            py::arg("positions_per_sample"), py::arg("eps"))
-      .def("__call__", &ScopeScales::operator(), py::arg("dy"), py::arg("sums") = 0, py::arg("dgrad_scale") = 0,
+      .def("__call__", &ScopeScales::operator(), Launching(), py::arg("dy"), py::arg("sums") = 0, py::arg("dgrad_scale") = 0,
            py::arg("wgrad_scale") = 0, py::arg("stream") = 0);
   py::class_<Product, std::shared_ptr<Product>>(module, "Product", "A sparse product: SparseGemm or SparseConv.");
   define_product<SparseGemm, int64_t, int64_t, int64_t>(
@@ -82,7 +84,7 @@ PYBIND11_MODULE(_C, module) {
       "dgrad_scale, wgrad_scale); dgrad, wgrad: (product, (values, metadata), workspace) or None.")
       .def(py::init<std::vector<Backward::Sweep>, std::optional<Backward::Part>, std::optional<Backward::Part>>(),
            py::arg("sweeps"), py::arg("dgrad"), py::arg("wgrad"))
-      .def("__call__", &Backward::operator(), py::arg("dy"), py::arg("block"), py::arg("bias") = 0, py::arg("seed") = 0,
+      .def("__call__", &Backward::operator(), Launching(), py::arg("dy"), py::arg("block"), py::arg("bias") = 0, py::arg("seed") = 0,
            py::arg("key") = 0, py::arg("offset") = 0, py::arg("rank") = 0, py::arg("weight") = 0, py::arg("dx") = 0,
            py::arg("x") = 0, py::arg("dw") = 0, py::arg("stream") = 0);
 }

@@ -9,8 +9,9 @@
 // stretches. Here owners walk k in step with each other, as they do in whole rounds, so that what they read is shared
 // in L2, and only the helpers' pieces, not every cluster's, go through the workspace.
 //
-// Helpers are the clusters with the lowest numbers, which start no later than the owners that wait for them, and they
-// wait for nobody: what else occupies the GPU cannot bring about a deadlock.
+// Helpers are the clusters with the lowest numbers, and they wait for nobody. GPUs start thread blocks in the order of
+// their numbers (CUDA does not promise it; CUB's look-back scans rely on it, too), so that helpers start no later than the
+// owners that wait for them, and what else occupies the GPU cannot bring about a deadlock.
 #pragma once
 
 #include <algorithm>
