@@ -53,17 +53,19 @@ REPEATS = 30
 
 
 class Case(NamedTuple):
-    """One row: a gradient, a rule, and which outputs it asks for."""
+    """One row: a gradient, half of it zeros (as behind a ReLU) or none, a rule, and which outputs it asks for."""
 
     gradient: str
     rule: str
     needs: Needs
+    half_zeros: bool = False
 
 
 CASES = [Case(gradient, rule, Needs(True, True, False)) for gradient in GRADIENTS for rule in list(RULES)[:5]]
 CASES += [Case("vit_large.fc2", rule, Needs(True, True, False)) for rule in list(RULES)[5:]]
 CASES += [Case("vit_large.fc2", "mvue", needs) for needs in (Needs(True, False, False), Needs(False, True, False))]
 CASES += [Case("vit_large.fc2", rule, Needs(True, True, True)) for rule in ("magnitude", "mvue")]
+CASES += [Case("vit_large.fc1", rule, Needs(True, True, False), half_zeros=True) for rule in list(RULES)[:4]]
 
 
 def moved_bytes(t: int, c: int, needs: Needs) -> float:
@@ -81,6 +83,8 @@ def measure(case: Case) -> dict[str, Any]:
     rng = Rng((1, 2)) if spec.is_random else None
     geometry = LinearGeometry(t, c, c, positions_per_sample)
     inputs = [torch.randn(t, c, device=device, dtype=torch.bfloat16) for _ in range(2 + 2 * L2_BYTES // (2 * t * c))]
+    if case.half_zeros:
+        inputs = [x.relu() for x in inputs]
 
     def kernel(x: Tensor) -> Any:
         return backend.prune_compress(x, geometry, plan, rng, case.needs)
@@ -103,7 +107,8 @@ def measure(case: Case) -> dict[str, Any]:
     }
     micro = stats["kernel"].median
     return {
-        "case": case.gradient, "t": t, "c": c, "dtype": "bfloat16", "rule": case.rule, "needs": case.needs._asdict(),
+        "case": case.gradient, "t": t, "c": c, "dtype": "bfloat16", "needs": case.needs._asdict(),
+        "rule": f"{case.rule}, half zeros" if case.half_zeros else case.rule,
         "microseconds": {name: vars(value) for name, value in stats.items()},
         "gigabytes_per_second": moved_bytes(t, c, case.needs) / micro * 1e-3,
         "clones": micro / stats["clone"].median,

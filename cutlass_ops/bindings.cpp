@@ -30,8 +30,8 @@ void define_product(py::module_& module, const char* name, const char* doc, cons
            py::arg("name"), py::kw_only(), sizes..., py::arg("padded_k"), py::arg("splits") = 1,
            py::arg("owned_blocks") = 0, py::arg("group_n") = 8, py::arg("cluster_size") = 2, py::arg("sm_count"),
            py::arg("out_is_float") = false, py::arg("accumulate") = false)
-      .def("__call__", &Kind::operator(), Launching(), py::arg("values"), py::arg("metadata"), py::arg("b"), py::arg("out"),
-           py::arg("workspace") = 0, py::arg("stream") = 0);
+      .def("__call__", &Kind::operator(), Launching(), py::arg("values"), py::arg("metadata"), py::arg("b"),
+           py::arg("out"), py::arg("workspace") = 0, py::arg("stream") = 0);
 }
 
 }  // namespace
@@ -66,8 +66,8 @@ PYBIND11_MODULE(_C, module) {
       .def(py::init<int64_t, int64_t, const std::string&, int64_t, int64_t, int64_t, int64_t, float>(), py::kw_only(),
            py::arg("n"), py::arg("m"), py::arg("dtype"), py::arg("t"), py::arg("c"), py::arg("row_stride"),
            py::arg("positions_per_sample"), py::arg("eps"))
-      .def("__call__", &ScopeScales::operator(), Launching(), py::arg("dy"), py::arg("sums") = 0, py::arg("dgrad_scale") = 0,
-           py::arg("wgrad_scale") = 0, py::arg("stream") = 0);
+      .def("__call__", &ScopeScales::operator(), Launching(), py::arg("dy"), py::arg("sums") = 0,
+           py::arg("dgrad_scale") = 0, py::arg("wgrad_scale") = 0, py::arg("stream") = 0);
   py::class_<Product, std::shared_ptr<Product>>(module, "Product", "A sparse product: SparseGemm or SparseConv.");
   define_product<SparseGemm, int64_t, int64_t, int64_t>(
       module, "SparseGemm", "The instance `name` of the sparse GEMM; SdgpSparseGemm in sparse_gemm_api.h.",
@@ -84,7 +84,7 @@ PYBIND11_MODULE(_C, module) {
       "dgrad_scale, wgrad_scale); dgrad, wgrad: (product, (values, metadata), workspace) or None.")
       .def(py::init<std::vector<Backward::Sweep>, std::optional<Backward::Part>, std::optional<Backward::Part>>(),
            py::arg("sweeps"), py::arg("dgrad"), py::arg("wgrad"))
-      .def("__call__", &Backward::operator(), Launching(), py::arg("dy"), py::arg("block"), py::arg("bias") = 0, py::arg("seed") = 0,
-           py::arg("key") = 0, py::arg("offset") = 0, py::arg("rank") = 0, py::arg("weight") = 0, py::arg("dx") = 0,
-           py::arg("x") = 0, py::arg("dw") = 0, py::arg("stream") = 0);
+      .def("__call__", &Backward::operator(), Launching(), py::arg("dy"), py::arg("block"), py::arg("bias") = 0,
+           py::arg("seed") = 0, py::arg("key") = 0, py::arg("offset") = 0, py::arg("rank") = 0, py::arg("weight") = 0,
+           py::arg("dx") = 0, py::arg("x") = 0, py::arg("dw") = 0, py::arg("stream") = 0);
 }

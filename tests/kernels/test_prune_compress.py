@@ -17,7 +17,7 @@ from tests.kernels.products import assert_close
 
 DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 PATTERNS = ((2, 4), (1, 4), (2, 8), (1, 8), (2, 16), (1, 16))
-KINDS = ("normal", "many zeros", "wide", "ties", "huge", "dwarfed", "not finite")
+KINDS = ("normal", "many zeros", "ones and zeros", "wide", "ties", "huge", "dwarfed", "not finite")
 
 
 class Outputs(NamedTuple):
@@ -31,6 +31,8 @@ def make_gradient(kind, t, c, dtype, pad=0):
     x = torch.randn(t, c + pad)
     if kind == "many zeros":
         x *= torch.rand_like(x) < 0.4
+    if kind == "ones and zeros":
+        x = torch.randint(-1, 2, x.shape).float()
     if kind == "wide":  # exponents from end to end of the dtype
         low, high = (-24, 15) if dtype == torch.float16 else (-130, 126)
         x *= torch.exp2(torch.randint(low, high, x.shape).float())

@@ -35,6 +35,21 @@ __device__ __forceinline__ PackedQuad pack_single(const uint32_t (&x)[4]) {
   return {zip_low(packed.low, packed.high), packed.nibbles << 28};
 }
 
+// Packs a quad of which at most two are not zero, zeros at the lowest free indices making up the two; false where more
+// are not. Without a branch: gradients of ReLUs and of masked tokens are full of such quads.
+__device__ __forceinline__ bool pack_sparse(uint32_t x01, uint32_t x23, PackedQuad& packed) {
+  // Bit i: element i is not zero. First they stand at bits 0, 16, 2, 18.
+  const uint32_t top01 = (x01 & 0x7fff7fffu) + 0x7fff7fffu, top23 = (x23 & 0x7fff7fffu) + 0x7fff7fffu;
+  const uint32_t spread = (top01 & 0x80008000u) >> 15 | (top23 & 0x80008000u) >> 13;
+  const uint32_t nonzero = (spread | spread >> 15) & 0xfu;
+  // For each of the sixteen, from the right: idx0 | idx1 << 2, or 15.
+  const auto nibble = static_cast<uint32_t>(0xfffefdccf9884444u >> 4 * nonzero) & 0xfu;
+  if (nibble == 0xfu) return false;
+  const uint32_t selector = 0x1010u + (nibble & 3) * 0x22u + (nibble >> 2) * 0x2200u;
+  packed = {permute(x01, x23, selector), nibble << 28};
+  return true;
+}
+
 template <typename Type>
 struct MvueQuad {
   using Element = Type;
@@ -105,6 +120,11 @@ struct MvueQuad {
     return {pack_floats<Element>(quotient(kept0, kept_weight0), quotient(kept1, kept_weight1)), code};
   }
 
+  // The result for a group that keeps all its non-zeros; false where it is none.
+  static __device__ __forceinline__ bool compress_sparse(uint32_t x01, uint32_t x23, PackedQuad& packed) {
+    return pack_sparse(x01, x23, packed);
+  }
+
   static __device__ __forceinline__ PackedQuad compress_any(uint32_t x01, uint32_t x23, const uint4& words, int) {
     uint32_t x[4] = {x01 & 0xffffu, x01 >> 16, x23 & 0xffffu, x23 >> 16};
     Mvue<Element, 2, 4>::template estimate<0>(x, static_cast<int>(words.x >> 8));
@@ -117,6 +137,12 @@ struct RandomQuad {
   using Element = Type;
   static constexpr bool kNeedsLength = true;
 
+  // In the top bits of the halves, whether one of the four is NaN or inf.
+  static __device__ __forceinline__ uint32_t not_finite(uint32_t x01, uint32_t x23) {
+    constexpr uint32_t kToTopBit = (0x8000 - ElementTraits<Element>::kInfinity) * 0x10001;
+    return ((x01 & 0x7fff7fffu) + kToTopBit) | ((x23 & 0x7fff7fffu) + kToTopBit);
+  }
+
   // x01, x23: the group's elements 0, 1 and 2, 3; words: their random keys. Clears `regular` where only `compress_any`
   // gives the result: NaN or inf, which change what is kept, and a kept zero, which has to be at the lowest free index.
   static __device__ __forceinline__ PackedQuad compress(uint32_t x01, uint32_t x23, const uint4& words, bool& regular) {
@@ -127,11 +153,18 @@ struct RandomQuad {
     if (min(words.x, words.y) >= max(words.z, words.w)) code = 0x40003210;
     if (min(words.z, words.w) > max(words.x, words.y)) code = 0xe0007654;
     const uint32_t kept = permute(x01, x23, code);
-    constexpr uint32_t kToTopBit = (0x8000 - ElementTraits<Element>::kInfinity) * 0x10001;
-    const uint32_t not_finite = ((x01 & 0x7fff7fffu) + kToTopBit) | ((x23 & 0x7fff7fffu) + kToTopBit);
     const uint32_t nonzero = (kept & 0x7fff7fffu) + 0x7fff7fffu;
-    regular &= ((not_finite | ~nonzero) & 0x80008000u) == 0;
+    regular &= ((not_finite(x01, x23) | ~nonzero) & 0x80008000u) == 0;
     return {kept, code};
+  }
+
+  // The result for a group of four finite elements, some kept one zero, of which `compress` made `packed`; false where
+  // it is none.
+  static __device__ __forceinline__ bool compress_sparse(uint32_t x01, uint32_t x23, PackedQuad& packed) {
+    const uint32_t keep = 1u << (packed.code >> 28 & 3) | 1u << (packed.code >> 30);
+    const uint32_t keep01 = (keep & 1) * 0xffffu | (keep >> 1 & 1) * 0xffff0000u;
+    const uint32_t keep23 = (keep >> 2 & 1) * 0xffffu | (keep >> 3) * 0xffff0000u;
+    return (not_finite(x01, x23) & 0x80008000u) == 0 && pack_sparse(x01 & keep01, x23 & keep23, packed);
   }
 
   static __device__ __forceinline__ PackedQuad compress_any(uint32_t x01, uint32_t x23, const uint4& words,

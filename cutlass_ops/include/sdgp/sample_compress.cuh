@@ -30,13 +30,21 @@ __device__ __forceinline__ void compress_batch(const uint32_t (&x01)[kBatch], co
                                                uint64_t group, uint64_t stride, const Stream& stream,
                                                const TilePhilox& random, bool close, bool whole,
                                                const LengthOf& length_of, PackedQuad (&packed)[kBatch]) {
+  const bool ordinary = close && (whole || !Rule::kNeedsLength);
   uint32_t irregular = 0;
 #pragma unroll
   for (int i = 0; i < kBatch; ++i) {
     const uint32_t lower = static_cast<uint32_t>(group + i / 2 * stride + i % 2);
-    bool regular = close && (whole || !Rule::kNeedsLength);
+    bool regular = ordinary;
     packed[i] = Rule::compress(x01[i], x23[i], random(lower), regular);
     if (!regular) irregular |= 1u << i;
+  }
+  if (irregular == 0) return;
+  if (ordinary) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if ((irregular >> i & 1) != 0 && Rule::compress_sparse(x01[i], x23[i], packed[i])) irregular &= ~(1u << i);
+    }
   }
 #pragma unroll 1
   while (irregular != 0) {
