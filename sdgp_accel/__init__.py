@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sdgp_accel.benchmark import benchmark
     from sdgp_accel.config import SDGPConfig
     from sdgp_accel.nn import SDGPConv2d, SDGPLinear
+    from sdgp_accel.philox import set_data_parallel_rank
     from sdgp_accel.plan import plan
     from sdgp_accel.pruning import prune
     from sdgp_accel.report import LayerReport, SwapReport
@@ -41,6 +42,7 @@ __all__ = [
     "prune",
     "restore_",
     "set_active_",
+    "set_data_parallel_rank",
     "tune",
     "validate",
 ]
@@ -59,6 +61,7 @@ _HOME = {
     "prune": "pruning",
     "restore_": "swap",
     "set_active_": "swap",
+    "set_data_parallel_rank": "philox",
     "tune": "swap",
     "validate": "validation",
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sdgp_accel import ops
 from sdgp_accel.backends import Decision, check_floating, decide_conv2d, decide_linear, warn_once
@@ -28,16 +30,20 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
     arXiv:2202.00774), with dY seen as [T, out_features],
     ``dX = prune(dY, along out_features) W``, ``dW = prune(dY, along T)^T X`` and ``db = Σ_T dY`` unpruned.
 
+    Nested tensors run the ordinary dense backward, and so does everything under torch.func's transforms and in what
+    torch.jit.trace records.
+
     Raises TypeError for an input that is not floating point, and RuntimeError on double backward.
     """
-    _check_tensor(input)
-    is_sharded = type(weight) is not nn.Parameter and _is_sharded(weight)
-    if is_sharded or not torch.is_grad_enabled() or input.dim() == 0:  # of dim 0: torch's own error
+    _check_tensor(input, weight)
+    is_sharded, compiling = type(weight) is not nn.Parameter and _is_sharded(weight), torch.compiler.is_compiling()
+    is_dense = is_sharded or not torch.is_grad_enabled() or input.dim() == 0  # of dim 0: torch's own error
+    if is_dense or not compiling and _is_foreign(input):
         check_floating(input.dtype)
         return F.linear(input, weight, bias)
     if not isinstance(plan, str):
         plan = _encoded(plan, "linear")
-    if torch.compiler.is_compiling():
+    if compiling:
         if _is_autocast(input):
             input, weight, bias = _autocast(input, weight, bias)
         check_floating(input.dtype)
@@ -75,7 +81,7 @@ def conv2d(
     point, any memory format (channels_last gradients are pruned without a copy). `padding` may be ``"same"``
     or ``"valid"``. For `plan`, the numbers and the errors see `linear`; T runs over (n, p, q).
     """
-    _check_tensor(input)
+    _check_tensor(input, weight)
     check_floating(input.dtype)
     if not torch.is_grad_enabled() or input.dim() not in (3, 4) or weight.dim() != 4:  # other dims: torch's own error
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -90,16 +96,17 @@ def conv2d(
 
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window, plan: str) -> Tensor:
     """`conv2d` with its integers as a layer has them."""
-    _check_tensor(input)
+    _check_tensor(input, weight)
     input_shape, weight_shape = input.shape, weight.shape
-    is_sharded = type(weight) is not nn.Parameter and _is_sharded(weight)
-    if is_sharded or not torch.is_grad_enabled() or len(input_shape) != 4 or len(weight_shape) != 4:
-        if torch.is_grad_enabled() and len(input_shape) == 3:
+    is_sharded, compiling = type(weight) is not nn.Parameter and _is_sharded(weight), torch.compiler.is_compiling()
+    is_dense = is_sharded or not torch.is_grad_enabled() or not compiling and _is_foreign(input)
+    if is_dense or len(input_shape) != 4 or len(weight_shape) != 4:
+        if not is_dense and len(input_shape) == 3:
             return convolve(input.unsqueeze(0), weight, bias, window, plan).squeeze(0)
         check_floating(input.dtype)
         return F.conv2d(input, weight, bias, *window)
     channels_last = is_channels_last(input) or is_channels_last(weight)
-    if torch.compiler.is_compiling():
+    if compiling:
         if _is_autocast(input):
             input, weight, bias = _autocast(input, weight, bias)
         check_floating(input.dtype)
@@ -127,7 +134,8 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window,
 # backward that calls what the op calls, with the decision taken in forward, which saves 5 to 10 µs. The op is for
 # whatever traces (torch.compile and other tensor subclasses) and for a backward that is itself recorded. Under autocast
 # parameters are cast within: their gradients may then come from the kernels as they are to be, in float32. autograd
-# casts what comes in another dtype. What tells an ordinary eager backward stands in both, a frame less.
+# casts what comes in another dtype. What tells an ordinary eager backward stands in both, a frame less. An output that
+# got no gradient stays without: parameters that a dense layer leaves alone are not moved by zeros.
 
 
 class _Linear(torch.autograd.Function):
@@ -139,22 +147,34 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         call: tuple[str, Decision | None, torch.dtype | None],
     ) -> Tensor:
-        to = call[2]
+        needs_dx, needs_dw, _, _ = ctx.needs_input_grad
+        kept, to = weight, call[2]
         if to is not None:
             ctx.parameter = weight
             weight, bias = weight.to(to), None if bias is None else bias.to(to)
-        needs_dx, needs_dw, _, _ = ctx.needs_input_grad
-        ctx.save_for_backward(input if needs_dw else None, weight if needs_dx else None)
+            kept = _kept(ctx.parameter, weight) if needs_dx else weight
+        ctx.save_for_backward(input if needs_dw else None, kept if needs_dx else None)
         ctx.call = call
-        return F.linear(input, weight, bias)
+        if call[1] is None:  # traced
+            return _product(input, weight, bias)
+        ctx.set_materialize_grads(False)
+        if input.dim() == 2:
+            return F.linear(input, weight, bias)
+        # A view of the product, which as a Function's output could not be changed in place: not to be known as one.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return F.linear(input, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        if dy is None:
+            return None, None, None, None
         x, weight = ctx.saved_tensors
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
         if not (needs_dx or needs_dw):
             return None, None, dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy, None
         plan, decision, to = ctx.call
+        if to is not None and needs_dx and weight.dtype != to:
+            weight = weight.to(to)
         if decision is not None and type(dy) is Tensor and not torch.is_grad_enabled() and not dy.is_meta:
             return *ops.run(dy, x, weight, needs_db, decision), None
         gradients = ops.linear_backward(dy, x, weight, needs_db, plan)
@@ -171,32 +191,65 @@ class _Conv2d(torch.autograd.Function):
         bias: Tensor | None,
         call: tuple[str, Decision | None, torch.dtype | None, Window, bool],
     ) -> Tensor:
-        to = call[2]
+        needs_dx, needs_dw, _, _ = ctx.needs_input_grad
+        kept, to = weight, call[2]
         if to is not None:
             ctx.parameter = weight
             weight, bias = weight.to(to), None if bias is None else bias.to(to)
-        needs_dx, needs_dw, _, _ = ctx.needs_input_grad
+            kept = _kept(ctx.parameter, weight) if needs_dx else weight
         if needs_dx and needs_dw:
-            ctx.save_for_backward(input, weight)
+            ctx.save_for_backward(input, kept)
         else:
-            ctx.save_for_backward(input if needs_dw else None, weight if needs_dx else None)
+            ctx.save_for_backward(input if needs_dw else None, kept if needs_dx else None)
             ctx.absent_shape = weight.shape if needs_dw else input.shape
         ctx.call = call
+        if call[1] is not None:  # not traced
+            ctx.set_materialize_grads(False)
         return F.conv2d(input, weight, bias, *call[3])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor | None) -> Any:
+        if dy is None:
+            return None, None, None, None
         x, weight = ctx.saved_tensors
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
         if not (needs_dx or needs_dw):
             return None, None, dy.sum((0, 2, 3)), None
         plan, decision, to, window, channels_last = ctx.call
+        if to is not None and needs_dx and weight.dtype != to:
+            weight = weight.to(to)
         if decision is not None and type(dy) is Tensor and not torch.is_grad_enabled() and not dy.is_meta:
             return *ops.run(dy, x, weight, needs_db, decision), None
         absent_shape = () if needs_dx and needs_dw else ctx.absent_shape
         gradients = ops.conv2d_backward(dy, x, weight, needs_db, absent_shape, flat(window), channels_last, plan)
         used = weight if to is None or weight is None else ctx.parameter
         return *_place(_once(gradients, dy, x, used), needs_dx, needs_dw, needs_db), None
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` whose result is no view for other than 2-D inputs: see `_Linear`."""
+    if input.dim() == 2:
+        return F.linear(input, weight, bias)
+    rows = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
+    shape = (*input.shape[:-1], weight.shape[0])
+    result: Tensor = torch.ops.aten._unsafe_view.default(F.linear(rows, weight, bias), shape)
+    return result
+
+
+# By parameter, a weakref.ref of the cast of it that some graph keeps for its backward.
+_casts: Any = WeakIdKeyDictionary()
+
+
+def _kept(parameter: Tensor, cast: Tensor) -> Tensor:
+    """What a layer keeps for backward of a parameter that it has cast: the cast, or where a graph that is alive keeps
+    one already, the parameter, to be cast again. So however often a parameter is used under autocast, one cast of it is
+    in memory, as in dense layers, which share torch's; but no forward takes a cast of values that may have changed.
+    """
+    other = _casts.get(parameter)
+    if other is not None and other() is not None:
+        return parameter
+    _casts[parameter] = weakref.ref(cast)
+    return cast
 
 
 class _Once(torch.autograd.Function):
@@ -231,9 +284,11 @@ def _place(gradients: Sequence[Tensor], *needs: bool) -> list[Tensor | None]:
     return [next(position) if need else None for need in needs]
 
 
-def _check_tensor(input: object) -> None:
+def _check_tensor(input: object, weight: object) -> None:
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a floating point tensor; got {input!r} of type {type(input).__name__}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor; got {weight!r} of type {type(weight).__name__}")
 
 
 def _is_sharded(weight: Tensor) -> bool:
@@ -241,7 +296,24 @@ def _is_sharded(weight: Tensor) -> bool:
     # By name: importing torch.distributed.tensor takes half a second.
     if type(weight).__name__ != "DTensor":
         return False
-    warn_once("layers with tensor-parallel weights (DTensor) run the ordinary dense backward")
+    warn_once(
+        "layers with tensor-parallel weights (DTensor) run the ordinary dense backward; the others draw by the rank of "
+        "their process: call sdgp_accel.set_data_parallel_rank with its place among the data-parallel ones, so that "
+        "tensor-parallel processes, whose copies of the others are to stay alike, draw alike"
+    )
+    return True
+
+
+def _is_foreign(input: Tensor) -> bool:
+    """True where only torch's own functions can go: an eager autograd function has no part there."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        warn_once("layers under torch.func's transforms (vmap, grad, jvp, ..) run the ordinary dense backward")
+    elif torch._C._get_tracing_state() is not None:
+        warn_once("torch.jit.trace records the ordinary dense layers")
+    elif input.is_nested:
+        warn_once("layers run the ordinary dense backward for nested tensors")
+    else:
+        return False
     return True
 
 
@@ -291,6 +363,8 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype:
 def _pair(argument: str, value: int | Sequence[int]) -> tuple[int, int]:
     if isinstance(value, int):
         return value, value
+    if not isinstance(value, Sequence) or not all(isinstance(item, int) for item in value):
+        raise TypeError(f"{argument} must be an int or two of them; got {value!r}")
     if len(value) not in (1, 2):
         raise ValueError(f"{argument} must be an int or two of them; got {value!r}")
     return value[0], value[-1]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdgp_accel import functional
 from sdgp_accel.backends import Decision, decide_conv2d, decide_linear, warn_once
 from sdgp_accel.config import SDGPConfig
+from sdgp_accel.functional import conv2d, convolve, is_channels_last, linear, resolve_padding
 from sdgp_accel.layer_plan import INACTIVE, LayerKind, plan_string
+
+# torch.fx (torchvision's feature extraction) traces into layers that are not torch's own: these stay calls there.
+torch.fx.wrap("linear")
+torch.fx.wrap("conv2d")
+torch.fx.wrap("convolve")
 
 
 class SDGPLayer(nn.Module):
@@ -48,6 +53,8 @@ class SDGPLayer(nn.Module):
 
     @sdgp_active.setter
     def sdgp_active(self, active: bool) -> None:
+        if not isinstance(active, bool):
+            raise TypeError(f"sdgp_active must be True or False; got {active!r}")
         self._sdgp_active = active
         self._sdgp_plan = plan_string(self.kind, self._sdgp_config) if active else INACTIVE
 
@@ -65,9 +72,21 @@ class SDGPLinear(SDGPLayer, nn.Linear):
 
     kind = "linear"
 
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        config: SDGPConfig | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype, config=config)
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] → [..., out_features]."""
-        return functional.linear(input, self.weight, self.bias, self._sdgp_plan)
+        return linear(input, self.weight, self.bias, self._sdgp_plan)
 
 
 class SDGPConv2d(SDGPLayer, nn.Conv2d):
@@ -75,17 +94,34 @@ class SDGPConv2d(SDGPLayer, nn.Conv2d):
 
     kind = "conv2d"
 
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        config: SDGPConfig | None = None,
+    ) -> None:
+        window = (kernel_size, stride, padding, dilation, groups)
+        super().__init__(in_channels, out_channels, *window, bias, padding_mode, device, dtype, config=config)
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
         elif isinstance(padding, str):
-            return functional.conv2d(
-                input, weight, bias, self.stride, padding, self.dilation, self.groups, self._sdgp_plan
-            )
+            return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, self._sdgp_plan)
         window = (self.stride, padding, self.dilation, self.groups)
-        return functional.convolve(input, weight, bias, window, self._sdgp_plan)
+        return convolve(input, weight, bias, window, self._sdgp_plan)
 
 
 def warn_of_scope(kind: LayerKind, config: SDGPConfig) -> None:
@@ -118,11 +154,11 @@ def decide_layer(module: nn.Linear | nn.Conv2d, input: Tensor, config: SDGPConfi
         padded = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         x, padding = padded.to(x.dtype), (0, 0)  # autocast pads in float32 on a CPU
     elif isinstance(module.padding, str):
-        x, padding = functional.resolve_padding(x, module.weight, module.padding, stride, dilation)
+        x, padding = resolve_padding(x, module.weight, module.padding, stride, dilation)
     else:
         padding = _pair(module.padding)
     window = (stride, padding, dilation, module.groups)
-    channels_last = functional.is_channels_last(x) or functional.is_channels_last(module.weight)
+    channels_last = is_channels_last(x) or is_channels_last(module.weight)
     plan, weight = plan_string("conv2d", config), module.weight
     return x, decide_conv2d(
         plan, x.shape, weight.shape, window, channels_last, x.dtype, x.device, deterministic, weight.dtype

@@ -91,8 +91,26 @@ def _key_of(seed: int) -> int:
     return key - (1 << 64) if key >> 63 else key
 
 
+_rank: int | None = None
+
+
+def set_data_parallel_rank(rank: int | None) -> None:
+    """Let this process draw as data-parallel rank `rank` (0 or larger); None: as its rank in the default group.
+
+    Where not all processes are data-parallel ones (tensor or pipeline parallelism), pass this one's place among those
+    that are, such as ``mesh["dp"].get_local_rank()``: processes that hold copies of one layer and feed them the same
+    data have to draw alike, or the copies drift apart. Raises ValueError for anything else.
+    """
+    global _rank
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < 1 << 31):
+        raise ValueError(f"rank must be an int from 0 to 2^31 - 1, or None; got {rank!r}")
+    _rank = rank
+
+
 def data_parallel_rank() -> int:
-    """This process's rank in torch.distributed's default group; 0 where there is none."""
+    """What `set_data_parallel_rank` has set, else this process's rank in torch.distributed's default group, else 0."""
+    if _rank is not None:
+        return _rank
     # What torch.distributed.get_rank() says, several times as fast.
     group = torch.distributed.GroupMember.WORLD if _HAS_RANKS else None
     return 0 if group is None else group.rank()

@@ -70,7 +70,7 @@ def restore_(model: nn.Module) -> nn.Module:
     """Turn every SDGP layer of `model` back into `nn.Linear` or `nn.Conv2d`, in place, and return `model`.
 
     Raises RuntimeError, before changing anything, where a wrapper (FSDP2, parametrizations) has derived its
-    own class from an SDGP layer: undo the wrapping first.
+    own class from an SDGP layer, or a hook of another library has replaced its forward: undo that first.
     """
     check_model(model)
     layers = [module for module in model.modules() if isinstance(module, SDGPLayer)]
@@ -101,7 +101,13 @@ def _check_restorable(module: SDGPLayer) -> None:
     if type(module) not in _ORIGINALS:
         raise RuntimeError(
             f"{type(module).__name__} cannot become an ordinary layer again: its class was derived from an SDGP layer "
-            "(by fully_shard, a parametrization or a subclass); undo that first"
+            "(by fully_shard, a parametrization or a subclass); undo that first, or switch pruning off: "
+            "set_active_(model, False)"
+        )
+    if "forward" in vars(module):
+        raise RuntimeError(
+            f"{type(module).__name__} cannot become an ordinary layer again: its forward was replaced (by a hook of "
+            "another library); undo that first, or switch pruning off: set_active_(model, False)"
         )
 
 
@@ -228,7 +234,7 @@ def selector(filter_fn: Filter) -> Callable[[nn.Module, str], bool]:
     """`filter_fn`, None or name patterns as ``(module, name) -> bool``; TypeError for anything else."""
     if filter_fn is None:
         return lambda module, name: True
-    if callable(filter_fn):
+    if callable(filter_fn) and not isinstance(filter_fn, type):
         return filter_fn
     patterns = [filter_fn] if isinstance(filter_fn, str) else list(filter_fn) if isinstance(filter_fn, Iterable) else []
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
@@ -280,6 +286,10 @@ def _why_not(module: nn.Module, config: SDGPConfig) -> str | None:
     if type(module) not in _SWAPS and not isinstance(module, SDGPLayer):
         return _why_not_class(module)
     assert isinstance(module, (nn.Linear, nn.Conv2d))
+    if "forward" in vars(module) and not isinstance(module, SDGPLayer):
+        return "its forward was replaced (by a hook of another library?): accelerate before that"
+    if not isinstance(getattr(module, "weight", None), Tensor):
+        return "it has no weight"
     if module.weight.is_complex() or not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}, not real floating point"
     weight_class = type(module.weight).__name__

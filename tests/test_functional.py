@@ -339,6 +339,9 @@ def test_non_floating_input_is_refused(dtype: torch.dtype, training: bool) -> No
         ({"padding": "same", "stride": 2}, r"padding='same' needs stride 1; got stride \(2, 2\)"),
         ({"stride": 0}, r"stride must be positive; got \(0, 0\)"),
         ({"stride": (1, 2, 3)}, r"stride must be an int or two of them; got \(1, 2, 3\)"),
+        ({"stride": 1.5}, r"stride must be an int or two of them; got 1.5"),
+        ({"stride": (1, 2.5)}, r"stride must be an int or two of them; got \(1, 2.5\)"),
+        ({"weight": None}, "weight must be a tensor; got None of type NoneType"),
         ({"dilation": ()}, r"dilation must be an int or two of them; got \(\)"),
         ({"plan": "mvue"}, "plan must be a string .* got 'mvue'"),
         ({"plan": 3}, "plan must be"),
@@ -347,7 +350,7 @@ def test_non_floating_input_is_refused(dtype: torch.dtype, training: bool) -> No
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     x, weight = require_grad(torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3))
     with pytest.raises((ValueError, TypeError), match=message):
-        sdgp.functional.conv2d(x, weight, **arguments)
+        sdgp.functional.conv2d(**{"input": x, "weight": weight} | arguments)
 
 
 def test_sample_channel_scope_of_linear() -> None:

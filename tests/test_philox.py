@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import sdgp_accel as sdgp
+from sdgp_accel import philox
 from sdgp_accel.philox import GroupWords, Rng, draw, next_seed, philox4x32, philox4x32_cpu, round_keys, take
 from tests import oracle
 
@@ -131,3 +133,24 @@ def test_ranks_and_passes_differ() -> None:
     for i, a in enumerate(streams):
         for b in streams[:i]:
             assert not torch.equal(a, b)
+
+
+def test_the_data_parallel_rank_may_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tensor-parallel processes have ranks of their own in the default group."""
+    monkeypatch.setattr(philox, "_rank", None)
+    x, weight = torch.randn(8, 8), torch.randn(8, 8, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        torch.manual_seed(3)
+        (dw,) = torch.autograd.grad(sdgp.functional.linear(x, weight), weight, torch.linspace(-1, 2, 64).view(8, 8))
+        return dw
+
+    own = gradient()
+    sdgp.set_data_parallel_rank(2)
+    assert philox.data_parallel_rank() == 2
+    assert not torch.equal(gradient(), own)
+    sdgp.set_data_parallel_rank(None)
+    assert torch.equal(gradient(), own)
+    for rank in (-1, 1 << 31, True, 1.0, "0"):
+        with pytest.raises(ValueError, match=r"rank must be an int from 0 to 2\^31 - 1, or None; got"):
+            sdgp.set_data_parallel_rank(rank)  # type: ignore[arg-type]

@@ -211,6 +211,18 @@ def test_the_model_itself_may_be_a_layer() -> None:
     assert type(sdgp.restore_(layer)) is nn.Linear
 
 
+def with_forward(module: nn.Module) -> nn.Module:
+    """With a forward of its own, as hooks of Hugging Face's Accelerate leave a module."""
+    inner = module.forward
+    module.forward = lambda *arguments: inner(*arguments)  # type: ignore[method-assign]
+    return module
+
+
+def without_weight(module: nn.Module) -> nn.Module:
+    module.weight = None
+    return module
+
+
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
@@ -218,6 +230,8 @@ def test_the_model_itself_may_be_a_layer() -> None:
         (nn.Conv1d(8, 8, 3), "Conv1d is neither nn.Linear nor nn.Conv2d"),
         (nn.Embedding(8, 8), "an embedding has no GEMM in its backward"),
         (nn.LazyLinear(8), "its parameters are not initialized yet: run one batch first"),
+        (with_forward(nn.Linear(8, 8)), "its forward was replaced (by a hook of another library?)"),
+        (without_weight(nn.Linear(8, 8)), "it has no weight"),
         (nn.Linear(8, 8, dtype=torch.complex64), "its weight is torch.complex64, not real floating point"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "parametrized: its class belongs"),
         (nn.LSTM(8, 8), "LSTM is neither nn.Linear nor nn.Conv2d"),
@@ -232,6 +246,27 @@ def test_what_cannot_be_swapped_says_why(module: nn.Module, reason: str) -> None
         report = sdgp.accelerate_(nn.Sequential(module))
     assert report["0"].reason.startswith(reason)
     assert type(module) is kind
+
+
+def test_a_layer_whose_forward_was_replaced_since_cannot_be_restored() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sdgp.accelerate_(model)
+    with_forward(model[1])
+    assert sdgp.accelerate_(model)["1"].swapped
+    with pytest.raises(RuntimeError, match=r"its forward was replaced .* set_active_\(model, False\)"):
+        sdgp.restore_(model)
+    assert all(type(layer) is sdgp.SDGPLinear for layer in model)
+    model(torch.randn(4, 8)).sum().backward()
+
+
+def test_layers_take_their_arguments_as_torchs_own_do() -> None:
+    linear = nn.utils.skip_init(sdgp.SDGPLinear, 8, 4, bias=False, config=sdgp.SDGPConfig(m=8))
+    assert (linear.weight.shape, linear.bias, linear.sdgp_config.m) == ((4, 8), None, 8)
+    conv = nn.utils.skip_init(sdgp.SDGPConv2d, 8, 4, 3, 2, 1, 2, 4, False, "reflect", dtype=torch.bfloat16)
+    assert str(conv).startswith("SDGP" + str(nn.Conv2d(8, 4, 3, 2, 1, 2, 4, False, "reflect"))[:-1])
+    assert conv.weight.dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="sdgp_active must be True or False; got 'no'"):
+        conv.sdgp_active = "no"
 
 
 def test_multihead_attention_is_left_alone() -> None:
@@ -265,6 +300,7 @@ def test_model_without_layers_warns_and_reports_nothing() -> None:
         (("resnet",), TypeError, "model must be a torch.nn.Module; got str"),
         ((nn.Linear(4, 4), "mvue"), TypeError, "config must be an SDGPConfig or None; got str"),
         ((nn.Linear(4, 4), None, 3), TypeError, "filter_fn must be a callable .* got 3"),
+        ((nn.Linear(4, 4), None, nn.Linear), TypeError, "filter_fn must be a callable .* got <class .*Linear"),
         ((nn.Linear(4, 4), None, [1]), TypeError, r"filter_fn must be a callable .* got \[1\]"),
     ],
 )

@@ -1,0 +1,174 @@
+"""What is done to layers from outside: in-place changes, reuse, fx, jit.trace, torch.func, nested tensors."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import sdgp_accel as sdgp
+from sdgp_accel.backends import forget_decisions
+
+CONFIG = sdgp.SDGPConfig(prune="magnitude", backend="reference")
+
+
+def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """`model` accelerated, and as it was."""
+    dense = copy.deepcopy(model)
+    sdgp.accelerate_(model, CONFIG)
+    return model, dense
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Flatten(2), nn.Linear(16, 8))
+
+
+@pytest.fixture
+def warns() -> Any:
+    """Collects the warnings of a test; those that come once come again."""
+    forget_decisions()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield lambda: [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(12,), (5, 12), (3, 4, 12), (2, 0, 12), (2, 3, 4, 12)])
+def test_a_linear_layers_output_may_be_changed_in_place(
+    shape: tuple[int, ...], bias: bool, autocast: bool, compiled: bool
+) -> None:
+    """torch's own function gives a view of its product for some of these shapes."""
+
+    def step(layer: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y: Tensor = layer(x)
+            y += 1
+            return y.relu_()
+
+    ours, dense = twins(nn.Linear(12, 8, bias=bias))
+    x = torch.randn(shape)
+    torch._dynamo.reset()
+    run = torch.compile(step, fullgraph=True, backend="aot_eager") if compiled else step
+    y = run(ours, x)
+    assert torch.equal(y, step(dense, x))
+    y.sum().backward()
+    assert ours.weight.grad is not None
+
+
+def test_an_output_without_a_gradient_moves_no_parameter() -> None:
+    for model, x in ((nn.Linear(8, 8), torch.randn(4, 8)), (nn.Conv2d(8, 8, 1), torch.randn(1, 8, 2, 2))):
+        ours, _ = twins(model)
+        other = nn.Linear(x.shape[-1], 2)
+        x.requires_grad_()
+        checkpoint(lambda unused, v, other=other: other(v), ours(x), x, use_reentrant=True).sum().backward()
+        assert other.weight.grad is not None
+        assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+@pytest.mark.parametrize("uses", [1, 3])
+def test_however_often_a_parameter_is_used_under_autocast_one_cast_is_kept(kind: str, uses: int) -> None:
+    layer: nn.Module = nn.Linear(64, 64, bias=False) if kind == "linear" else nn.Conv2d(64, 64, 1, bias=False)
+    ours, dense = twins(layer)
+    x = torch.randn((8, 64) if kind == "linear" else (2, 64, 2, 2), requires_grad=True)
+
+    def kept(model: nn.Module) -> tuple[int, Tensor]:
+        """Bytes saved for backward beside the parameters themselves."""
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        saved: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            y = x
+            for _ in range(uses):
+                y = model(y)
+        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()), y
+
+    ours_bytes, y = kept(ours)
+    assert ours_bytes <= kept(dense)[0]
+    function = sdgp.functional.linear if kind == "linear" else sdgp.functional.conv2d
+    expected, weight = x.bfloat16(), ours.weight.bfloat16()
+    for _ in range(uses):
+        expected = function(expected, weight, plan=CONFIG)
+    gradients = [torch.autograd.grad(out.float().square().sum(), x)[0] for out in (y, expected)]
+    assert torch.equal(*gradients)
+
+
+def test_a_cast_that_a_graph_keeps_is_of_no_use_to_another_forward() -> None:
+    """Data that change behind the version counter's back are what the next forward uses."""
+    layer = nn.Linear(8, 8, bias=False)
+    sdgp.accelerate_(layer, CONFIG)
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = layer(x)
+        layer.weight.data.zero_()
+        second = layer(x)
+    assert first.any()
+    assert not second.any()
+    (dx,) = torch.autograd.grad(second.sum(), x)
+    assert not dx.any()
+
+
+def test_fx_traces_an_accelerated_model_and_the_graph_prunes() -> None:
+    ours, dense = twins(small())
+    traced = torch.fx.symbolic_trace(ours)
+    x = torch.randn(2, 4, 4, 4)
+    assert torch.equal(traced(x), dense(x))
+    traced(x).square().sum().backward()
+    pruned = [parameter.grad.clone() for parameter in ours.parameters()]
+    ours.zero_grad()
+    ours(x).square().sum().backward()
+    dense(x).square().sum().backward()
+    for gradient, ours_, dense_ in zip(pruned, ours.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(gradient, ours_.grad)
+        assert gradient.dim() == 1 or not torch.equal(gradient, dense_.grad)
+
+
+def test_jit_trace_records_the_dense_layers(warns: Any) -> None:
+    ours, dense = twins(small().eval())
+    x = torch.randn(2, 4, 4, 4)
+    traced = torch.jit.trace(ours, x)
+    assert torch.equal(traced(x), dense(x))
+    traced(x).sum().backward()
+    assert sum("torch.jit.trace records the ordinary dense layers" in text for text in warns()) == 1
+
+
+def test_func_transforms_run_the_dense_layers(warns: Any) -> None:
+    ours, dense = twins(small())
+    x = torch.randn(3, 2, 4, 4, 4)
+    assert torch.allclose(torch.func.vmap(ours)(x), torch.func.vmap(dense)(x))
+
+    def loss(model: nn.Module) -> Any:
+        return lambda parameters, x: torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    parameters = {name: parameter.detach() for name, parameter in dense.named_parameters()}
+    per_sample = [torch.func.vmap(torch.func.grad(loss(m)), (None, 0))(parameters, x) for m in (ours, dense)]
+    for name in parameters:
+        torch.testing.assert_close(per_sample[0][name], per_sample[1][name])
+    tangents = [torch.func.jvp(model, (x[0],), (torch.ones_like(x[0]),))[1] for model in (ours, dense)]
+    torch.testing.assert_close(*tangents)
+    assert sum("torch.func's transforms" in text for text in warns()) == 1
+
+
+def test_nested_tensors_run_the_dense_layer(warns: Any) -> None:
+    ours, dense = twins(nn.Linear(8, 4))
+    parts = [torch.randn(3, 8), torch.randn(5, 8)]
+    for model in (ours, dense):
+        nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+        model(nested).values().square().sum().backward()
+    assert torch.equal(ours.weight.grad, dense.weight.grad)
+    assert sum("nested tensors" in text for text in warns()) == 1
