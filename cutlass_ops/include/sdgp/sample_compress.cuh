@@ -75,20 +75,22 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
   const Place place(cover);
   const int64_t c = problem.c, t = problem.t, channel = place.channel, position = place.position;
   const bool vector_loads = can_load_vectors(problem.dy, c, problem.row_stride);
-  const auto* dy = static_cast<const uint16_t*>(problem.dy);
-  auto fetch = [&](int step) {
+  const auto* source = static_cast<const uint16_t*>(problem.dy) + position * problem.row_stride + channel;
+  int rows_left = channel < c ? static_cast<int>(min(t - position, int64_t{kTilePositions})) : 0;
+  // The next four rows, to stage `stage`; each call for the rows after the last one's.
+  auto fetch = [&](int stage) {
+    if (vector_loads) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t row = position + step * kRows + r;
-      uint4* target = &stages[step % 2][r][threadIdx.x];
-      const uint16_t* source = dy + row * problem.row_stride;
-      if (vector_loads) {
-        const bool exists = row < t && channel < c;
-        copy_async(target, exists ? source + channel : dy, exists);
-      } else {
-        *target = row < t ? load_channels(source, channel, c, false) : uint4{};
+      for (int r = 0; r < kRows; ++r, source += problem.row_stride) {
+        copy_async(&stages[stage][r][threadIdx.x], source, r < rows_left);
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r, source += problem.row_stride) {
+        stages[stage][r][threadIdx.x] = r < rows_left ? load_channels(source, 0, c - channel, false) : uint4{};
       }
     }
+    rows_left -= kRows;
     commit_copies();
   };
   fetch(0);
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
   for (int step = 0; step < kSteps; ++step) {
     const int64_t row = position + step * kRows;
     if (step + 1 < kSteps) {
-      fetch(step + 1);
+      fetch((step + 1) % 2);
     } else {
       commit_copies();
     }
