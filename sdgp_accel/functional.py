@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sdgp_accel import ops
 from sdgp_accel.backends import Decision, check_floating, decide_conv2d, decide_linear, warn_once
@@ -38,7 +37,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
     _check_tensor(input, weight)
     is_sharded, compiling = type(weight) is not nn.Parameter and _is_sharded(weight), torch.compiler.is_compiling()
     is_dense = is_sharded or not torch.is_grad_enabled() or input.dim() == 0  # of dim 0: torch's own error
-    if is_dense or not compiling and _is_foreign(input):
+    if is_dense or (not compiling and _is_foreign(input)):
         check_floating(input.dtype)
         return F.linear(input, weight, bias)
     if not isinstance(plan, str):
@@ -99,7 +98,7 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window,
     _check_tensor(input, weight)
     input_shape, weight_shape = input.shape, weight.shape
     is_sharded, compiling = type(weight) is not nn.Parameter and _is_sharded(weight), torch.compiler.is_compiling()
-    is_dense = is_sharded or not torch.is_grad_enabled() or not compiling and _is_foreign(input)
+    is_dense = is_sharded or not torch.is_grad_enabled() or (not compiling and _is_foreign(input))
     if is_dense or len(input_shape) != 4 or len(weight_shape) != 4:
         if not is_dense and len(input_shape) == 3:
             return convolve(input.unsqueeze(0), weight, bias, window, plan).squeeze(0)
@@ -236,8 +235,8 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-# By parameter, a weakref.ref of the cast of it that some graph keeps for its backward.
-_casts: Any = WeakIdKeyDictionary()
+# By a parameter's id, the cast of it that some graph keeps for its backward: as long as it does, the parameter lives.
+_casts: dict[int, weakref.ref[Tensor]] = {}
 
 
 def _kept(parameter: Tensor, cast: Tensor) -> Tensor:
@@ -245,10 +244,10 @@ def _kept(parameter: Tensor, cast: Tensor) -> Tensor:
     one already, the parameter, to be cast again. So however often a parameter is used under autocast, one cast of it is
     in memory, as in dense layers, which share torch's; but no forward takes a cast of values that may have changed.
     """
-    other = _casts.get(parameter)
+    other = _casts.get(id(parameter))
     if other is not None and other() is not None:
         return parameter
-    _casts[parameter] = weakref.ref(cast)
+    _casts[id(parameter)] = weakref.ref(cast)
     return cast
 
 
