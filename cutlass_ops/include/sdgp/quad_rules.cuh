@@ -54,6 +54,7 @@ template <typename Type>
 struct MvueQuad {
   using Element = Type;
   static constexpr bool kNeedsLength = false;  // elements that do not exist are zeros, which are never sampled
+  static constexpr int kBlocksPerMultiprocessor = 5;  // 96 registers, of which none is spilled
 
   // Where every step below is exact and nothing saturates: sums up to 2^14 (fp16: x / weight stays finite) or 2^30;
   // free sums that are not lost in the whole sum, and for the wide exponents of bf16 from 2^-70 on.
@@ -136,6 +137,7 @@ template <typename Type>
 struct RandomQuad {
   using Element = Type;
   static constexpr bool kNeedsLength = true;
+  static constexpr int kBlocksPerMultiprocessor = 4;  // 128 registers, of which none is spilled
 
   // In the top bits of the halves, whether one of the four is NaN or inf.
   static __device__ __forceinline__ uint32_t not_finite(uint32_t x01, uint32_t x23) {

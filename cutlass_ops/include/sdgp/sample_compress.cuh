@@ -64,9 +64,8 @@ __device__ __forceinline__ void compress_batch(const uint32_t (&x01)[kBatch], co
   }
 }
 
-// Four blocks on a multiprocessor: 128 registers, of which none is spilled.
 template <typename Rule>
-__global__ void __launch_bounds__(kBlockThreads, 4)
+__global__ void __launch_bounds__(kBlockThreads, Rule::kBlocksPerMultiprocessor)
     sample_compress_kernel(const __grid_constant__ SdgpPruneCompress problem, const __grid_constant__ Cover cover) {
   constexpr int kRows = 4, kSteps = kTilePositions / kRows;
   __shared__ uint4 stages[2][kRows][kBlockThreads];
