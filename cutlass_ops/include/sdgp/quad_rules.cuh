@@ -53,7 +53,7 @@ __device__ __forceinline__ bool pack_sparse(uint32_t x01, uint32_t x23, PackedQu
 template <typename Type>
 struct MvueQuad {
   using Element = Type;
-  static constexpr bool kNeedsLength = false;  // elements that do not exist are zeros, which are never sampled
+  static constexpr bool kNeedsLength = false;         // elements that do not exist are zeros, which are never sampled
   static constexpr int kBlocksPerMultiprocessor = 5;  // 96 registers, of which none is spilled
 
   // Where every step below is exact and nothing saturates: sums up to 2^14 (fp16: x / weight stays finite) or 2^30;
