@@ -137,7 +137,11 @@ def set_active_(model: nn.Module, active: bool) -> nn.Module:
 
 @contextlib.contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back classes, configurations and switches, gradients, buffers and the random state of `model`."""
+    """Puts back classes, configurations and switches, gradients, buffers and the random state of `model`.
+
+    What its parameters have registered to run after their gradients (`Tensor.register_post_accumulate_grad_hook`), an
+    optimizer's step perhaps, does not run meanwhile.
+    """
     before = {
         module: (module.sdgp_config, module.sdgp_active) if isinstance(module, SDGPLayer) else None
         for module in model.modules()
@@ -145,6 +149,9 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     }
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    hooks = [(found, dict(found)) for parameter, _ in gradients if (found := parameter._post_accumulate_grad_hooks)]
+    for registered, _ in hooks:
+        registered.clear()  # autograd holds this very dictionary
     for parameter, _ in gradients:
         parameter.grad = None
     try:
@@ -160,6 +167,8 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
                 restore_layer(module)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        for registered, kept in hooks:
+            registered.update(kept)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -87,7 +87,7 @@ def validate(
 
     One dense forward and backward pass gives every layer its true x and dY; the layer is checked at the moment
     its dY is there, so that no more than one layer's tensors are held. A second, pruned pass gives the end-to-end
-    cosines. The model is left as it was: classes, gradients, buffers, random state.
+    cosines. The model is left as it was: classes, parameters, gradients, buffers, random state.
 
     Raises TypeError or ValueError for wrong arguments and for a loss that is not finite.
     """

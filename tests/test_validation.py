@@ -174,6 +174,25 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not net[3]._forward_hooks
 
 
+def test_an_optimizer_that_steps_within_the_backward_does_not_train() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sgd = torch.optim.SGD(net[0].parameters(), lr=1.0)
+    order: list[str] = []
+    for name, parameter in net[0].named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: order.append(name))
+        parameter.register_post_accumulate_grad_hook(lambda _: sgd.step())
+    state = copy.deepcopy(net.state_dict())
+    x = torch.randn(4, 8)
+    assert sdgp.validate(net, x, draws=0).ok
+    with pytest.raises(ZeroDivisionError):
+        sdgp.validate(net, x, loss_fn=lambda output, targets: 1 / 0)
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert order == []
+    net(x).sum().backward()  # and the next backward trains again
+    assert sorted(order) == ["bias", "weight"]
+    assert not torch.equal(net[0].weight, state["0.weight"])
+
+
 def test_bias_has_the_predicted_noise() -> None:
     """The standard error is an upper bound, and within a small factor of what repeated estimates show."""
     net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
