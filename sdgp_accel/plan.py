@@ -17,7 +17,7 @@ from torch import nn
 from sdgp_accel import batch as batches
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.layer_plan import DEFAULT_SCOPE
-from sdgp_accel.nn import SDGPConv2d, SDGPLinear
+from sdgp_accel.nn import SDGPLayer
 from sdgp_accel.roofline import GPU, SCHEDULES, Choice, Schedule, Work, best_backward, dense_seconds, gpu_figures
 from sdgp_accel.swap import Filter, check_model, checked_config, selector
 from sdgp_accel.trace import LayerCall, trace
@@ -187,7 +187,8 @@ def plan(
     model: on any device, "meta" included; it is neither run on its own device nor changed.
     batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets), on any device.
     gpu: a name of `roofline.GPUS` or a `roofline.GPU`.
-    config: which passes are pruned and which layers are left alone; None for the defaults.
+    config: which passes are pruned and which layers are left alone; None for the defaults, or, where `model` is
+        accelerated, for each SDGP layer's own and every other layer dense.
     filter_fn: as for `accelerate_`; layers that it does not select stay dense.
     figures: replace single figures of `gpu`, e.g. ``sparse_speedup=1.5``.
 
@@ -195,10 +196,19 @@ def plan(
     where the model's forward reads values of tensors, so that shapes alone cannot be traced.
     """
     check_model(model)
+    own = config is None and any(isinstance(module, SDGPLayer) for module in model.modules())
     chosen, config = gpu_figures(gpu, **figures), checked_config(config)
-    select = selector(filter_fn)
-    layers = tuple(_plan_layer(call, chosen, config, select) for call in trace(model, batch))
+    select = selector(None if own else filter_fn)
+    calls = trace(model, batch)
+    layers = tuple(_plan_layer(call, chosen, _own_config(call.module) if own else config, select) for call in calls)
     return PlanReport(chosen, batches.size(batch), layers)
+
+
+def _own_config(module: nn.Module) -> SDGPConfig:
+    """Of a layer of an accelerated model."""
+    if isinstance(module, SDGPLayer):
+        return replace(module.sdgp_config, min_in_channels=0)  # it is swapped, whatever it says
+    return SDGPConfig(grad_input="dense", grad_weight="dense")
 
 
 def _plan_layer(call: LayerCall, gpu: GPU, config: SDGPConfig, select: Select) -> LayerPlan:
@@ -219,7 +229,7 @@ def _dense_reason(call: LayerCall, config: SDGPConfig, select: Select) -> str:
     """Why the kernels could take no pass of this layer; empty where they can."""
     name, module, work, _ = call
     in_channels = module.weight.shape[1]
-    if type(module) not in (nn.Linear, nn.Conv2d, SDGPLinear, SDGPConv2d):
+    if type(module) not in (nn.Linear, nn.Conv2d) and not isinstance(module, SDGPLayer):
         return type(module).__name__  # may compute something else: `accelerate_` leaves subclasses alone
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return "grouped"

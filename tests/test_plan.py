@@ -148,6 +148,21 @@ def test_subclasses_stay_dense_and_swapped_layers_do_not() -> None:
     assert _reasons(plan(model, torch.randn(8, 16))) == {"0": "Gated", "1": ""}
 
 
+def test_an_accelerated_model_is_planned_as_it_is_configured() -> None:
+    model = nn.Sequential(nn.Linear(2, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    accelerate_(model, SDGPConfig(min_in_channels=1), filter_fn="0")
+    accelerate_(model, SDGPConfig(grad_input="dense"), filter_fn="1")
+    accelerate_(model, filter_fn="2")
+    nn.utils.parametrizations.weight_norm(model[2])
+    batch = torch.randn(8, 2)
+    report = plan(model, batch)
+    assert _reasons(report) == {"0": "", "1": "", "2": "", "3": "no pass pruned"}
+    assert [layer.work.sparse_passes for layer in report.layers] == [
+        ("grad_weight",), ("grad_weight",), ("grad_input", "grad_weight"), (),
+    ]  # fmt: skip
+    assert _reasons(plan(model, batch, config=SDGPConfig())) == {"0": "2 inputs", "1": "", "2": "", "3": ""}
+
+
 def test_model_without_layers() -> None:
     report = plan(nn.ReLU(), torch.randn(2, 3))
     assert report.saving("fused") == 0.0
