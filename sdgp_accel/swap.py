@@ -21,7 +21,7 @@ from sdgp_accel.backends import Decision, forget_decisions
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.nn import SDGPConv2d, SDGPLayer, SDGPLinear, decide_layer, layer_kind, warn_of_scope
-from sdgp_accel.report import LayerReport, SwapReport, describe_skipped, describe_swapped
+from sdgp_accel.report import LayerReport, SwapReport, describe_as_it_is, describe_skipped, describe_swapped
 
 Filter = Callable[[nn.Module, str], bool] | str | Iterable[str] | None
 
@@ -203,6 +203,7 @@ def tune(
         decisions[module] = decide_layer(module, x.to(output.dtype), configs[module])[1]
 
     steps = plan_swap(model, config, (lambda module, name: False) if config is None else None)
+    listed = [describe_as_it_is(step.module, step.report) if config is None else step.report for step in steps]
     configs = {step.module: step.config for step in steps if step.config is not None}
     handles = [layer.register_forward_hook(after_forward, with_kwargs=True) for layer in configs]
     device = next(model.parameters(), torch.empty(0)).device
@@ -216,7 +217,8 @@ def tune(
     finally:
         for handle in handles:
             handle.remove()
-    return SwapReport(tuple(step.report.decided(decisions.get(step.module)) for step in steps))
+    layers = zip(steps, listed, strict=True)
+    return SwapReport(tuple(report.decided(decisions.get(step.module)) for step, report in layers))
 
 
 def check_model(model: object) -> None:
