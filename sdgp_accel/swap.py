@@ -140,8 +140,11 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Puts back classes, configurations and switches, gradients, buffers and the random state of `model`.
 
     What its parameters have registered to run after their gradients (`Tensor.register_post_accumulate_grad_hook`), an
-    optimizer's step perhaps, does not run meanwhile.
+    optimizer's step perhaps, does not run meanwhile. Raises ValueError for a model on the meta device, which cannot
+    run.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model must be on a device that computes; got parameters on meta")
     before = {
         module: (module.sdgp_config, module.sdgp_active) if isinstance(module, SDGPLayer) else None
         for module in model.modules()

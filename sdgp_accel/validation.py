@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -95,11 +96,15 @@ def validate(
     its dY is there, so that no more than one layer's tensors are held. A second, pruned pass gives the end-to-end
     cosines. The model is left as it was: classes, parameters, gradients, buffers, random state.
 
-    Raises TypeError or ValueError for wrong arguments and for a loss that is not finite.
+    Raises TypeError or ValueError for wrong arguments and for a loss that is not one finite value, or that nothing in
+    the model can change.
     """
     check_model(model)
+    check_loss_fn(loss_fn)
     if not isinstance(draws, int) or draws < 0 or draws == 1:
         raise ValueError(f"draws must be 0 or an int >= 2; got {draws!r}")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be an int of 64 bits; got {seed!r}")
     batches.check_autocast(autocast)
     with left_as_it_was(model):
         targets, swap = find_targets(model, config, filter_fn)
@@ -142,12 +147,34 @@ def find_targets(model: nn.Module, config: SDGPConfig | None, filter_fn: Filter)
     )
 
 
+def check_loss_fn(loss_fn: object) -> None:
+    """Raise TypeError unless `loss_fn` can be called or is None."""
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a callable (output, targets) -> scalar tensor, or None; got {loss_fn!r}")
+
+
+def training_loss(model: Callable[..., Any], batch: Any, loss_fn: LossFn | None) -> Tensor:
+    """`batch.loss` of a forward pass on `batch`. Raises TypeError or ValueError unless it can be differentiated."""
+    loss: object = batches.loss(batches.forward(model, batch), batch, loss_fn)
+    origin = "the loss in the output of model must be" if loss_fn is None else "loss_fn must return"
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{origin} a scalar tensor; got {loss!r} of type {type(loss).__name__}")
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise ValueError(f"{origin} a scalar floating-point tensor; got {loss.dtype} of shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError(
+            "model must have parameters with requires_grad=True that the loss depends on; got a loss that depends on "
+            "none of them"
+        )
+    return loss
+
+
 def _run(model: nn.Module, batch: Any, loss_fn: LossFn | None, autocast: torch.dtype | None, seed: int) -> None:
     torch.manual_seed(seed)
     device = next(model.parameters(), torch.empty(0)).device
     with torch.enable_grad():
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            loss = batches.loss(batches.forward(model, batch), batch, loss_fn)
+            loss = training_loss(model, batch, loss_fn)
         if not bool(loss.isfinite()):
             raise ValueError(f"the loss of batch must be finite to validate gradients; got {loss.item()}")
         (loss * (FP16_LOSS_SCALE if autocast == torch.float16 else 1.0)).backward()  # type: ignore[no-untyped-call]

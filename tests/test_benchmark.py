@@ -387,6 +387,15 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         benchmark(_small_model(), _small_batch(), **arguments)
 
 
+def test_what_cannot_be_trained_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"loss_fn must be a callable .* got 5"):
+        benchmark(_small_model(), _small_batch(), loss_fn=5)
+    with pytest.raises(ValueError, match=r"loss_fn must return a scalar .* got torch.float32 of shape \(64, 8\)"):
+        benchmark(_small_model(), _small_batch(), loss_fn=lambda output, targets: output)
+    with pytest.raises(ValueError, match="model must have parameters with requires_grad=True"):
+        benchmark(_small_model().requires_grad_(False), _small_batch())
+
+
 def test_models_without_a_device_are_refused() -> None:
     with pytest.raises(ValueError, match="found no parameters"):
         benchmark(nn.ReLU(), torch.randn(2))

@@ -283,11 +283,35 @@ def test_bias_has_the_predicted_noise() -> None:
         ({"autocast": "bf16"}, "autocast must be None, torch.bfloat16 or torch.float16; got 'bf16'"),
         ({"batch": 3}, "batch must be a tensor"),
         ({"config": "mvue"}, "config must be an SDGPConfig or None; got str"),
+        ({"seed": "a"}, "seed must be an int of 64 bits; got 'a'"),
+        ({"seed": 2**64}, "seed must be an int of 64 bits; got 18446744073709551616"),
+        ({"loss_fn": 5}, r"loss_fn must be a callable \(output, targets\) -> scalar tensor, or None; got 5"),
+        ({"loss_fn": lambda *_: 1.5}, "loss_fn must return a scalar tensor; got 1.5 of type float"),
+        ({"loss_fn": lambda *_: None}, "loss_fn must return a scalar tensor; got None of type NoneType"),
+        (
+            {"loss_fn": lambda output, _: output},
+            r"loss_fn must return a scalar floating-point tensor; got torch.float32 of shape \(2, 4\)",
+        ),
+        (
+            {"loss_fn": lambda output, _: output.argmax()},
+            r"scalar floating-point tensor; got torch.int64 of shape \(\)",
+        ),
+        ({"model": nn.Linear(4, 4).requires_grad_(False)}, "model must have parameters with requires_grad=True"),
+        ({"model": nn.Linear(4, 4, device="meta")}, "model must be on a device that computes; got parameters on meta"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         sdgp.validate(**{"model": nn.Linear(4, 4), "batch": torch.randn(2, 4), **arguments})
+
+
+def test_an_output_whose_loss_is_no_scalar_is_named() -> None:
+    class Model(nn.Linear):
+        def forward(self, input: Tensor) -> dict[str, Tensor]:
+            return {"loss": super().forward(input)}
+
+    with pytest.raises(ValueError, match=r"the loss in the output of model must be a scalar .* of shape \(2, 4\)"):
+        sdgp.validate(Model(4, 4), torch.randn(2, 4))
 
 
 def test_the_reference_uses_the_numbers_that_the_layer_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,3 +274,8 @@ def test_a_report_without_a_filter_speaks_of_none() -> None:
     unused.forward = lambda x: unused["used"](x)
     accelerate_(unused, SDGPConfig(backend="reference"))
     assert sdgp_tune(unused, x)["unused"].reason == "backend='reference'"
+
+
+def test_a_model_without_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="model must be on a device that computes; got parameters on meta"):
+        sdgp_tune(torch.nn.Linear(8, 8, device="meta"), torch.randn(4, 8))
