@@ -63,7 +63,8 @@ def benchmark(
     model: copied for every contender; the original is left alone.
     batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets).
     config, filter_fn: as for `accelerate_`; config None takes each SDGP layer of an accelerated model with its own
-        configuration. One contender is dense and the other prunes, whatever is swapped or switched off in `model`.
+        configuration, whatever `filter_fn` selects. One contender is dense and the other prunes, whatever is swapped
+        or switched off in `model`.
     loss_fn: ``(output, targets) -> scalar``; None takes the output's own loss or cross-entropy (`batch.loss`).
     optimizer: makes one from parameters.
     autocast: dtype of `torch.autocast` around forward and loss; float16 brings a GradScaler along.

@@ -207,7 +207,7 @@ def plan(
     batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets), on any device.
     gpu: a name of `roofline.GPUS` or a `roofline.GPU`.
     config: which passes are pruned and which layers are left alone; None for the defaults, or, where `model` is
-        accelerated, for each SDGP layer's own and every other layer dense.
+        accelerated, for each SDGP layer's own and every other layer dense, whatever `filter_fn` selects.
     filter_fn: as for `accelerate_`; layers that it does not select stay dense.
     figures: replace single figures of `gpu`, e.g. ``sparse_speedup=1.5``.
 
@@ -217,8 +217,9 @@ def plan(
     check_model(model)
     own = config is None and any(isinstance(module, SDGPLayer) for module in model.modules())
     chosen, config = gpu_figures(gpu, **figures), checked_config(config)
-    select = selector(None if own else filter_fn)
-    calls = trace(model, batch)
+    select, calls = selector(filter_fn), trace(model, batch)
+    if own:
+        select = selector(None)
     layers = tuple(_plan_layer(call, chosen, _own_config(call.module) if own else config, select) for call in calls)
     return PlanReport(chosen, batches.size(batch), layers, _left_out(model, {call.module for call in calls}))
 

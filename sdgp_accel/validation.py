@@ -36,7 +36,7 @@ from sdgp_accel.geometry import Geometry, LinearGeometry
 from sdgp_accel.nn import SDGPLayer, decide_layer
 from sdgp_accel.pruning import prune_matrix
 from sdgp_accel.report import SwapReport, describe_as_it_is
-from sdgp_accel.swap import Filter, check_model, left_as_it_was, plan_swap, swap_layer
+from sdgp_accel.swap import Filter, check_model, left_as_it_was, plan_swap, selector, swap_layer
 from sdgp_accel.validation_report import Bias, PassCheck, ValidationReport
 
 LAMBDA = 8.0
@@ -86,8 +86,8 @@ def validate(
     """Check dgrad and wgrad of every layer that `accelerate_(model, config, filter_fn)` would swap.
 
     batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets).
-    config: None takes each SDGP layer of an accelerated model with its own configuration, and the default
-        `SDGPConfig` for a model that has none.
+    config: None takes each SDGP layer of an accelerated model with its own configuration, whatever `filter_fn`
+        selects, and the default `SDGPConfig` for a model that has none.
     loss_fn: ``(output, targets) -> scalar``; see `batch.loss` for the default.
     autocast: the dtype to run the forward pass in, as under ``torch.autocast``.
     draws: draws of ``mvue`` to estimate its bias from; 0 leaves it out.
@@ -136,7 +136,8 @@ def find_targets(model: nn.Module, config: SDGPConfig | None, filter_fn: Filter)
     config None: the SDGP layers of an accelerated model with their own configurations, whatever `filter_fn` says.
     """
     own = config is None and any(isinstance(module, SDGPLayer) for module in model.modules())
-    steps = plan_swap(model, config, (lambda module, name: False) if own else filter_fn)
+    select = selector(filter_fn)
+    steps = plan_swap(model, config, (lambda module, name: False) if own else select)
     targets = []
     for step in steps:
         if step.config is not None:

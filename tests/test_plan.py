@@ -160,6 +160,9 @@ def test_an_accelerated_model_is_planned_as_it_is_configured() -> None:
     assert [layer.work.sparse_passes for layer in report.layers] == [
         ("grad_weight",), ("grad_weight",), ("grad_input", "grad_weight"), (),
     ]  # fmt: skip
+    assert _reasons(plan(model, batch, filter_fn="none")) == _reasons(report)
+    with pytest.raises(TypeError, match="filter_fn must be a callable"):
+        plan(model, batch, filter_fn=5)
     assert _reasons(plan(model, batch, config=SDGPConfig())) == {"0": "2 inputs", "1": "", "2": "", "3": ""}
 
 

@@ -243,6 +243,8 @@ def test_the_report_of_an_accelerated_model_is_of_its_own_configurations() -> No
     swap = sdgp.validate(net, torch.randn(4, 2), draws=0).swap
     assert [(layer.swapped, layer.dgrad) for layer in swap.layers] == [(True, "magnitude 2:4")] * 2 + [(False, "dense")]
     assert "not selected" not in swap["0"].reason
+    with pytest.raises(TypeError, match="filter_fn must be a callable"):
+        sdgp.validate(net, torch.randn(4, 2), filter_fn=5)
     assert swap["2"].reason == "not an SDGP layer: accelerate_ has not swapped it"
 
 
