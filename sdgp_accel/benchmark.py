@@ -18,7 +18,7 @@ from sdgp_accel import functional
 from sdgp_accel.benchmark_report import BenchmarkReport, ContenderResult
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.memory import step_peak_bytes
-from sdgp_accel.nn import SDGPConv2d, SDGPLayer, SDGPLinear
+from sdgp_accel.nn import SDGPLayer
 from sdgp_accel.plan import plan
 from sdgp_accel.provenance import gpu_state, provenance
 from sdgp_accel.report import SwapReport
@@ -198,12 +198,12 @@ class _Contender:
 
 
 def _make_dense(model: nn.Module) -> None:
-    """Make ordinary layers of the SDGP layers of `model`; where a class was derived from them, switch it off."""
+    """Make ordinary layers of the SDGP layers of `model`, and switch off what cannot be one again."""
     for module in model.modules():
         if isinstance(module, SDGPLayer):
-            if type(module) in (SDGPLinear, SDGPConv2d):
+            try:
                 restore_layer(module)
-            else:
+            except RuntimeError:  # its class was derived from an SDGP layer's
                 module.sdgp_active = False
 
 
