@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -17,13 +18,15 @@ from sdgp_accel import functional
 from sdgp_accel.benchmark_report import BenchmarkReport, ContenderResult
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.memory import step_peak_bytes
+from sdgp_accel.nn import SDGPLayer
 from sdgp_accel.plan import plan
 from sdgp_accel.provenance import gpu_state, provenance
 from sdgp_accel.report import SwapReport
 from sdgp_accel.roofline import GPU, known_gpu
 from sdgp_accel.stages import StageRecorder
-from sdgp_accel.swap import Filter, accelerate_, check_model, checked_config, tune
+from sdgp_accel.swap import Filter, check_model, restore_layer, tune
 from sdgp_accel.timing import Clock, HostClock, Stats, clock_for
+from sdgp_accel.validation import Target, check_loss_fn, find_targets, training_loss
 
 OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -59,7 +62,9 @@ def benchmark(
 
     model: copied for every contender; the original is left alone.
     batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets).
-    config, filter_fn: as for `accelerate_`.
+    config, filter_fn: as for `accelerate_`; config None takes each SDGP layer of an accelerated model with its own
+        configuration, whatever `filter_fn` selects. One contender is dense and the other prunes, whatever is swapped
+        or switched off in `model`.
     loss_fn: ``(output, targets) -> scalar``; None takes the output's own loss or cross-entropy (`batch.loss`).
     optimizer: makes one from parameters.
     autocast: dtype of `torch.autocast` around forward and loss; float16 brings a GradScaler along.
@@ -76,7 +81,7 @@ def benchmark(
             raise ValueError(f"{argument} must be an int >= {least}; got {value!r}")
     batches.check_autocast(autocast)
     check_model(model)
-    config = checked_config(config)
+    check_loss_fn(loss_fn)
     device = _device_of(model)
     batch = batches.to(batch, device)
     make = functools.partial(_Contender, model, batch, loss_fn=loss_fn, optimizer=optimizer, autocast=autocast)
@@ -106,6 +111,10 @@ def benchmark(
         ]
     swap = contenders[1].swap
     assert swap is not None
+    if not swap.swapped:
+        warnings.warn("benchmark found no layer to swap in this model; see the report's `swap`", stacklevel=2)
+    configs = {layer.sdgp_config for layer in contenders[1].model.modules() if isinstance(layer, SDGPLayer)}
+    shared = next(iter(configs), SDGPConfig()) if config is None and len(configs) < 2 else config
     where = gpu or known_gpu(origin["gpu"]["name"] if origin["gpu"] else "") or "a100"
     return BenchmarkReport(
         name=name or type(model).__name__,
@@ -115,7 +124,7 @@ def benchmark(
         swap=swap,
         prediction=plan(model, batch, where, config, filter_fn),
         settings={
-            "config": asdict(config),
+            "config": None if shared is None else asdict(shared),  # None: layers differ
             "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
             "parameters": str(next(model.parameters()).dtype).removeprefix("torch."),
             "optimizer": type(contenders[0].optimizer).__name__,
@@ -139,10 +148,16 @@ class _Contender:
         optimizer: OptimizerFn,
         autocast: torch.dtype | None,
         compiled: bool,
-        sdgp: tuple[SDGPConfig, Filter] | None = None,
+        sdgp: tuple[SDGPConfig | None, Filter] | None = None,
     ) -> None:
         self.model = copy.deepcopy(model).train()
-        self.swap: SwapReport | None = accelerate_(self.model, *sdgp) if sdgp is not None else None
+        self.swap: SwapReport | None = None
+        targets: list[Target] = []
+        if sdgp is not None:
+            targets, self.swap = find_targets(self.model, *sdgp)
+        _make_dense(self.model)
+        for target in targets:
+            target.prune()
         self.compiled = compiled
         self.name = ("dense" if sdgp is None else "SDGP") + (", compiled" if compiled else "")
         self.optimizer = optimizer(self.model.parameters())
@@ -156,7 +171,7 @@ class _Contender:
         """One training step; the moments of its start and of the ends of forward, backward and optimizer."""
         start = clock.mark()
         with torch.autocast(self._device_type, self._autocast, enabled=self._autocast is not None):
-            loss = batches.loss(batches.forward(self._forward, self._batch), self._batch, self._loss_fn)
+            loss = training_loss(self._forward, self._batch, self._loss_fn)
         forward = clock.mark()
         torch.autograd.backward(self._scaler.scale(loss))
         backward = clock.mark()
@@ -170,7 +185,9 @@ class _Contender:
     def warm_up(self, clock: Clock, steps: int) -> None:
         """Decide what each layer runs, and take steps that nobody counts."""
         if self.swap is not None:
-            self.swap = tune(self.model, self._batch, autocast=self._autocast)
+            tuned = tune(self.model, self._batch, autocast=self._autocast)
+            layers = zip(tuned.layers, self.swap.layers, strict=True)
+            self.swap = SwapReport(tuple(layer if layer.swapped else skipped for layer, skipped in layers))
         for _ in range(steps):
             self.step(clock)
         clock.synchronize()
@@ -178,6 +195,16 @@ class _Contender:
     def last_loss(self) -> float:
         """Of the latest step; waits for it."""
         return float("nan") if self._last_loss is None else float(self._last_loss)
+
+
+def _make_dense(model: nn.Module) -> None:
+    """Make ordinary layers of the SDGP layers of `model`, and switch off what cannot be one again."""
+    for module in model.modules():
+        if isinstance(module, SDGPLayer):
+            try:
+                restore_layer(module)
+            except RuntimeError:  # its class was derived from an SDGP layer's
+                module.sdgp_active = False
 
 
 def _device_of(model: nn.Module) -> torch.device:

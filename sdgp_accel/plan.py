@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Container, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,12 +13,12 @@ from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from sdgp_accel import batch as batches
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.layer_plan import DEFAULT_SCOPE
-from sdgp_accel.nn import SDGPConv2d, SDGPLinear
+from sdgp_accel.nn import SDGPLayer
 from sdgp_accel.roofline import GPU, SCHEDULES, Choice, Schedule, Work, best_backward, dense_seconds, gpu_figures
 from sdgp_accel.swap import Filter, check_model, checked_config, selector
 from sdgp_accel.trace import LayerCall, trace
@@ -62,11 +63,15 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """The prediction for a whole model. Printable by `rich` and `print`; `to_dict` and `to_json` hold every layer."""
+    """The prediction for a whole model. Printable by `rich` and `print`; `to_dict` and `to_json` hold every layer.
+
+    left_out: class -> number of the modules that hold weight matrices of their own and are not among the layers.
+    """
 
     gpu: GPU
     batch: int
     layers: tuple[LayerPlan, ...]
+    left_out: Mapping[str, int]
 
     @property
     def dense(self) -> float:
@@ -85,6 +90,17 @@ class PlanReport:
         """Names of the layers that would run at least one sparse pass."""
         return tuple(dict.fromkeys(layer.name for layer in self.layers if layer.choice(schedule).sparse_passes))
 
+    @property
+    def left_out_note(self) -> str:
+        """What `left_out` does to the shares, in words; empty where nothing is left out."""
+        if not self.left_out:
+            return ""
+        kinds = ", ".join(f"{count} × {kind}" for kind, count in self.left_out.items())
+        return (
+            f"Also left out, though they hold weight matrices of their own and may multiply by them: {kinds}. "
+            "They are neither Linear nor Conv2d, or the forward does not call them."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON-ready values; times in seconds, savings as shares."""
         totals: dict[str, Any] = {
@@ -97,10 +113,11 @@ class PlanReport:
         }
         return {
             "kind": "prediction",
-            "note": NOTE,
+            "note": f"{NOTE} {self.left_out_note}".rstrip(),
             "gpu": {**asdict(self.gpu), "title": self.gpu.title},
             "batch": self.batch,
             "dense_seconds": self.dense,
+            "left_out": dict(self.left_out),
             **totals,
             "layers": [asdict(layer) for layer in self.layers],
             "groups": [[self.layers.index(layer) for layer in group] for group in self.groups()],
@@ -126,6 +143,8 @@ class PlanReport:
                 f"{times}, {self.saving(schedule):.1%} less"
             )
         yield Text(NOTE, style="dim")
+        if self.left_out:
+            yield Text(self.left_out_note, style="yellow")
 
     def _table(self, unit: str, scale: float) -> Table:
         gpu = self.gpu
@@ -187,7 +206,8 @@ def plan(
     model: on any device, "meta" included; it is neither run on its own device nor changed.
     batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets), on any device.
     gpu: a name of `roofline.GPUS` or a `roofline.GPU`.
-    config: which passes are pruned and which layers are left alone; None for the defaults.
+    config: which passes are pruned and which layers are left alone; None for the defaults, or, where `model` is
+        accelerated, for each SDGP layer's own and every other layer dense, whatever `filter_fn` selects.
     filter_fn: as for `accelerate_`; layers that it does not select stay dense.
     figures: replace single figures of `gpu`, e.g. ``sparse_speedup=1.5``.
 
@@ -195,10 +215,44 @@ def plan(
     where the model's forward reads values of tensors, so that shapes alone cannot be traced.
     """
     check_model(model)
+    own = config is None and any(isinstance(module, SDGPLayer) for module in model.modules())
     chosen, config = gpu_figures(gpu, **figures), checked_config(config)
-    select = selector(filter_fn)
-    layers = tuple(_plan_layer(call, chosen, config, select) for call in trace(model, batch))
-    return PlanReport(chosen, batches.size(batch), layers)
+    select, calls = selector(filter_fn), trace(model, batch)
+    if own:
+        select = selector(None)
+    layers = tuple(_plan_layer(call, chosen, _own_config(call.module) if own else config, select) for call in calls)
+    return PlanReport(chosen, batches.size(batch), layers, _left_out(model, {call.module for call in calls}))
+
+
+def _left_out(model: nn.Module, traced: Container[nn.Module]) -> Counter[str]:
+    """How many modules of each class may multiply by matrices of their own that `traced` does not have."""
+    lookups_and_scales = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+    within_layers = nn.utils.parametrize.ParametrizationList
+    return Counter(
+        type(module).__name__
+        for module in model.modules()
+        if module not in traced
+        and not isinstance(module, (*lookups_and_scales, within_layers))
+        and any(map(_is_matrix, _own_parameters(module)))
+    )
+
+
+def _own_parameters(module: nn.Module) -> list[Tensor]:
+    """Its own, and those that its parametrizations compute its own from."""
+    named = module.named_parameters()
+    return [parameter for name, parameter in named if "." not in name or name.startswith("parametrizations.")]
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    """Whether it has rows and columns; a token or the positions of one sample, [1, T, C], are added, not multiplied."""
+    return parameter.is_floating_point() and parameter.dim() >= 2 and len(parameter) > 1 and parameter[0].numel() > 1
+
+
+def _own_config(module: nn.Module) -> SDGPConfig:
+    """Of a layer of an accelerated model."""
+    if isinstance(module, SDGPLayer):
+        return replace(module.sdgp_config, min_in_channels=0)  # it is swapped, whatever it says
+    return SDGPConfig(grad_input="dense", grad_weight="dense")
 
 
 def _plan_layer(call: LayerCall, gpu: GPU, config: SDGPConfig, select: Select) -> LayerPlan:
@@ -219,7 +273,7 @@ def _dense_reason(call: LayerCall, config: SDGPConfig, select: Select) -> str:
     """Why the kernels could take no pass of this layer; empty where they can."""
     name, module, work, _ = call
     in_channels = module.weight.shape[1]
-    if type(module) not in (nn.Linear, nn.Conv2d, SDGPLinear, SDGPConv2d):
+    if type(module) not in (nn.Linear, nn.Conv2d) and not isinstance(module, SDGPLayer):
         return type(module).__name__  # may compute something else: `accelerate_` leaves subclasses alone
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return "grouped"

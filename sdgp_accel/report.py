@@ -200,6 +200,13 @@ def describe_swapped(
     )
 
 
+def describe_as_it_is(module: nn.Module, listed: LayerReport) -> LayerReport:
+    """`listed` for a question that selects no layers: an SDGP layer with its configuration, another as not swapped."""
+    if isinstance(module, (SDGPLinear, SDGPConv2d)):
+        return describe_swapped(module, [listed.name, *listed.aliases], module.sdgp_config, None)
+    return replace(listed, reason="not an SDGP layer: accelerate_ has not swapped it")
+
+
 def _preview(plan_text: str, module: nn.Linear | nn.Conv2d) -> tuple[Decision, str | None]:
     """What `decide` says for the layer's weight as it is now, on the smallest batch; shapes may still change it.
 
@@ -233,8 +240,10 @@ def _describe(spec: PruneSpec | None) -> str:
 
 
 def _class_name(module: nn.Module) -> str:
-    """Of an SDGP layer, the class that it replaced."""
+    """Of an SDGP layer, the class that it replaced, whatever fully_shard and parametrizations have derived since."""
     kind = type(module)
+    while issubclass(kind, SDGPLayer) and kind.__name__.startswith(("FSDP", "Parametrized")):
+        kind = kind.__bases__[-1]
     return "Linear" if kind is SDGPLinear else "Conv2d" if kind is SDGPConv2d else kind.__name__
 
 

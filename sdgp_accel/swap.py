@@ -21,7 +21,7 @@ from sdgp_accel.backends import Decision, forget_decisions
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.nn import SDGPConv2d, SDGPLayer, SDGPLinear, decide_layer, layer_kind, warn_of_scope
-from sdgp_accel.report import LayerReport, SwapReport, describe_skipped, describe_swapped
+from sdgp_accel.report import LayerReport, SwapReport, describe_as_it_is, describe_skipped, describe_swapped
 
 Filter = Callable[[nn.Module, str], bool] | str | Iterable[str] | None
 
@@ -143,7 +143,14 @@ def set_active_(model: nn.Module, active: bool) -> nn.Module:
 
 @contextlib.contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts back classes, configurations and switches, gradients, buffers and the random state of `model`."""
+    """Puts back classes, configurations and switches, gradients, buffers and the random state of `model`.
+
+    What its parameters have registered to run after their gradients (`Tensor.register_post_accumulate_grad_hook`), an
+    optimizer's step perhaps, does not run meanwhile. Raises ValueError for a model on the meta device, which cannot
+    run.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model must be on a device that computes; got parameters on meta")
     before = {
         module: (module.sdgp_config, module.sdgp_active) if isinstance(module, SDGPLayer) else None
         for module in model.modules()
@@ -151,6 +158,9 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     }
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    hooks = [(found, dict(found)) for parameter, _ in gradients if (found := parameter._post_accumulate_grad_hooks)]
+    for registered, _ in hooks:
+        registered.clear()  # autograd holds this very dictionary
     for parameter, _ in gradients:
         parameter.grad = None
     try:
@@ -166,6 +176,8 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
                 restore_layer(module)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        for registered, kept in hooks:
+            registered.update(kept)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
@@ -200,6 +212,7 @@ def tune(
         decisions[module] = decide_layer(module, x.to(output.dtype), configs[module])[1]
 
     steps = plan_swap(model, config, (lambda module, name: False) if config is None else None)
+    listed = [describe_as_it_is(step.module, step.report) if config is None else step.report for step in steps]
     configs = {step.module: step.config for step in steps if step.config is not None}
     handles = [layer.register_forward_hook(after_forward, with_kwargs=True) for layer in configs]
     device = next(model.parameters(), torch.empty(0)).device
@@ -213,7 +226,8 @@ def tune(
     finally:
         for handle in handles:
             handle.remove()
-    return SwapReport(tuple(step.report.decided(decisions.get(step.module)) for step in steps))
+    layers = zip(steps, listed, strict=True)
+    return SwapReport(tuple(report.decided(decisions.get(step.module)) for step, report in layers))
 
 
 def check_model(model: object) -> None:

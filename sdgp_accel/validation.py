@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -34,8 +35,8 @@ from sdgp_accel.config import Pass, PruneSpec, SDGPConfig
 from sdgp_accel.geometry import Geometry, LinearGeometry
 from sdgp_accel.nn import SDGPLayer, decide_layer
 from sdgp_accel.pruning import prune_matrix
-from sdgp_accel.report import SwapReport
-from sdgp_accel.swap import Filter, check_model, left_as_it_was, plan_swap, restore_layer, swap_layer
+from sdgp_accel.report import SwapReport, describe_as_it_is
+from sdgp_accel.swap import Filter, check_model, left_as_it_was, plan_swap, selector, swap_layer
 from sdgp_accel.validation_report import Bias, PassCheck, ValidationReport
 
 LAMBDA = 8.0
@@ -43,12 +44,18 @@ TF32_ROUNDOFF = 2.0**-11
 FP16_LOSS_SCALE = 2.0**10  # gradients of a mean over a batch underflow in fp16; no figure here depends on the scale
 
 
-class _Target(NamedTuple):
-    """A layer to check, by its name, with its configuration."""
+class Target(NamedTuple):
+    """A layer that prunes, or is to, by its name, with its configuration."""
 
     name: str
     module: nn.Linear | nn.Conv2d
     config: SDGPConfig
+
+    def prune(self) -> None:
+        """Make it an SDGP layer that is switched on."""
+        swap_layer(self.module, self.config)
+        assert isinstance(self.module, SDGPLayer)
+        self.module.sdgp_active = True
 
 
 class _Call(NamedTuple):
@@ -79,27 +86,31 @@ def validate(
     """Check dgrad and wgrad of every layer that `accelerate_(model, config, filter_fn)` would swap.
 
     batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets).
-    config: None takes each SDGP layer of an accelerated model with its own configuration, and the default
-        `SDGPConfig` for a model that has none.
+    config: None takes each SDGP layer of an accelerated model with its own configuration, whatever `filter_fn`
+        selects, and the default `SDGPConfig` for a model that has none.
     loss_fn: ``(output, targets) -> scalar``; see `batch.loss` for the default.
     autocast: the dtype to run the forward pass in, as under ``torch.autocast``.
     draws: draws of ``mvue`` to estimate its bias from; 0 leaves it out.
 
     One dense forward and backward pass gives every layer its true x and dY; the layer is checked at the moment
     its dY is there, so that no more than one layer's tensors are held. A second, pruned pass gives the end-to-end
-    cosines. The model is left as it was: classes, gradients, buffers, random state.
+    cosines. The model is left as it was: classes, parameters, gradients, buffers, random state.
 
-    Raises TypeError or ValueError for wrong arguments and for a loss that is not finite.
+    Raises TypeError or ValueError for wrong arguments and for a loss that is not one finite value, or that nothing in
+    the model can change.
     """
     check_model(model)
+    check_loss_fn(loss_fn)
     if not isinstance(draws, int) or draws < 0 or draws == 1:
         raise ValueError(f"draws must be 0 or an int >= 2; got {draws!r}")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be an int of 64 bits; got {seed!r}")
     batches.check_autocast(autocast)
     with left_as_it_was(model):
-        targets, swap = _targets(model, config, filter_fn)
-        for target in targets:
-            if isinstance(target.module, SDGPLayer):
-                restore_layer(target.module)
+        targets, swap = find_targets(model, config, filter_fn)
+        for module in model.modules():
+            if isinstance(module, SDGPLayer):
+                module.sdgp_active = False  # the dense gradients, from classes too that cannot be exchanged
         checks: list[PassCheck] = []
         handles = [_watch(target, checks, draws) for target in targets]
         try:
@@ -107,30 +118,56 @@ def validate(
         finally:
             for handle in handles:
                 handle.remove()
-        gradients = {target.name: target.module.weight.grad for target in targets}
+        gradients = {target.name: _weight_gradient(target.module) for target in targets}
         for parameter in model.parameters():
             parameter.grad = None
         for target in targets:
-            swap_layer(target.module, target.config)
+            target.prune()
         _run(model, batch, loss_fn, autocast, seed)
-        cosines = {target.name: _cosine(target.module.weight.grad, gradients[target.name]) for target in targets}
+        cosines = {target.name: _cosine(_weight_gradient(target.module), gradients[target.name]) for target in targets}
     if not checks:
         warnings.warn("validate found no backward pass to check in this model; see the report's `swap`", stacklevel=2)
     return ValidationReport(tuple(_with_end_to_end(check, cosines) for check in checks), swap)
 
 
-def _targets(model: nn.Module, config: SDGPConfig | None, filter_fn: Filter) -> tuple[list[_Target], SwapReport]:
-    steps = plan_swap(model, config, filter_fn)
-    accelerated = any(isinstance(step.module, SDGPLayer) for step in steps)
+def find_targets(model: nn.Module, config: SDGPConfig | None, filter_fn: Filter) -> tuple[list[Target], SwapReport]:
+    """The layers that `accelerate_` with these arguments would leave as SDGP layers, and its report.
+
+    config None: the SDGP layers of an accelerated model with their own configurations, whatever `filter_fn` says.
+    """
+    own = config is None and any(isinstance(module, SDGPLayer) for module in model.modules())
+    select = selector(filter_fn)
+    steps = plan_swap(model, config, (lambda module, name: False) if own else select)
     targets = []
     for step in steps:
-        chosen = step.config
-        if config is None and accelerated:
-            chosen = step.module.sdgp_config if isinstance(step.module, SDGPLayer) else None
-        if chosen is not None:
+        if step.config is not None:
             assert isinstance(step.module, (nn.Linear, nn.Conv2d))
-            targets.append(_Target(step.report.name or "(the model)", step.module, chosen))
-    return targets, SwapReport(tuple(step.report for step in steps))
+            targets.append(Target(step.report.name or "(the model)", step.module, step.config))
+    return targets, SwapReport(
+        tuple(describe_as_it_is(step.module, step.report) if own else step.report for step in steps)
+    )
+
+
+def check_loss_fn(loss_fn: object) -> None:
+    """Raise TypeError unless `loss_fn` can be called or is None."""
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a callable (output, targets) -> scalar tensor, or None; got {loss_fn!r}")
+
+
+def training_loss(model: Callable[..., Any], batch: Any, loss_fn: LossFn | None) -> Tensor:
+    """`batch.loss` of a forward pass on `batch`. Raises TypeError or ValueError unless it can be differentiated."""
+    loss: object = batches.loss(batches.forward(model, batch), batch, loss_fn)
+    origin = "the loss in the output of model must be" if loss_fn is None else "loss_fn must return"
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{origin} a scalar tensor; got {loss!r} of type {type(loss).__name__}")
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise ValueError(f"{origin} a scalar floating-point tensor; got {loss.dtype} of shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError(
+            "model must have parameters with requires_grad=True that the loss depends on; got a loss that depends on "
+            "none of them"
+        )
+    return loss
 
 
 def _run(model: nn.Module, batch: Any, loss_fn: LossFn | None, autocast: torch.dtype | None, seed: int) -> None:
@@ -138,13 +175,13 @@ def _run(model: nn.Module, batch: Any, loss_fn: LossFn | None, autocast: torch.d
     device = next(model.parameters(), torch.empty(0)).device
     with torch.enable_grad():
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            loss = batches.loss(batches.forward(model, batch), batch, loss_fn)
+            loss = training_loss(model, batch, loss_fn)
         if not bool(loss.isfinite()):
             raise ValueError(f"the loss of batch must be finite to validate gradients; got {loss.item()}")
         (loss * (FP16_LOSS_SCALE if autocast == torch.float16 else 1.0)).backward()  # type: ignore[no-untyped-call]
 
 
-def _watch(target: _Target, checks: list[PassCheck], draws: int) -> torch.utils.hooks.RemovableHandle:
+def _watch(target: Target, checks: list[PassCheck], draws: int) -> torch.utils.hooks.RemovableHandle:
     """Check every backward of the layer, as soon as its dY is known."""
     calls = 0
 
@@ -168,7 +205,7 @@ def _watch(target: _Target, checks: list[PassCheck], draws: int) -> torch.utils.
     return target.module.register_forward_hook(after_forward, with_kwargs=True)
 
 
-def _call(target: _Target, x: Tensor, dy: Tensor) -> _Call:
+def _call(target: Target, x: Tensor, dy: Tensor) -> _Call:
     """The operands of the layer's backward: x padded and cast as the layer itself does it."""
     x, decision = decide_layer(target.module, x.to(dy.dtype), target.config)
     if dy.dim() == 3 and isinstance(target.module, nn.Conv2d):
@@ -301,6 +338,12 @@ def _projection_variance(matrix: Tensor, drawn: Tensor, direction: Tensor, spec:
     x = x.where(x.abs() < smallest, 0.0)
     moments = spec.n * (d.square() * x.abs() * smallest).sum(-1) - (d * x).sum(-1).square()
     return float(moments.clamp(min=0.0).sum(dtype=torch.float64))
+
+
+def _weight_gradient(module: nn.Linear | nn.Conv2d) -> Tensor | None:
+    """None for a weight that is computed from other parameters and has no gradient of its own."""
+    weight = module.weight
+    return weight.grad if weight.is_leaf else None
 
 
 def _cosine(a: Tensor | None, b: Tensor | None) -> float:

@@ -23,9 +23,10 @@ from sdgp_accel.benchmark import _TURN, _Contender, _settle, _watch_layers, benc
 from sdgp_accel.benchmark_report import PARTS, BenchmarkReport, ContenderResult
 from sdgp_accel.cli import main
 from sdgp_accel.config import SDGPConfig
+from sdgp_accel.nn import SDGPLinear
 from sdgp_accel.plan import plan
 from sdgp_accel.report import LayerReport, SwapReport
-from sdgp_accel.swap import accelerate_
+from sdgp_accel.swap import accelerate_, set_active_
 from sdgp_accel.timing import Stats
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nothing is accelerated here")
@@ -141,6 +142,45 @@ def test_a_dense_layer_beside_sdgp_layers_is_told_apart() -> None:
     report = benchmark(_small_model(), _small_batch(), DETERMINISTIC, filter_fn="0", steps=2, warmup=0)
     assert set(report.sdgp.stages) == {"prune_compress", "dgrad", "wgrad", "dense_layers"} - _unneeded(report)
     assert [layer.dense_reason for layer in report.prediction.layers] == ["", "filtered"]
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_an_accelerated_model_is_timed_dense_and_pruned(active: bool) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 8))
+    accelerate_(model, DETERMINISTIC, filter_fn=["0", "2"])
+    set_active_(model, active)
+    report = benchmark(model, torch.randn(8, 64), steps=1, warmup=0)
+    dense, sdgp = report.contenders
+    assert set(dense.stages) == {"dense_layers"}
+    assert set(sdgp.stages) == {"prune_compress", "dgrad", "wgrad", "dense_layers"}
+    assert [layer.dgrad for layer in report.swap.layers] == ["magnitude 2:4", "magnitude 2:4", "dense"]
+    assert report.settings["config"]["prune"] == "magnitude"
+    assert [layer.dense_reason for layer in report.prediction.layers] == ["", "", "no pass pruned"]
+    assert model[0].sdgp_active is active
+    accelerate_(model, filter_fn="0")
+    report = benchmark(model, torch.randn(8, 64), steps=1, warmup=0)
+    assert [layer.dgrad for layer in report.swap.swapped] == ["mvue 2:4", "magnitude 2:4"]
+    assert report.settings["config"] is None
+    report = benchmark(model, torch.randn(8, 64), SDGPConfig(prune="random"), steps=1, warmup=0)
+    assert [layer.dgrad for layer in report.swap.layers] == ["random 2:4"] * 3
+    assert report.settings["config"]["prune"] == "random"
+
+
+def test_layers_of_derived_classes_are_timed_dense_too() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), SDGPLinear(16, 16, config=DETERMINISTIC))
+    nn.utils.parametrizations.weight_norm(model[1])
+    dense, sdgp = benchmark(model, torch.randn(8, 16), steps=1, warmup=0).contenders
+    assert set(dense.stages) == {"dense_layers"}
+    assert set(sdgp.stages) == {"prune_compress", "dgrad", "wgrad", "dense_layers"}
+
+
+def test_what_is_not_swapped_says_why() -> None:
+    model = nn.Sequential(nn.Linear(3, 16), nn.Linear(16, 8))
+    report = benchmark(model, torch.randn(8, 3), DETERMINISTIC, steps=1, warmup=0)
+    assert report.swap["0"].reason == "3 input channels < min_in_channels = 4"
+    with pytest.warns(UserWarning, match="benchmark found no layer to swap"):
+        report = benchmark(model, torch.randn(8, 3), filter_fn="none", steps=1, warmup=0)
+    assert report.outcome == "unpruned"
 
 
 def _unneeded(report: BenchmarkReport) -> set[str]:
@@ -345,6 +385,15 @@ def test_losses(output: str) -> None:
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         benchmark(_small_model(), _small_batch(), **arguments)
+
+
+def test_what_cannot_be_trained_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"loss_fn must be a callable .* got 5"):
+        benchmark(_small_model(), _small_batch(), loss_fn=5)
+    with pytest.raises(ValueError, match=r"loss_fn must return a scalar .* got torch.float32 of shape \(64, 8\)"):
+        benchmark(_small_model(), _small_batch(), loss_fn=lambda output, targets: output)
+    with pytest.raises(ValueError, match="model must have parameters with requires_grad=True"):
+        benchmark(_small_model().requires_grad_(False), _small_batch())
 
 
 def test_models_without_a_device_are_refused() -> None:

@@ -148,6 +148,66 @@ def test_subclasses_stay_dense_and_swapped_layers_do_not() -> None:
     assert _reasons(plan(model, torch.randn(8, 16))) == {"0": "Gated", "1": ""}
 
 
+def test_an_accelerated_model_is_planned_as_it_is_configured() -> None:
+    model = nn.Sequential(nn.Linear(2, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    accelerate_(model, SDGPConfig(min_in_channels=1), filter_fn="0")
+    accelerate_(model, SDGPConfig(grad_input="dense"), filter_fn="1")
+    accelerate_(model, filter_fn="2")
+    nn.utils.parametrizations.weight_norm(model[2])
+    batch = torch.randn(8, 2)
+    report = plan(model, batch)
+    assert _reasons(report) == {"0": "", "1": "", "2": "", "3": "no pass pruned"}
+    assert [layer.work.sparse_passes for layer in report.layers] == [
+        ("grad_weight",), ("grad_weight",), ("grad_input", "grad_weight"), (),
+    ]  # fmt: skip
+    assert _reasons(plan(model, batch, filter_fn="none")) == _reasons(report)
+    with pytest.raises(TypeError, match="filter_fn must be a callable"):
+        plan(model, batch, filter_fn=5)
+    assert _reasons(plan(model, batch, config=SDGPConfig())) == {"0": "2 inputs", "1": "", "2": "", "3": ""}
+
+
+def test_what_holds_matrices_and_is_no_layer_is_named() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2)
+            self.norm = nn.LayerNorm((3, 16))
+            self.token = nn.Parameter(torch.zeros(1, 1, 16))
+            self.positions = nn.Parameter(torch.zeros(1, 3, 16))
+            self.scale = nn.Parameter(torch.ones(16, 1))
+            self.embedding = nn.Embedding(8, 16)
+            self.head = nn.utils.parametrizations.weight_norm(nn.Linear(16, 4))
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.embedding(tokens))
+            return self.head(self.attention(x, x, x)[0])
+
+    report = plan(Attention(), torch.zeros(2, 3, dtype=torch.int64))
+    assert report.left_out == {"MultiheadAttention": 1, "NonDynamicallyQuantizableLinear": 1}
+    report = plan(nn.Sequential(nn.Conv1d(4, 8, 3), nn.Conv1d(8, 8, 3), nn.Linear(4, 4)), torch.randn(2, 4, 8))
+    data = json.loads(report.to_json())
+    assert data["left_out"] == {"Conv1d": 2}
+    for text in (data["note"], " ".join(str(report).split())):
+        assert "hold weight matrices of their own and may multiply by them: 2 × Conv1d. They are neither" in text
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 8, 3))
+    assert plan(parametrized, torch.randn(2, 4, 8)).left_out == {"ParametrizedConv1d": 1}
+
+
+def test_gpt2_of_transformers_names_its_conv1d() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=64, n_positions=32)
+    report = plan(transformers.GPT2LMHeadModel(config), torch.zeros(2, 16, dtype=torch.int64))
+    assert report.left_out == {"Conv1D": 8}
+    assert [layer.name for layer in report.layers] == ["lm_head"]
+
+
+@pytest.mark.parametrize("name", ["resnet9", "resnet18", "gpt", "conv_lm", "timm/vit_tiny_patch16_224"])
+def test_where_every_product_is_a_layers_nothing_is_left_out(name: str) -> None:
+    report = plan(*_meta(name, 2))
+    assert not report.left_out
+    assert "hold weight matrices" not in str(report)
+
+
 def test_model_without_layers() -> None:
     report = plan(nn.ReLU(), torch.randn(2, 3))
     assert report.saving("fused") == 0.0

@@ -12,6 +12,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import sdgp_accel as sdgp
 from sdgp_accel import philox, validation
@@ -174,6 +176,97 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not net[3]._forward_hooks
 
 
+class Scaled(sdgp.SDGPLinear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def parametrized() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(sdgp.SDGPLinear(8, 8))
+
+
+@pytest.mark.parametrize("layer", [parametrized, lambda: Scaled(8, 8)], ids=["parametrized", "subclass"])
+@pytest.mark.filterwarnings("error:The .grad attribute of a Tensor that is not a leaf")
+def test_classes_derived_from_an_sdgp_layer_are_checked(layer: Any) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), layer())
+    sdgp.accelerate_(net, sdgp.SDGPConfig(prune="magnitude"))
+    kind = type(net[1])
+    for active in (True, False):
+        sdgp.set_active_(net, active)
+        report = sdgp.validate(net, torch.randn(4, 8))
+        assert report.ok, str(report)
+        assert {(check.layer, check.prune) for check in report.checks} == {
+            ("0", "magnitude 2:4"),
+            ("1", "magnitude 2:4"),
+        }
+        assert by_pass(report)["0", "wgrad"].end_to_end_cosine < 0.999  # a dense and a pruned pass were compared
+        assert type(net[1]) is kind
+        assert net[1].sdgp_active is active
+
+
+def test_layers_that_fully_shard_has_wrapped_are_checked() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        sdgp.accelerate_(net)
+        fully_shard(net[1], mesh=init_device_mesh("cpu", (1,)))
+        report = sdgp.validate(net, torch.randn(4, 8), draws=0)
+        assert report.ok, str(report)
+        assert set(by_pass(report)) == {("0", "wgrad"), ("1", "dgrad"), ("1", "wgrad")}
+        assert report.swap["1"].kind == "Linear"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("error:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_a_weight_that_hooks_compute_has_no_gradient_to_ask_for() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.utils.weight_norm(nn.Linear(8, 8)))
+    checks = by_pass(sdgp.validate(net, torch.randn(4, 8), draws=0))
+    assert checks["0", "wgrad"].end_to_end_cosine is not None
+    assert checks["1", "wgrad"].end_to_end_cosine is None
+
+
+def test_sdgp_layers_that_the_configuration_leaves_out_are_dense() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 8)), torch.randn(64, 8)
+    config = sdgp.SDGPConfig(prune="magnitude")  # leaves out layers with 2 channels
+    expected = sdgp.validate(net, x, config).checks
+    sdgp.accelerate_(net, replace(config, min_in_channels=1))
+    assert sdgp.validate(net, x, config).checks == expected
+
+
+def test_the_report_of_an_accelerated_model_is_of_its_own_configurations() -> None:
+    net = nn.Sequential(nn.Linear(2, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    sdgp.accelerate_(net, sdgp.SDGPConfig(prune="magnitude", min_in_channels=1), filter_fn=["0", "1"])
+    swap = sdgp.validate(net, torch.randn(4, 2), draws=0).swap
+    assert [(layer.swapped, layer.dgrad) for layer in swap.layers] == [(True, "magnitude 2:4")] * 2 + [(False, "dense")]
+    assert "not selected" not in swap["0"].reason
+    with pytest.raises(TypeError, match="filter_fn must be a callable"):
+        sdgp.validate(net, torch.randn(4, 2), filter_fn=5)
+    assert swap["2"].reason == "not an SDGP layer: accelerate_ has not swapped it"
+
+
+def test_an_optimizer_that_steps_within_the_backward_does_not_train() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sgd = torch.optim.SGD(net[0].parameters(), lr=1.0)
+    order: list[str] = []
+    for name, parameter in net[0].named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: order.append(name))
+        parameter.register_post_accumulate_grad_hook(lambda _: sgd.step())
+    state = copy.deepcopy(net.state_dict())
+    x = torch.randn(4, 8)
+    assert sdgp.validate(net, x, draws=0).ok
+    with pytest.raises(ZeroDivisionError):
+        sdgp.validate(net, x, loss_fn=lambda output, targets: 1 / 0)
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert order == []
+    net(x).sum().backward()  # and the next backward trains again
+    assert sorted(order) == ["bias", "weight"]
+    assert not torch.equal(net[0].weight, state["0.weight"])
+
+
 def test_bias_has_the_predicted_noise() -> None:
     """The standard error is an upper bound, and within a small factor of what repeated estimates show."""
     net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
@@ -192,11 +285,35 @@ def test_bias_has_the_predicted_noise() -> None:
         ({"autocast": "bf16"}, "autocast must be None, torch.bfloat16 or torch.float16; got 'bf16'"),
         ({"batch": 3}, "batch must be a tensor"),
         ({"config": "mvue"}, "config must be an SDGPConfig or None; got str"),
+        ({"seed": "a"}, "seed must be an int of 64 bits; got 'a'"),
+        ({"seed": 2**64}, "seed must be an int of 64 bits; got 18446744073709551616"),
+        ({"loss_fn": 5}, r"loss_fn must be a callable \(output, targets\) -> scalar tensor, or None; got 5"),
+        ({"loss_fn": lambda *_: 1.5}, "loss_fn must return a scalar tensor; got 1.5 of type float"),
+        ({"loss_fn": lambda *_: None}, "loss_fn must return a scalar tensor; got None of type NoneType"),
+        (
+            {"loss_fn": lambda output, _: output},
+            r"loss_fn must return a scalar floating-point tensor; got torch.float32 of shape \(2, 4\)",
+        ),
+        (
+            {"loss_fn": lambda output, _: output.argmax()},
+            r"scalar floating-point tensor; got torch.int64 of shape \(\)",
+        ),
+        ({"model": nn.Linear(4, 4).requires_grad_(False)}, "model must have parameters with requires_grad=True"),
+        ({"model": nn.Linear(4, 4, device="meta")}, "model must be on a device that computes; got parameters on meta"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         sdgp.validate(**{"model": nn.Linear(4, 4), "batch": torch.randn(2, 4), **arguments})
+
+
+def test_an_output_whose_loss_is_no_scalar_is_named() -> None:
+    class Model(nn.Linear):
+        def forward(self, input: Tensor) -> dict[str, Tensor]:
+            return {"loss": super().forward(input)}
+
+    with pytest.raises(ValueError, match=r"the loss in the output of model must be a scalar .* of shape \(2, 4\)"):
+        sdgp.validate(Model(4, 4), torch.randn(2, 4))
 
 
 def test_the_reference_uses_the_numbers_that_the_layer_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import cutlass_ops
 import sdgp_accel
 from cutlass_ops import build_kernels
 from sdgp_accel.backends import FIRST_SPARSE_CAPABILITY, build_command, gpu
+from sdgp_accel.cli.options import size_options
 
 if TYPE_CHECKING:
     from sdgp_accel.placement import Placement
@@ -138,8 +139,7 @@ def diagnose() -> list[Finding]:
 @click.command()
 @click.argument("model", required=False)
 @click.option("--batch", "-b", type=click.IntRange(min=1), default=64, show_default=True, help="Samples per step.")
-@click.option("--image-size", type=click.IntRange(min=1), help="Height and width of an image model's input.")
-@click.option("--seq-len", type=click.IntRange(min=1), help="Tokens per sample of a language model.")
+@size_options
 @click.option("--arch", type=click.Choice(ARCHS), help="Of the GPU to place MODEL on.  [default: this one, or 90]")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def command(

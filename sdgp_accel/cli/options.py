@@ -36,13 +36,34 @@ class OutputFile(click.Path):
 
 def model_options(command: Command) -> Command:
     """MODEL, --image-size and --seq-len, passed on under those names."""
+    decorated: Command = click.argument("model", default="resnet9")(size_options(command))
+    return decorated
+
+
+def size_options(command: Command) -> Command:
+    """--image-size and --seq-len, which are named where building or running a model of that size fails: torch and the
+    libraries of models do not know them.
+    """
+
+    @functools.wraps(command)
+    def with_sizes(image_size: int | None, seq_len: int | None, **others: Any) -> Any:
+        given = [f"{option} {size}" for option, size in (("--image-size", image_size), ("--seq-len", seq_len)) if size]
+        try:
+            return command(image_size=image_size, seq_len=seq_len, **others)
+        except (click.exceptions.Exit, click.Abort):  # both are RuntimeErrors
+            raise
+        except (AssertionError, RuntimeError) as error:
+            if not given or not str(error):
+                raise
+            raise RuntimeError(f"with {' and '.join(given)}: {error}") from error
+
+    decorated: Command = with_sizes
     for decorate in (
         click.option("--seq-len", type=click.IntRange(min=1), help="Tokens per sample of a language model."),
         click.option("--image-size", type=click.IntRange(min=1), help="Height and width of an image model's input."),
-        click.argument("model", default="resnet9"),
     ):
-        command = decorate(command)
-    return command
+        decorated = decorate(decorated)
+    return decorated
 
 
 def config_options(command: Command) -> Command:

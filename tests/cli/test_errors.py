@@ -29,8 +29,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [
-        (("plan", "resnet9", "--image-size", "4"), 1, "the forward of ResNet9 cannot run"),
-        (("plan", "vit_b_16", "--image-size", "100"), 1, "Input shape indivisible by patch size"),
+        (("plan", "resnet9", "--image-size", "4"), 1, "with --image-size 4: the forward of ResNet9 cannot run"),
+        (
+            ("plan", "vit_b_16", "--image-size", "100"),
+            1,
+            "with --image-size 100: Input shape indivisible by patch size",
+        ),
         (("plan", "gpt", "--image-size", "32"), 1, "image_size must be None: gpt is a language model; got 32"),
         (("plan", "digits", "--seq-len", "8"), 1, "seq_len must be None: digits is an image classifier; got 8"),
         (("plan", "resnet5"), 1, "model 'resnet5' is neither"),
@@ -38,7 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("plan", "digits", "--batch", "0"), 2, "0 is not in the range x>=1"),
         (("plan", "digits", "--json", "file/plan.json"), 2, "Folder 'file' cannot be made"),
         (("plan", "digits", "--json", "."), 2, "File '.' is a directory"),
-        (("doctor", "resnet9", "--image-size", "4"), 1, "the forward of ResNet9 cannot run"),
+        (("doctor", "resnet9", "--image-size", "4"), 1, "with --image-size 4: the forward of ResNet9 cannot run"),
         (("doctor", "no_such_model"), 1, "no_such_model"),
         (("validate", "digits", "--json", "file/checks.json"), 2, "Folder 'file' cannot be made"),
         (("validate", "digits", "--device", "cpu", "--draws", "1"), 1, "draws must be 0 or an int >= 2; got 1"),
@@ -46,7 +50,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ((*QUICK_BENCH, "--backend", "cutlass"), 1, "backend='cutlass' needs a CUDA device"),
         ((*QUICK_BENCH, "--json", "file/r.json"), 2, "Folder 'file' cannot be made"),
         ((*QUICK_BENCH, "--html", "file/r.html"), 2, "Folder 'file' cannot be made"),
-        (("bench", "resnet9", "--device", "cpu", "--image-size", "4"), 1, "Kernel size can't be greater"),
+        (("bench", "resnet9", "--device", "cpu", "--image-size", "4"), 1, "with --image-size 4: "),
+        (("validate", "vit_b_16", "--image-size", "100"), 1, "with --image-size 100: Input shape indivisible"),
         (("train", "recipe.yaml"), 1, "not YAML"),
         (("train", "digits", "--set", "lr=[1"), 1, "lr must be given a YAML value; got '[1'"),
         (("train", "digits", "--set", "sdgp.backend=cutlass", "--device", "cpu"), 1, "needs a CUDA device"),

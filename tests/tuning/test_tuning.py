@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sdgp_accel import SDGPConfig, backends, functional, prune, tuning
+from sdgp_accel import SDGPConfig, accelerate_, backends, functional, prune, tuning
+from sdgp_accel import tune as sdgp_tune
 from sdgp_accel.backends import Decision, Tilings
 from sdgp_accel.backends.reference import ReferenceBackend
 from sdgp_accel.layer_plan import plan_string
@@ -260,3 +261,21 @@ def test_deterministic_algorithms_time_nothing(remembering: FakeKernels, monkeyp
         torch.use_deterministic_algorithms(False)
     assert (predicted.reason, predicted.tilings) == ("predicted", Tilings("predicted", "predicted"))
     assert decide() is timed  # what was measured is not touched
+
+
+def test_a_report_without_a_filter_speaks_of_none() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    x = torch.randn(4, 8)
+    reason = "not an SDGP layer: accelerate_ has not swapped it"
+    assert [layer.reason for layer in sdgp_tune(model, x).layers] == [reason] * 2
+    accelerate_(model, SDGPConfig(backend="reference"), filter_fn="0")
+    assert [layer.reason for layer in sdgp_tune(model, x).layers] == ["backend='reference'", reason]
+    unused = torch.nn.ModuleDict({"used": torch.nn.Linear(8, 8), "unused": torch.nn.Linear(8, 8)})
+    unused.forward = lambda x: unused["used"](x)
+    accelerate_(unused, SDGPConfig(backend="reference"))
+    assert sdgp_tune(unused, x)["unused"].reason == "backend='reference'"
+
+
+def test_a_model_without_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="model must be on a device that computes; got parameters on meta"):
+        sdgp_tune(torch.nn.Linear(8, 8, device="meta"), torch.randn(4, 8))
