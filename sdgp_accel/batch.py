@@ -60,6 +60,28 @@ def loss(output: Any, batch: Any, loss_fn: LossFn | None = None) -> Tensor:
     return torch.stack([tensor.float().square().mean() for tensor in tensors]).sum()
 
 
+def check_loss_fn(loss_fn: object) -> None:
+    """Raise TypeError unless `loss_fn` can be called or is None."""
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a callable (output, targets) -> scalar tensor, or None; got {loss_fn!r}")
+
+
+def training_loss(model: Callable[..., Any], batch: Any, loss_fn: LossFn | None) -> Tensor:
+    """`loss` of a forward pass on `batch`. Raises TypeError or ValueError unless it can be differentiated."""
+    result: object = loss(forward(model, batch), batch, loss_fn)
+    origin = "the loss in the output of model must be" if loss_fn is None else "loss_fn must return"
+    if not isinstance(result, Tensor):
+        raise TypeError(f"{origin} a scalar tensor; got {result!r} of type {type(result).__name__}")
+    if result.numel() != 1 or not result.is_floating_point():
+        raise ValueError(f"{origin} a scalar floating-point tensor; got {result.dtype} of shape {tuple(result.shape)}")
+    if not result.requires_grad:
+        raise ValueError(
+            "model must have parameters with requires_grad=True that the loss depends on; got a loss that depends on "
+            "none of them"
+        )
+    return result
+
+
 def to(batch: Any, device: torch.device | str) -> Any:
     """`batch` with every tensor moved to `device` ("meta": shapes only)."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)

@@ -25,8 +25,8 @@ from sdgp_accel.report import SwapReport
 from sdgp_accel.roofline import GPU, known_gpu
 from sdgp_accel.stages import StageRecorder
 from sdgp_accel.swap import Filter, check_model, restore_layer, tune
+from sdgp_accel.targets import Target, find_targets
 from sdgp_accel.timing import Clock, HostClock, Stats, clock_for
-from sdgp_accel.validation import Target, check_loss_fn, find_targets, training_loss
 
 OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -81,7 +81,7 @@ def benchmark(
             raise ValueError(f"{argument} must be an int >= {least}; got {value!r}")
     batches.check_autocast(autocast)
     check_model(model)
-    check_loss_fn(loss_fn)
+    batches.check_loss_fn(loss_fn)
     device = _device_of(model)
     batch = batches.to(batch, device)
     make = functools.partial(_Contender, model, batch, loss_fn=loss_fn, optimizer=optimizer, autocast=autocast)
@@ -171,7 +171,7 @@ class _Contender:
         """One training step; the moments of its start and of the ends of forward, backward and optimizer."""
         start = clock.mark()
         with torch.autocast(self._device_type, self._autocast, enabled=self._autocast is not None):
-            loss = training_loss(self._forward, self._batch, self._loss_fn)
+            loss = batches.training_loss(self._forward, self._batch, self._loss_fn)
         forward = clock.mark()
         torch.autograd.backward(self._scaler.scale(loss))
         backward = clock.mark()

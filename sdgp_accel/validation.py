@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -35,27 +34,13 @@ from sdgp_accel.config import Pass, PruneSpec, SDGPConfig
 from sdgp_accel.geometry import Geometry, LinearGeometry
 from sdgp_accel.nn import SDGPLayer, decide_layer
 from sdgp_accel.pruning import prune_matrix
-from sdgp_accel.report import SwapReport, describe_as_it_is
-from sdgp_accel.swap import Filter, check_model, left_as_it_was, plan_swap, selector, swap_layer
+from sdgp_accel.swap import Filter, check_model, left_as_it_was
+from sdgp_accel.targets import Target, find_targets
 from sdgp_accel.validation_report import Bias, PassCheck, ValidationReport
 
 LAMBDA = 8.0
 TF32_ROUNDOFF = 2.0**-11
 FP16_LOSS_SCALE = 2.0**10  # gradients of a mean over a batch underflow in fp16; no figure here depends on the scale
-
-
-class Target(NamedTuple):
-    """A layer that prunes, or is to, by its name, with its configuration."""
-
-    name: str
-    module: nn.Linear | nn.Conv2d
-    config: SDGPConfig
-
-    def prune(self) -> None:
-        """Make it an SDGP layer that is switched on."""
-        swap_layer(self.module, self.config)
-        assert isinstance(self.module, SDGPLayer)
-        self.module.sdgp_active = True
 
 
 class _Call(NamedTuple):
@@ -100,7 +85,7 @@ def validate(
     the model can change.
     """
     check_model(model)
-    check_loss_fn(loss_fn)
+    batches.check_loss_fn(loss_fn)
     if not isinstance(draws, int) or draws < 0 or draws == 1:
         raise ValueError(f"draws must be 0 or an int >= 2; got {draws!r}")
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
@@ -130,52 +115,12 @@ def validate(
     return ValidationReport(tuple(_with_end_to_end(check, cosines) for check in checks), swap)
 
 
-def find_targets(model: nn.Module, config: SDGPConfig | None, filter_fn: Filter) -> tuple[list[Target], SwapReport]:
-    """The layers that `accelerate_` with these arguments would leave as SDGP layers, and its report.
-
-    config None: the SDGP layers of an accelerated model with their own configurations, whatever `filter_fn` says.
-    """
-    own = config is None and any(isinstance(module, SDGPLayer) for module in model.modules())
-    select = selector(filter_fn)
-    steps = plan_swap(model, config, (lambda module, name: False) if own else select)
-    targets = []
-    for step in steps:
-        if step.config is not None:
-            assert isinstance(step.module, (nn.Linear, nn.Conv2d))
-            targets.append(Target(step.report.name or "(the model)", step.module, step.config))
-    return targets, SwapReport(
-        tuple(describe_as_it_is(step.module, step.report) if own else step.report for step in steps)
-    )
-
-
-def check_loss_fn(loss_fn: object) -> None:
-    """Raise TypeError unless `loss_fn` can be called or is None."""
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a callable (output, targets) -> scalar tensor, or None; got {loss_fn!r}")
-
-
-def training_loss(model: Callable[..., Any], batch: Any, loss_fn: LossFn | None) -> Tensor:
-    """`batch.loss` of a forward pass on `batch`. Raises TypeError or ValueError unless it can be differentiated."""
-    loss: object = batches.loss(batches.forward(model, batch), batch, loss_fn)
-    origin = "the loss in the output of model must be" if loss_fn is None else "loss_fn must return"
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{origin} a scalar tensor; got {loss!r} of type {type(loss).__name__}")
-    if loss.numel() != 1 or not loss.is_floating_point():
-        raise ValueError(f"{origin} a scalar floating-point tensor; got {loss.dtype} of shape {tuple(loss.shape)}")
-    if not loss.requires_grad:
-        raise ValueError(
-            "model must have parameters with requires_grad=True that the loss depends on; got a loss that depends on "
-            "none of them"
-        )
-    return loss
-
-
 def _run(model: nn.Module, batch: Any, loss_fn: LossFn | None, autocast: torch.dtype | None, seed: int) -> None:
     torch.manual_seed(seed)
     device = next(model.parameters(), torch.empty(0)).device
     with torch.enable_grad():
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            loss = training_loss(model, batch, loss_fn)
+            loss = batches.training_loss(model, batch, loss_fn)
         if not bool(loss.isfinite()):
             raise ValueError(f"the loss of batch must be finite to validate gradients; got {loss.item()}")
         (loss * (FP16_LOSS_SCALE if autocast == torch.float16 else 1.0)).backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,44 @@
+"""The layers of a model that `validate` and `benchmark` let prune, whatever is swapped or switched off in it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from sdgp_accel.config import SDGPConfig
+from sdgp_accel.nn import SDGPLayer
+from sdgp_accel.report import SwapReport, describe_as_it_is
+from sdgp_accel.swap import Filter, plan_swap, selector, swap_layer
+
+
+class Target(NamedTuple):
+    """A layer that prunes, or is to, by its name, with its configuration."""
+
+    name: str
+    module: nn.Linear | nn.Conv2d
+    config: SDGPConfig
+
+    def prune(self) -> None:
+        """Make it an SDGP layer that is switched on."""
+        swap_layer(self.module, self.config)
+        assert isinstance(self.module, SDGPLayer)
+        self.module.sdgp_active = True
+
+
+def find_targets(model: nn.Module, config: SDGPConfig | None, filter_fn: Filter) -> tuple[list[Target], SwapReport]:
+    """The layers that `accelerate_` with these arguments would leave as SDGP layers, and its report.
+
+    config None: the SDGP layers of an accelerated model with their own configurations, whatever `filter_fn` says.
+    """
+    own = config is None and any(isinstance(module, SDGPLayer) for module in model.modules())
+    select = selector(filter_fn)
+    steps = plan_swap(model, config, (lambda module, name: False) if own else select)
+    targets = []
+    for step in steps:
+        if step.config is not None:
+            assert isinstance(step.module, (nn.Linear, nn.Conv2d))
+            targets.append(Target(step.report.name or "(the model)", step.module, step.config))
+    return targets, SwapReport(
+        tuple(describe_as_it_is(step.module, step.report) if own else step.report for step in steps)
+    )
