@@ -164,6 +164,20 @@ def test_func_transforms_run_the_dense_layers(warns: Any) -> None:
     assert sum("torch.func's transforms" in text for text in warns()) == 1
 
 
+@pytest.mark.parametrize("asked", [(True, True), (True, False), (False, True)])
+def test_batches_of_gradients_run_the_dense_backward(asked: tuple[bool, bool], warns: Any) -> None:
+    ours, dense = twins(small())
+    x, batch = torch.randn(2, 4, 4, 4), torch.randn(3, 2, 8, 8)
+    results = []
+    for model in (ours, dense):
+        leaf = x.clone().requires_grad_(asked[0])
+        leaves = [leaf] * asked[0] + [*model.parameters()] * asked[1]
+        results.append(torch.autograd.grad(model(leaf), leaves, batch, is_grads_batched=True))
+    for gradient, expected in zip(*results, strict=True):
+        torch.testing.assert_close(gradient, expected)
+    assert sum("for batches of gradients" in text for text in warns()) == 1
+
+
 def test_nested_tensors_run_the_dense_layer(warns: Any) -> None:
     ours, dense = twins(nn.Linear(8, 4))
     parts = [torch.randn(3, 8), torch.randn(5, 8)]

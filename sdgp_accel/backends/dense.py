@@ -53,7 +53,7 @@ def bias_gradient(dy: Tensor, geometry: Geometry) -> Tensor:
 def matrix_view(dy: Tensor, geometry: Geometry) -> Tensor:
     """dY (or a Linear layer's x) as [T, C]: a view of what is contiguous or channels_last, a copy of other layouts."""
     if isinstance(geometry, LinearGeometry):
-        return dy.unsqueeze(0) if dy.dim() == 1 else dy.flatten(0, -2)
+        return dy if dy.dim() == 2 else dy.reshape(geometry.positions, dy.shape[-1])
     if dy.is_contiguous(memory_format=torch.channels_last):
         channels = dy.shape[1]
         return dy.as_strided((geometry.positions, channels), (channels, 1))  # half the time of the two calls below
