@@ -17,7 +17,6 @@ from sdgp_accel.geometry import Window, flat
 from sdgp_accel.layer_plan import LayerKind, plan_string, prunes
 
 _DEFAULT = SDGPConfig()
-_is_legacy_batchedtensor = torch._C._functorch.is_legacy_batchedtensor
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str | SDGPConfig = _DEFAULT) -> Tensor:
@@ -175,10 +174,13 @@ class _Linear(torch.autograd.Function):
         plan, decision, to = ctx.call
         if to is not None and needs_dx and weight.dtype != to:
             weight = weight.to(to)
-        if decision is not None and not torch.compiler.is_compiling() and _is_legacy_batchedtensor(dy):
-            decision = _for_batches(decision)
         if decision is not None and type(dy) is Tensor and not torch.is_grad_enabled() and not dy.is_meta:
-            return *ops.run(dy, x, weight, needs_db, decision), None
+            try:
+                return *ops.run(dy, x, weight, needs_db, decision), None
+            except RuntimeError:
+                if not torch._C._functorch.is_legacy_batchedtensor(dy):
+                    raise
+                return *ops.run(dy, x, weight, needs_db, _for_batches(decision)), None
         gradients = ops.linear_backward(dy, x, weight, needs_db, plan)
         used = weight if to is None or weight is None else ctx.parameter
         return *_place(_once(gradients, dy, x, used), needs_dx, needs_dw, needs_db), None
@@ -220,10 +222,13 @@ class _Conv2d(torch.autograd.Function):
         plan, decision, to, window, channels_last = ctx.call
         if to is not None and needs_dx and weight.dtype != to:
             weight = weight.to(to)
-        if decision is not None and not torch.compiler.is_compiling() and _is_legacy_batchedtensor(dy):
-            decision = _for_batches(decision)
         if decision is not None and type(dy) is Tensor and not torch.is_grad_enabled() and not dy.is_meta:
-            return *ops.run(dy, x, weight, needs_db, decision), None
+            try:
+                return *ops.run(dy, x, weight, needs_db, decision), None
+            except RuntimeError:
+                if not torch._C._functorch.is_legacy_batchedtensor(dy):
+                    raise
+                return *ops.run(dy, x, weight, needs_db, _for_batches(decision)), None
         absent_shape = () if needs_dx and needs_dw else ctx.absent_shape
         gradients = ops.conv2d_backward(dy, x, weight, needs_db, absent_shape, flat(window), channels_last, plan)
         used = weight if to is None or weight is None else ctx.parameter
@@ -231,7 +236,9 @@ class _Conv2d(torch.autograd.Function):
 
 
 def _for_batches(decision: Decision) -> Decision:
-    """Of a backward for a batch of gradients (``is_grads_batched``, ``jacobian(vectorize=True)``)."""
+    """Of a backward that failed for a batch of gradients (``is_grads_batched``, ``jacobian(vectorize=True)``): to ask
+    beforehand would cost every backward 3 µs.
+    """
     warn_once("layers run the ordinary dense backward for batches of gradients (is_grads_batched)")
     return decision._replace(backend=None, bound=None)
 
