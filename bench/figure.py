@@ -47,11 +47,9 @@ def draw(results: Path, path: Path) -> None:
 
     figure = pyplot.figure(figsize=(17, 10.5), layout="constrained")
     grid = figure.add_gridspec(2, 3, width_ratios=(1, 1.15, 1.15))
-    steps(figure.add_subplot(grid[0, 0]), [result for _, result in tables.files(tables.STEP_TIME, results)])
-    prune(figure.add_subplot(grid[1, 0]), [result for _, result in tables.files(tables.PRUNE, results)])
-    layers(figure.add_subplot(grid[:, 1]), [result for _, result in tables.files(tables.LAYERS, results)])
-    own = [result for _, result in tables.files(tables.GEMM, results) if tables.fallback(result) is None]
-    products(figure.add_subplot(grid[:, 2]), own)
+    panels = ((steps, grid[0, 0]), (layers, grid[:, 1]), (products, grid[:, 2]), (prune, grid[1, 0]))
+    for (draw_panel, place), section in zip(panels, SECTIONS, strict=True):
+        draw_panel(figure.add_subplot(place), [result for _, result in tables.files(section, results)])
     figure.savefig(path, dpi=100, metadata={DIGEST: digest(results)})
     pyplot.close(figure)
 
@@ -78,8 +76,7 @@ def steps(axis: Any, results: Sequence[tables.Result]) -> None:
 
 def prune(axis: Any, results: Sequence[tables.Result]) -> None:
     """Dots: prune + compress of one gradient over a copy of it, by rule."""
-    titles = ", ".join(dict.fromkeys(map(short, results)))
-    axis.set_title(f"Prune + compress, both operands, over clone() ({titles})", fontsize="medium")
+    axis.set_title(f"Prune + compress, both operands, over clone() ({gpus(results)})", fontsize="medium")
     found: dict[str, list[float]] = {}
     for result in results:
         for row in tables.both_operands(result):
@@ -91,8 +88,7 @@ def prune(axis: Any, results: Sequence[tables.Result]) -> None:
 
 def layers(axis: Any, results: Sequence[tables.Result]) -> None:
     """Dots: dense backward over sparse backward, with each prune function, and of the products alone."""
-    titles = ", ".join(dict.fromkeys(map(short, results)))
-    axis.set_title(f"One layer's backward: speed over dense ({titles})", fontsize="medium")
+    axis.set_title(f"One layer's backward: speed over dense ({gpus(results)})", fontsize="medium")
     speedups: dict[str, dict[str, float]] = {}
     alone: dict[str, list[float]] = {}
     for result in results:
@@ -115,9 +111,9 @@ def layers(axis: Any, results: Sequence[tables.Result]) -> None:
 
 
 def products(axis: Any, results: Sequence[tables.Result]) -> None:
-    """Dots: peers' times over ours."""
-    titles = ", ".join(dict.fromkeys(map(short, results)))
-    axis.set_title(f"Sparse products alone: speed over peers ({titles})", fontsize="medium")
+    """Dots: peers' times over ours, where those are the GPU's own kernels."""
+    results = [result for result in results if tables.fallback(result) is None]
+    axis.set_title(f"Sparse products alone: speed over peers ({gpus(results)})", fontsize="medium")
     found = [row for result in results for row in result["results"]]
     order = list(dict.fromkeys(row["layer"] for row in found))[::-1]
     for peer, color in (("cublas", "C2"), ("cslt", "C3")):
@@ -147,6 +143,11 @@ def rows(axis: Any, labels: Sequence[str]) -> None:
 def legend_below(axis: Any) -> None:
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), ncols=2, fontsize="small")
+
+
+def gpus(results: Sequence[tables.Result]) -> str:
+    """Those that `results` were measured on."""
+    return ", ".join(dict.fromkeys(map(short, results)))
 
 
 def short(result: tables.Result) -> str:

@@ -59,7 +59,8 @@ def main(check: bool) -> None:
         names = " and ".join(stale)
         raise click.ClickException(f"out of step with bench/results/: {names}; run python -m bench.report")
     for path, page in pages.items():
-        path.write_text(page)
+        if path.name in stale:
+            path.write_text(page)
     if picture.name in stale:
         figure.draw(RESULTS, picture)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdgp_accel import ops
-from sdgp_accel.backends import Decision, check_floating, decide_conv2d, decide_linear, warn_once
+from sdgp_accel.backends import Decision, Gradients, check_floating, decide_conv2d, decide_linear, warn_once
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.geometry import Window, flat
 from sdgp_accel.layer_plan import LayerKind, plan_string, prunes
@@ -178,9 +178,7 @@ class _Linear(torch.autograd.Function):
             try:
                 return *ops.run(dy, x, weight, needs_db, decision), None
             except RuntimeError:
-                if not torch._C._functorch.is_legacy_batchedtensor(dy):
-                    raise
-                return *ops.run(dy, x, weight, needs_db, _for_batches(decision)), None
+                return *_for_batches(dy, x, weight, needs_db, decision), None
         gradients = ops.linear_backward(dy, x, weight, needs_db, plan)
         used = weight if to is None or weight is None else ctx.parameter
         return *_place(_once(gradients, dy, x, used), needs_dx, needs_dw, needs_db), None
@@ -226,21 +224,22 @@ class _Conv2d(torch.autograd.Function):
             try:
                 return *ops.run(dy, x, weight, needs_db, decision), None
             except RuntimeError:
-                if not torch._C._functorch.is_legacy_batchedtensor(dy):
-                    raise
-                return *ops.run(dy, x, weight, needs_db, _for_batches(decision)), None
+                return *_for_batches(dy, x, weight, needs_db, decision), None
         absent_shape = () if needs_dx and needs_dw else ctx.absent_shape
         gradients = ops.conv2d_backward(dy, x, weight, needs_db, absent_shape, flat(window), channels_last, plan)
         used = weight if to is None or weight is None else ctx.parameter
         return *_place(_once(gradients, dy, x, used), needs_dx, needs_dw, needs_db), None
 
 
-def _for_batches(decision: Decision) -> Decision:
-    """Of a backward that failed for a batch of gradients (``is_grads_batched``, ``jacobian(vectorize=True)``): to ask
-    beforehand would cost every backward 3 µs.
+def _for_batches(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decision: Decision) -> Gradients:
+    """The dense backward where `ops.run` has just failed for a batch of gradients (``is_grads_batched``,
+    ``jacobian(vectorize=True)``); for any other `dy` its error goes on. To ask beforehand would cost every backward
+    3 µs.
     """
+    if not torch._C._functorch.is_legacy_batchedtensor(dy):
+        raise
     warn_once("layers run the ordinary dense backward for batches of gradients (is_grads_batched)")
-    return decision._replace(backend=None, bound=None)
+    return ops.run(dy, x, weight, bias, decision._replace(backend=None, bound=None))
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

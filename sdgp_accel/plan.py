@@ -21,6 +21,7 @@ from sdgp_accel.layer_plan import DEFAULT_SCOPE
 from sdgp_accel.nn import SDGPLayer
 from sdgp_accel.roofline import GPU, SCHEDULES, Choice, Schedule, Work, best_backward, dense_seconds, gpu_figures
 from sdgp_accel.swap import Filter, check_model, checked_config, selector
+from sdgp_accel.targets import takes_own
 from sdgp_accel.trace import LayerCall, trace
 
 Select = Callable[[nn.Module, str], bool]
@@ -215,7 +216,7 @@ def plan(
     where the model's forward reads values of tensors, so that shapes alone cannot be traced.
     """
     check_model(model)
-    own = config is None and any(isinstance(module, SDGPLayer) for module in model.modules())
+    own = takes_own(model, config)
     chosen, config = gpu_figures(gpu, **figures), checked_config(config)
     select, calls = selector(filter_fn), trace(model, batch)
     if own:

@@ -26,12 +26,17 @@ class Target(NamedTuple):
         self.module.sdgp_active = True
 
 
+def takes_own(model: nn.Module, config: SDGPConfig | None) -> bool:
+    """Whether `config` None stands for the configurations that the SDGP layers of `model` have."""
+    return config is None and any(isinstance(module, SDGPLayer) for module in model.modules())
+
+
 def find_targets(model: nn.Module, config: SDGPConfig | None, filter_fn: Filter) -> tuple[list[Target], SwapReport]:
     """The layers that `accelerate_` with these arguments would leave as SDGP layers, and its report.
 
     config None: the SDGP layers of an accelerated model with their own configurations, whatever `filter_fn` says.
     """
-    own = config is None and any(isinstance(module, SDGPLayer) for module in model.modules())
+    own = takes_own(model, config)
     select = selector(filter_fn)
     steps = plan_swap(model, config, (lambda module, name: False) if own else select)
     targets = []

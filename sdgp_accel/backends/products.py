@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sdgp_accel.backends import CACHED_DECISIONS, gpu, tiles
-from sdgp_accel.backends.sweep import DTYPE_NAMES, Storage
+from sdgp_accel.backends.sweep import DTYPE_NAMES, Storage, padded
 from sdgp_accel.backends.tiles import Product, Tiling, rank_tilings
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 
@@ -25,7 +25,7 @@ ALIGNMENT = 16  # bytes, of the weight or x: TMA's, and cp.async's copies
 
 def too_large(geometry: Geometry) -> str | None:
     """Why the products of this layer cannot run on sparse tensor cores."""
-    positions, columns = geometry.positions, _padded(geometry.in_channels, tiles.TAP_COLUMNS)
+    positions, columns = geometry.positions, padded(geometry.in_channels, tiles.TAP_COLUMNS)
     if isinstance(geometry, Conv2dGeometry):
         if (residues := math.prod(geometry.stride)) > MAX_RESIDUES:
             return f"sparse dgrad takes strides with at most {MAX_RESIDUES} residues; got {residues}"
@@ -59,15 +59,11 @@ def rank(
     c_in, gathering, shares = geometry.in_channels, False, True
     if isinstance(geometry, Conv2dGeometry) and not _is_pointwise(geometry):
         gathering = True
-        c_in = _padded(c_in, family.tap_columns)
+        c_in = padded(c_in, family.tap_columns)
         # A strided dgrad is several products; and blocks of k begin anew with each tap.
         shares = product == "wgrad" or (geometry.stride == (1, 1) and geometry.out_channels % tiles.TILE_K == 0)
     m, n, k = _product_size(geometry, product, c_in)
     return rank_tilings(family, product, m, n, k, device.multiprocessors, gathering, shares)
-
-
-def _padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def _product_size(geometry: Geometry, product: Product, c_in: int) -> tuple[int, int, int]:

@@ -45,10 +45,10 @@ class Storage(NamedTuple):
     def of(cls, axis: int, t: int, c: int) -> Storage:
         """Of a gradient [T, C]: dgrad's (axis 1) or wgrad's (axis 0)."""
         if axis == 1:  # to no more than a stage: narrow layers are short of bandwidth
-            k = _padded(c, STAGE_K)
-            stored, words = (t, k // 2), (t, _padded(k // 16, CHUNK))
+            k = padded(c, STAGE_K)
+            stored, words = (t, k // 2), (t, padded(k // 16, CHUNK))
         else:
-            k, pitch = _padded(t, TILE_K), _padded(c, CHUNK)
+            k, pitch = padded(t, TILE_K), padded(c, CHUNK)
             stored, words = (k // 2, pitch), (k // 16, pitch)
         return cls(axis, (t, c), stored, words, 2 * math.prod(stored))
 
@@ -65,7 +65,7 @@ class Storage(NamedTuple):
     @property
     def padded_nbytes(self) -> int:
         """As far as what follows begins."""
-        return _padded(self.nbytes, _ALIGNMENT)
+        return padded(self.nbytes, _ALIGNMENT)
 
 
 class StoredOperand(NamedTuple):
@@ -179,7 +179,7 @@ def plan_sweeps(
     wgrad = Storage.of(0, t, c) if for_wgrad is not None else None
     workspace = dgrad.padded_nbytes if dgrad is not None else 0
     scopes = [_Scope.of(kernels, spec, t, c, positions_per_sample, needs.bias) for spec in specs]
-    wgrad_at = _padded(max(wgrad_spare, workspace + max(scope.nbytes for scope in scopes)), _ALIGNMENT)
+    wgrad_at = padded(max(wgrad_spare, workspace + max(scope.nbytes for scope in scopes)), _ALIGNMENT)
     spare_at = wgrad_at + (wgrad.padded_nbytes if wgrad is not None else 0)
     gradient = {"t": t, "c": c, "row_stride": row_stride, "dtype": DTYPE_NAMES[dtype]}
     bias_is_float = bias_dtype == torch.float32
@@ -213,8 +213,8 @@ class _Scope(NamedTuple):
             samples = positions_per_sample if spec.scope == "sample_channel" else 0
             sums, scopes = 8 * kernels.scope_workspace(t, c, samples), t // samples * c if samples else 1
         partials = 4 * c * kernels.bias_partial_rows(t, c) if bias else 0
-        dgrad_scale = _padded(max(sums, partials), _ALIGNMENT)
-        wgrad_scale = dgrad_scale + _padded(4 * scopes, _ALIGNMENT)
+        dgrad_scale = padded(max(sums, partials), _ALIGNMENT)
+        wgrad_scale = dgrad_scale + padded(4 * scopes, _ALIGNMENT)
         return cls(samples, dgrad_scale, wgrad_scale, wgrad_scale + 4 * scopes)
 
 
@@ -246,5 +246,5 @@ def _sweep(
     )
 
 
-def _padded(size: int, multiple: int) -> int:
+def padded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple

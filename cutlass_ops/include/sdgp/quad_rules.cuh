@@ -36,7 +36,7 @@ __device__ __forceinline__ PackedQuad pack_single(const uint32_t (&x)[4]) {
 }
 
 // Packs a quad of which at most two are not zero, zeros at the lowest free indices making up the two; false where more
-// are not. Without a branch: gradients of ReLUs and of masked tokens are full of such quads.
+// are not. By a table, since gradients of ReLUs and of masked tokens are full of such quads.
 __device__ __forceinline__ bool pack_sparse(uint32_t x01, uint32_t x23, PackedQuad& packed) {
   // Bit i: element i is not zero. First they stand at bits 0, 16, 2, 18.
   const uint32_t top01 = (x01 & 0x7fff7fffu) + 0x7fff7fffu, top23 = (x23 & 0x7fff7fffu) + 0x7fff7fffu;
