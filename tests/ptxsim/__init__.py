@@ -9,7 +9,8 @@ How a launch gets here, file by file:
     machine      runs the grid in waves of CTAs;  wave  their registers and compiled code
     scheduler    who runs next: divergence, reconvergence, spinning;  barriers
     isa/         what each instruction does, as numpy operations over all threads of the wave
-    memory       global memory with byte shadows;  shared  shared memory with a race detector;  tma  tensor maps
+    memory       global memory with byte shadows;  shared  shared memory with a race detector;  tma  tensor maps;
+    global_races between thread blocks;  in_flight  the registers of wgmma
     faults       what is reported, by name, with kernel, PTX line and thread
     engine       the whole for tests, in torch tensors;  toolchain  finds and caches what nvcc compiles
 
@@ -18,7 +19,7 @@ votes, atomics; cp.async; ldmatrix, mma and mma.sp (f16, bf16, tf32, s8); on sm_
 wgmma and wgmma.sp of 16-bit operands, clusters. Anything else is an `unknown-opcode` fault that names it, when it is
 executed.
 
-Not seen: races in global memory, accumulators read before `wgmma.wait_group`, orders of completion other than
-"asynchronous copies are done when they are issued" (what a thread may rely on is tracked, not replayed), the size of
-rounding errors of tensor cores and of approximate functions (both are exact to one rounding here).
+Not seen: orders of completion other than "asynchronous copies are done when they are issued" (what a thread may rely on
+is tracked, not replayed), the size of rounding errors of tensor cores and of approximate functions (both are exact to
+one rounding here). Races between thread blocks on global memory are seen where asked for (`following_global_memory`).
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .accumulators import accumulator_names
+from .in_flight import wgmma_registers
 from .ptx import TYPE_BYTES, Instr, Kernel, PtxError, Sym, Variable
 
 # Opcodes that end a block: control flow, and everything at which a thread may have to wait.
@@ -53,7 +53,7 @@ class Program:
     param_size: int
     granule: int  # bytes of the narrowest shared-memory access
     agents: bool  # whether TMA or tensor cores access shared memory by themselves
-    accumulators: frozenset[str]  # registers that wgmma writes, and copies of them
+    wgmma_registers: frozenset[str]
 
 
 def is_warp_sync(instr: Instr) -> bool:
@@ -182,7 +182,7 @@ def decode(kernel: Kernel, module_variables: dict[str, Variable]) -> Program:
         param_size=param_size,
         granule=min(_shared_width(i) for i in kernel.instrs),
         agents=any(i.opcode in ("wgmma", "mbarrier") or "bulk" in i.mods for i in kernel.instrs),
-        accumulators=accumulator_names(kernel),
+        wgmma_registers=wgmma_registers(kernel),
     )
 
 

@@ -127,9 +127,9 @@ def test_sparse_gemm(sim, libraries, case):
     assert error <= (0 if dtype == torch.int8 else 2.0**-22)
 
 
-@pytest.mark.parametrize("flip", [0b0011 << 2, 0b0001], ids=["legal", "illegal"])
-def test_one_wrong_metadata_nibble(sim, libraries, flip):
-    """0100 (keep 0 and 1) becomes 1000 (keep 0 and 2): only the numbers can tell. 0101 is a fault."""
+@pytest.mark.parametrize("flip", [0b1000, 0b0001], ids=["legal", "illegal"])
+def test_one_wrong_metadata_bit(sim, libraries, flip):
+    """0100 (keep 0 and 1) becomes 1100 (keep 0 and 3): only the numbers can tell. 0101 is a fault."""
     from .engine import pointer
     from .faults import SimError
 

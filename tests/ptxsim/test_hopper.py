@@ -19,6 +19,7 @@ MISTAKES = [  # number in broken_sm90.cu, the fault, a part of its description
     ("missing_wgmma_wait", 6, "shared-race", "the tensor cores"),
     ("accumulator_before_wait", 8, "async-race", "wgmma.wait_group"),
     ("half_a_warpgroup", 7, "divergent-aligned", "of the warpgroup"),
+    ("missing_wgmma_fence", 9, "async-race", "no wgmma.fence since the kernel began"),
 ]
 
 
@@ -71,6 +72,71 @@ def test_wait_for_a_phase_beyond_the_next_is_reported(hopper, library):
     with pytest.raises(SimError, match="has not seen phase 0") as caught, hopper.checked():
         library.run_twice(1)
     assert caught.value.kind == "mbarrier"
+
+
+WIDTHS = [(16, False), (16, True), (32, False), (64, False), (64, True), (128, False), (128, True)]
+
+
+def _product_of_registers(hopper, width: int, sparse: bool, mistake: int = 0) -> float:
+    """Largest error of a product with A in registers and B swizzled over `width` bytes (16: not at all)."""
+    from .engine import pointer
+
+    library = hopper.load(build_library(HERE / "kernels" / "wgmma_registers.cu", arch="90a"))
+    values, b = torch.randn(64, 32 if sparse else 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    a, metadata = values.double(), None
+    if sparse:
+        kept = torch.rand(64, 16, 4).argsort(dim=2)[:, :, :2].sort(dim=2).values
+        nibbles = kept[:, :, 0] | kept[:, :, 1] << 2
+        words = (nibbles.view(64, 4, 4) << torch.tensor([0, 4, 8, 12])).sum(dim=2)
+        metadata = hopper.put(words.to(torch.int32).to(torch.int16))
+        a = torch.zeros(64, 16, 4, dtype=torch.float64).scatter_(2, kept, a.view(64, 16, 2)).view(64, 64)
+    da, db, out = hopper.put(values), hopper.put(b), hopper.empty(64, 64)
+    with hopper.checked():
+        assert library.run(pointer(da), pointer(metadata), pointer(db), pointer(out), width, mistake) == 0
+    return (out.double() - a @ b.double().t()).abs().max().item()
+
+
+@pytest.mark.parametrize(("width", "sparse"), WIDTHS)
+def test_product_of_registers_at_every_swizzle(hopper, width, sparse):
+    """A sparse instruction's 64 bytes of k do not fit a row of the 32-byte swizzle."""
+    assert _product_of_registers(hopper, width, sparse) < 1e-4
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize(("mistake", "since"), [(1, "the kernel began"), (2, "the last use"), (3, "the last use")])
+def test_missing_wgmma_fence_is_reported(hopper, mistake, since, sparse):
+    """None at all, none after loading A, none after scaling an accumulator."""
+    from .faults import SimError
+
+    with pytest.raises(SimError, match=f"no wgmma.fence since {since}") as caught:
+        _product_of_registers(hopper, 128, sparse, mistake)
+    assert caught.value.kind == "async-race"
+
+
+def _swap_in_clusters(hopper, mistake: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers before and after the blocks of three clusters have swapped them through each other's shared memory."""
+    from .engine import pointer
+
+    library = hopper.load(build_library(HERE / "kernels" / "cluster.cu", arch="90a"))
+    x = torch.randint(1000, (3, 2, 64), dtype=torch.int32)
+    dx, y = hopper.put(x), hopper.empty(3, 2, 64, dtype=torch.int32)
+    with hopper.checked():
+        assert library.run(pointer(dx), pointer(y), 6, mistake) == 0
+    return x, y
+
+
+def test_cluster_shares_its_memory(hopper):
+    x, y = _swap_in_clusters(hopper, 0)
+    assert torch.equal(y, x.flip(1) * 1001)
+
+
+@pytest.mark.parametrize(("mistake", "access"), [(1, "write"), (2, "read")], ids=["reads_early", "leaves_early"])
+def test_missing_cluster_barrier_is_reported(hopper, mistake, access):
+    from .faults import SimError
+
+    with pytest.raises(SimError, match=f"no barrier after the {access} by thread .* of the cluster") as caught:
+        _swap_in_clusters(hopper, mistake)
+    assert caught.value.kind == "shared-race"
 
 
 STORE, ADD, MIN, MAX = range(4)  # operations of tma_reduce.cu

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .accumulators import InFlight
 from .faults import SimError
+from .in_flight import InFlight
 from .memory import LIVE, READY, SHARED_BASE, Bad, Bytes, GlobalMemory
 from .program import Program, is_poll
 from .ptx import TYPE_BYTES, Instr
@@ -86,7 +86,7 @@ class Wave:
         self._shared()
         self._special()
         self.mbarriers: dict[int, Mbarrier] = {}  # by byte offset in the wave's shared memory
-        self.in_flight = InFlight(self, program.accumulators)
+        self.in_flight = InFlight(self, program.wgmma_registers)
         self.events = 0  # counts changes of mbarriers: what a stalled wait hopes for
         self.polls = {
             blk.index: hopper.poll(self, blk.instrs[0])

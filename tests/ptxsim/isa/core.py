@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..accumulators import is_copy, is_mma_async
+from ..in_flight import is_copy, is_mma_async
 from ..ptx import Imm, Instr, Mem, Operand, PtxError, Reg, Sym, Vec
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def _fails(wave: Wave, instr: Instr, why: str) -> Make:
 
 
 def _guard(b: Binder, make: Make) -> Make:
-    """`make` for an instruction that may meet accumulators in flight."""
+    """`make` for an instruction that may meet registers of wgmma."""
     flight = b.wave.in_flight
     reads, writes = flight.names.intersection(b.reads), flight.names.intersection(b.writes)
     if is_mma_async(b.instr) or not (reads or writes):
@@ -245,9 +245,9 @@ def _guard(b: Binder, make: Make) -> Make:
         inner = make(mask)
 
         def run() -> None:
-            groups = flight.use(b.instr, set() if copied else reads, mask)
+            groups = flight.use(b.instr, reads, mask, is_copied=copied is not None)
             inner()
-            flight.write(writes, groups, copied)
+            flight.write(b.instr, writes, groups, copied)
 
         return run
 

@@ -11,7 +11,7 @@ element (i, k) of an operand with i along M or N lies at
 and address bits 4-6 are xored with bits 7-9, as far as W reaches.
 
 The product is formed when the instruction issues, as in `tensor`; its shared-memory reads last until
-`wgmma.wait_group`, which is what the race detector sees, as its accumulators are its own until then (`accumulators`).
+`wgmma.wait_group`, which is what the race detector sees, as its accumulators are its own until then (`in_flight`).
 """
 
 from __future__ import annotations
@@ -106,7 +106,11 @@ class _Operand:
 def wgmma(b: Binder) -> Make:
     wave = b.wave
     if b.has("fence"):
-        return b.masks(lambda mask: warpgroups(b, mask) is None)
+
+        def fence(mask: Array) -> None:
+            wave.in_flight.fences[warpgroups(b, mask)] += 1
+
+        return b.masks(fence)
     if b.has("commit_group"):
 
         def commit(mask: Array) -> None:
@@ -160,7 +164,9 @@ def _mma_async(b: Binder) -> Make:
     transpose_b = bool(transposes.pop(0)) if transposes else False
     matrix_a = None if from_registers else _Operand(b, a_arg, 64, stored_k, transpose_a)
     matrix_b = _Operand(b, b_arg, n, k, transpose_b)
-    a_registers = [b.src(r, np.uint32) for r in vector(a_arg)] if from_registers else []
+    fragments = vector(a_arg) if from_registers else ()
+    a_registers = [b.src(r, np.uint32) for r in fragments]
+    fragment_names = [r.name for r in fragments if isinstance(r, Reg)]
     decode = _decoder(kind_a)
     positions = (
         _Positions(b, metadata, k, selector) if sparse and metadata is not None and selector is not None else None
@@ -171,8 +177,8 @@ def _mma_async(b: Binder) -> Make:
         if matrix_a is not None:
             left = decode(np.ascontiguousarray(matrix_a.load(group, cta)).view(np.uint32)).reshape(64, stored_k)
         else:
-            fragments = np.stack([r[group * 128 : group * 128 + 128] for r in a_registers], axis=1).reshape(4, 32, -1)
-            left = decode(fragments).reshape(4, -1)[:, _a_index(stored_k, 2)].reshape(64, stored_k)
+            packed = np.stack([r[group * 128 : group * 128 + 128] for r in a_registers], axis=1).reshape(4, 32, -1)
+            left = decode(packed).reshape(4, -1)[:, _a_index(stored_k, 2)].reshape(64, stored_k)
         right = decode(np.ascontiguousarray(matrix_b.load(group, cta)).view(np.uint32)).reshape(n, k)
         if positions is not None:
             dense = np.zeros((64, k))
@@ -204,7 +210,8 @@ def _mma_async(b: Binder) -> Make:
             for i, register in enumerate(registers):
                 register[here] = result[:, i]
             cta, warpgroup = divmod(int(group), wave.padded // 128)
-            wave.in_flight.issue(names, int(group), int(wave.shared.agent_clock[cta, TENSOR + warpgroup]))
+            ticket = int(wave.shared.agent_clock[cta, TENSOR + warpgroup])
+            wave.in_flight.issue(b.instr, names, fragment_names, int(group), ticket)
 
     return b.masks(run)
 

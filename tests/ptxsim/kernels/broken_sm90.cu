@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-enum Mistake { kNone, kLostArrive, kWrongBytes, kWrongSwizzle, kNoBarrierWait, kNoProxyFence, kNoWgmmaWait, kHalfWarpgroup, kEarlyRead };
+enum Mistake { kNone, kLostArrive, kWrongBytes, kWrongSwizzle, kNoBarrierWait, kNoProxyFence, kNoWgmmaWait, kHalfWarpgroup, kEarlyRead, kNoFence };
 
 constexpr int kN = 64, kTileBytes = kN * kN * 2;
 
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(128) product(const __nv_bfloat16* a, const __g
 
   float d[32] = {};
   if (mistake != kHalfWarpgroup || thread < 64) {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    if (mistake != kNoFence) asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
     for (int k = 0; k < 4; ++k)
       multiply(d, descriptor(a_at + 32 * k, mistake == kWrongSwizzle ? 2 : 1), descriptor(b_at + 32 * k, 1));
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");

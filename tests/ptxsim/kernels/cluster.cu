@@ -1,0 +1,40 @@
+// Two blocks of a cluster swap their numbers through each other's shared memory. `mistake`: the one or the other does not wait.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+enum Mistake { kNone, kReadsEarly, kLeavesEarly };
+
+constexpr int kThreads = 64;
+
+__device__ uint32_t at_other(const void* mine) {
+  uint32_t rank, address = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(rank ^ 1));
+  return address;
+}
+
+__device__ void meet() { asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory"); }
+
+__global__ void swap(const int* x, int* y, int mistake) {
+  __shared__ int pushed[kThreads], pulled[kThreads];
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  const int i = threadIdx.x, here = blockIdx.x * kThreads + i;
+  pulled[i] = x[here];
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(at_other(&pushed[i])), "r"(x[here]) : "memory");
+  if (mistake != kReadsEarly) meet();
+  int theirs;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(theirs) : "r"(at_other(&pulled[i])) : "memory");
+  y[here] = theirs + 1000 * pushed[i];
+  asm volatile("griddepcontrol.launch_dependents;");
+  if (mistake != kLeavesEarly) meet();
+  pulled[i] = 0;
+}
+
+extern "C" int run(const int* x, int* y, int blocks, int mistake) {
+  cudaLaunchAttribute cluster{cudaLaunchAttributeClusterDimension};
+  cluster.val.clusterDim = {2, 1, 1};
+  cudaLaunchConfig_t launch{dim3(blocks), kThreads, 0, nullptr, &cluster, 1};
+  cudaLaunchKernelEx(&launch, swap, x, y, mistake);
+  return cudaGetLastError();
+}
