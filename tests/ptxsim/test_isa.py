@@ -562,6 +562,52 @@ def test_producer_consumer_through_named_barriers(launcher):
         )
 
 
+MMA = {  # type of A and B: (elements in a register, type of C and D, k)
+    "f16": (2, "f32", 16), "bf16": (2, "f32", 16), "tf32": (1, "f32", 8), "s8": (4, "s32", 32),
+}  # fmt: skip
+
+
+def _bits(kind: str, values: np.ndarray) -> np.ndarray:
+    """Small whole numbers [.., elements] as registers [..]."""
+    if kind in ("s8", "s32"):
+        return values.astype(np.int8 if kind == "s8" else np.int32).view(np.uint32)[..., 0]
+    if kind == "f16":
+        return values.astype(np.float16).view(np.uint32)[..., 0]
+    words = values.astype(np.float32).view(np.uint32)
+    return words[..., 0] if kind in ("f32", "tf32") else words[..., 0] >> 16 | words[..., 1] & 0xFFFF0000
+
+
+@pytest.mark.parametrize("kind", MMA)
+def test_mma(launcher, kind):
+    """Whole numbers, where every operand lies in the registers as the manual's figures have it."""
+    p, out, k = MMA[kind]
+    generator = np.random.default_rng()
+    a, b, c = (generator.integers(-8, 8, shape) for shape in ((16, k), (k, 8), (16, 8)))
+    lane = np.arange(32)
+    g, t, element = lane // 4, lane % 4, np.arange(p)
+
+    def fragment_a(r: int) -> np.ndarray:
+        return _bits(kind, a[(g + 8 * (r % 2))[:, None], 4 * p * (r // 2) + p * t[:, None] + element])
+
+    def fragment_b(r: int) -> np.ndarray:
+        return _bits(kind, b[4 * p * r + p * t[:, None] + element, g[:, None]])
+
+    def fragment_c(matrix: np.ndarray, i: int) -> np.ndarray:
+        return _bits(out, matrix[g + 8 * (i // 2), 2 * t + i % 2][:, None])
+
+    operands = [fragment_a(0), fragment_a(1), fragment_a(2), fragment_a(3), fragment_b(0), fragment_b(1)]
+    operands += [fragment_c(c, i) for i in range(4)]
+    halves = [operand.astype(np.uint64) for operand in operands]
+    inputs = [low | high << np.uint64(32) for low, high in zip(halves[::2], halves[1::2], strict=True)]
+    body = "mov.b64 {%r11, %r12}, %d1; mov.b64 {%r13, %r14}, %d2; mov.b64 {%r15, %r16}, %d3;"
+    body += "mov.b64 {%r6, %r7}, %d4; mov.b64 {%r8, %r9}, %d5;"
+    body += f"mma.sync.aligned.m16n8k{k}.row.col.{out}.{kind}.{kind}.{out} {{%r1, %r2, %r3, %r4}},"
+    body += "{%r11, %r12, %r13, %r14}, {%r15, %r16}, {%r6, %r7, %r8, %r9}; mov.u32 %r0, RESULT;"
+    for i in range(4):
+        got = execute(launcher, body.replace("RESULT", f"%r{i + 1}"), inputs, 32)
+        np.testing.assert_array_equal(got, fragment_c(a @ b + c, i))
+
+
 def test_local_memory_and_generic_addresses(launcher):
     """A per-thread array in local memory, written directly and read through a generic address."""
     body = """
