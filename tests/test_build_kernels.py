@@ -47,6 +47,35 @@ def test_other_sources_and_other_files_are_not(tmp_path: Path, monkeypatch: pyte
     assert not build_kernels.is_current(file, ("90a",))
 
 
+def test_objects_are_compiled_anew_where_something_they_are_made_of_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc, calls = tmp_path / "bin" / "nvcc", tmp_path / "calls"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\nfor last; do :; done\n[ $1 = --version ] || echo $last | tee -a {calls} > $last\n")
+    nvcc.chmod(0o755)
+    include, source = tmp_path / "include", tmp_path / "one.cu"
+    (include / "sdgp").mkdir(parents=True)
+    source.write_text('#include "sdgp/near.cuh"\n')
+    (include / "sdgp" / "near.cuh").write_text('#include "sdgp/far.cuh"\n')
+    (include / "sdgp" / "far.cuh").write_text("// far\n")
+    monkeypatch.setattr(build_kernels, "INCLUDE", include)
+    monkeypatch.setenv("SDGP_CUDA_CACHE", str(tmp_path / "objects"))
+
+    def compile_now(*archs: str) -> tuple[Path, int]:
+        """The object, and how often nvcc has been called for all so far."""
+        product = build_kernels.compile_instance(build_kernels.Toolkit(tmp_path), source, archs)
+        return product, len(calls.read_text().splitlines())
+
+    first, _ = compile_now("80")
+    assert compile_now("80") == (first, 1)
+    assert compile_now("90a")[1] == 2
+    (include / "sdgp" / "far.cuh").write_text("// farther\n")
+    assert compile_now("80")[1] == 3
+    (include / "sdgp" / "far.cuh").write_text("// far\n")
+    assert compile_now("80") == (first, 3)
+
+
 @pytest.mark.parametrize("content", [b"", b"not an extension"])
 def test_an_extension_that_does_not_load_is_left_out_and_can_be_built_anew(tmp_path: Path, content: bytes) -> None:
     package = tmp_path / "cutlass_ops"
