@@ -129,6 +129,18 @@ def test_auto_runs_dense_where_nothing_gains(kernels: FakeKernels, monkeypatch: 
     assert type(y.grad_fn).__name__ == type(torch.nn.functional.linear(x, weight).grad_fn).__name__
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_reports_tell_what_a_layout_costs(
+    kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch, memory_format: torch.memory_format
+) -> None:
+    set_times(monkeypatch, SPARSE_DGRAD)
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3)).bfloat16().to(memory_format=memory_format)
+    x = torch.randn(2, 8, 6, 5).bfloat16().contiguous(memory_format=memory_format)
+    for report in (accelerate_(model), sdgp_tune(model, x)):
+        costs = "not channels_last: each backward copies gradients and activations once" in report.layers[0].reason
+        assert costs is (memory_format == torch.contiguous_format)
+
+
 def test_the_reason_tells_of_a_slow_host(kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
     set_times(monkeypatch, {name: 0.01 * ms for name, ms in SPARSE_DGRAD.items()}, host=0.05)
     decision = decide()
