@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 import pytest
 
-from bench import static_evidence
+from bench import report, static_evidence
 from bench.static_evidence import Resources
 from cutlass_ops import build_kernels
 
@@ -92,3 +94,10 @@ def test_launch_facts_are_read_from_the_ptx():
     ptx = ".const .align 4 .b8 sdgp_sm80_dgrad_bf16_128x64_facts[8] = {0, 16, 1, 0, 4};"
     assert static_evidence.find_pipeline(ptx) == static_evidence.Pipeline(69632, 4)
     assert static_evidence.find_pipeline("no such line") is None
+
+
+@pytest.mark.parametrize("page", sorted(report.RESULTS.glob("static_evidence-*.md")), ids=lambda page: page.stem)
+def test_no_kernel_spills(page: Path) -> None:
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| ")]
+    spilled = rows[0].index("spilled bytes")
+    assert {row[spilled] for row in rows[2:]} == {"0"}

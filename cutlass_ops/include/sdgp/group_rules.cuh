@@ -211,9 +211,12 @@ struct Random {
     uint32_t keys[2][M];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      Stream stream = parameters.stream;
+      // Round keys that groups of 16 had in common would not fit into registers.
+      if constexpr (M == 16) stream.key0 = RoundKeys::opaque(stream.key0), stream.key1 = RoundKeys::opaque(stream.key1);
 #pragma unroll
       for (int block = 0; block < M / 4; ++block) {
-        const uint4 words = philox(parameters.stream, groups.index[half], block);
+        const uint4 words = philox(stream, groups.index[half], block);
         keys[half][4 * block] = words.x, keys[half][4 * block + 1] = words.y;
         keys[half][4 * block + 2] = words.z, keys[half][4 * block + 3] = words.w;
       }
