@@ -331,6 +331,12 @@ def dtype_of(case: Case) -> torch.dtype:
     return torch.bfloat16 if "_bf16_" in case.instance else torch.float16
 
 
+def other_dtype(case: Case) -> Case:
+    """The same of the instance for the other dtype."""
+    old, new = ("_bf16_", "_f16_") if "_bf16_" in case.instance else ("_f16_", "_bf16_")
+    return case._replace(instance=case.instance.replace(old, new))
+
+
 def sparse_matrix(rows: int, columns: int, axis: int, dtype: torch.dtype) -> Tensor:
     """Random, with zero to two non-zeros in each group of 4 along `axis`."""
     matrix = torch.randn(rows, columns) if axis == 1 else torch.randn(columns, rows)

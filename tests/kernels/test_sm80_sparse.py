@@ -79,7 +79,7 @@ CONV_CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["gpu" if ON_GPU else "sim"])  # its name is in the test's id
 def engine() -> Engine:
     if ON_GPU:
         return GpuEngine()

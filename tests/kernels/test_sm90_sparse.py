@@ -25,6 +25,7 @@ from tests.kernels.products import (
     check_refused,
     check_repeats,
     compile_for_simulator,
+    other_dtype,
 )
 from tests.ptxsim import toolchain
 
@@ -53,6 +54,7 @@ GEMM_CASES = [
     GemmCase("sm90_wgrad_f16_64x256_pingpong", 64, 520, 1100, splits=5),
     GemmCase("sm90_wgrad_f16_64x256_pingpong", 200, 264, 300, cluster_size=2, float_out=True),
     GemmCase("sm90_wgrad_bf16_128x192", 136, 328, 700, splits=2, cluster_size=2),
+    GemmCase("sm90_wgrad_bf16_128x128", 264, 136, 323, cluster_size=2, accumulate=True),
 ]
 
 
@@ -77,12 +79,18 @@ CONV_CASES = [
     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 16, 9, 12), (72, 1, 1), (2, 3), (0, 0)),  # some pixels without a tap
     ConvCase("sm90_conv_dgrad_bf16_128x128", (1, 16, 9, 12), (72, 1, 1), (2, 3), (0, 0), accumulate=True),
     ConvCase("sm90_conv_dgrad_bf16_128x128", (3, 8, 1, 2), (8, 1, 1), (3, 3), accumulate=True),  # none has one
+    ConvCase("sm90_conv_dgrad_bf16_128x256", (2, 264, 7, 9), (72, 3, 3), cluster_size=2),
+    ConvCase("sm90_conv_dgrad_bf16_128x192", (3, 200, 9, 7), (40, 3, 2), (2, 1), (1, 0)),
+    ConvCase("sm90_conv_dgrad_f16_128x128_pingpong", (5, 136, 15, 13), (72, 2, 3), (1, 2), cluster_size=2),
     ConvCase("sm90_conv_dgrad_bf16_256x64_pingpong", (5, 64, 17, 16), (72, 3, 3)),
     ConvCase("sm90_conv_dgrad_bf16_256x64_pingpong", (9, 72, 15, 13), (200, 3, 5), (2, 2), (1, 2), cluster_size=2),
     ConvCase("sm90_conv_dgrad_bf16_256x64_pingpong", (2, 64, 12, 13), (136, 3, 3), (2, 3), (2, 3), (3, 2)),
     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 72, 9, 7), (128, 3, 2), (1, 1), (1, 0), (1, 2), owned_blocks=2),
     ConvCase("sm90_conv_dgrad_f16_256x128", (7, 264, 9, 7), (256, 3, 3), owned_blocks=11, cluster_size=2),
     ConvCase("sm90_conv_wgrad_bf16_64x192_pingpong", (2, 64, 12, 13), (64, 3, 3), splits=3, accumulate=True),
+    ConvCase("sm90_conv_wgrad_bf16_256x128", (2, 24, 9, 8), (264, 3, 3), splits=2, cluster_size=2),
+    ConvCase("sm90_conv_wgrad_bf16_128x192", (2, 40, 9, 8), (200, 5, 3), (2, 1), (2, 0), float_out=True),
+    ConvCase("sm90_conv_wgrad_f16_128x128", (3, 72, 7, 9), (136, 3, 3), cluster_size=2, accumulate=True),
     ConvCase("sm90_conv_wgrad_bf16_128x256", (2, 24, 9, 8), (131, 3, 3), splits=2),
     ConvCase("sm90_conv_wgrad_bf16_128x256", (2, 72, 9, 8), (136, 3, 3), splits=2, cluster_size=2),
     ConvCase("sm90_conv_wgrad_bf16_128x256", (3, 8, 11, 6), (8, 2, 3), stride=(2, 1), padding=(1, 0), dilation=(2, 1)),
@@ -90,8 +98,12 @@ CONV_CASES = [
     ConvCase("sm90_conv_wgrad_bf16_128x256", (5, 24, 17, 8), (40, 3, 3), (2, 1), owned_blocks=1, cluster_size=2),
 ]
 
+if ON_GPU:  # every instance; each takes some 10 s to compile for the simulator
+    for cases in (GEMM_CASES, SHARED_CASES, CONV_CASES):
+        cases += [other_dtype(case) for case in cases]
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture(scope="module", params=["gpu" if ON_GPU else "sim"])  # its name is in the test's id
 def engine() -> Engine:
     if ON_GPU:
         return GpuEngine()
