@@ -304,6 +304,28 @@ def test_bad_arguments_of_wider_scopes_are_named(engine, argument, value):
         engine.kernels.PruneCompress(function="rescale_magnitude", **arguments)
 
 
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("dy", 0), ("dy", 1), ("sums", 0), ("sums", 4), ("dgrad_scale", 2), ("wgrad_scale", 1)],
+)  # fmt: skip
+def test_bad_pointers_of_wider_scopes_are_named(engine, argument, value):
+    rule = {name: SHAPE[name] for name in ("n", "m", "dtype", "c", "row_stride")}
+    scope_scales = engine.kernels.ScopeScales(**rule, t=1 << 20, positions_per_sample=0, eps=0.0)
+    pointers = dict.fromkeys(("dy", "sums", "dgrad_scale", "wgrad_scale"), 1 << 20) | {argument: value}
+    with pytest.raises(ValueError, match=f"{argument} must be"):
+        scope_scales(**pointers)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("dgrad_scale", 0), ("dgrad_scale", 2), ("bias", 1), ("bias_partials", 0)]
+)
+def test_bad_pointers_beside_the_operands_are_named(engine, argument, value):
+    shape = SHAPE | {"function": "rescale_magnitude", "positions_per_sample": 0}
+    pointers = ADDRESSES | dict.fromkeys(("dgrad_scale", "bias", "bias_partials"), 1 << 20) | {argument: value}
+    with pytest.raises(ValueError, match=f"{argument} must be"):
+        engine.kernels.PruneCompress(**shape)(**pointers)
+
+
 def test_failed_launch_names_the_kernel_and_leaves_no_error(engine):
     """More blocks than a grid has: refused before anything is read."""
     with pytest.raises(RuntimeError, match=r"sdgp_mvue_2_4_f16: .*configuration"):
