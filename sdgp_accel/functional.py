@@ -35,8 +35,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
     Raises TypeError for an input that is not floating point, and RuntimeError on double backward.
     """
     _check_tensor(input, weight)
+    weight_shape = weight.shape
     is_sharded, compiling = type(weight) is not nn.Parameter and _is_sharded(weight), torch.compiler.is_compiling()
-    is_dense = is_sharded or not torch.is_grad_enabled() or input.dim() == 0  # of dim 0: torch's own error
+    # Of other dims: torch's own error, or what it makes of a weight that is one row without its dimension.
+    is_dense = is_sharded or not torch.is_grad_enabled() or input.dim() == 0 or len(weight_shape) != 2
     if is_dense or (not compiling and _is_foreign(input)):
         check_floating(input.dtype)
         return F.linear(input, weight, bias)
@@ -55,7 +57,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
         input, weight, bias, to = _autocast_but_masters(input, weight, bias)
     dtype = input.dtype if to is None else to
     deterministic = torch._C._get_deterministic_algorithms()
-    decision = decide_linear(plan, input.shape, weight.shape[0], dtype, input.device, deterministic, weight.dtype)
+    decision = decide_linear(plan, input.shape, weight_shape[0], dtype, input.device, deterministic, weight.dtype)
     if decision.backend is None:
         return F.linear(input, weight, bias)
     if to is not None:

@@ -307,6 +307,15 @@ def test_non_finite_gradients_reach_both_passes(function: str, value: float) -> 
     assert not dw[5].isfinite().any()
 
 
+def test_a_weight_without_its_dimension_of_rows_runs_dense() -> None:
+    """torch takes it: the result then has no such dimension."""
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    for config in (sdgp.SDGPConfig(backend="reference"), sdgp.SDGPConfig(grad_input="dense", grad_weight="dense")):
+        y = sdgp.functional.linear(x, weight, None, config)
+        for a, b in zip(torch.autograd.grad(y.sum(), [x, weight]), (weight.expand(3, 8), x.sum(0)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_double_backward_is_refused(kind: str) -> None:
     x, weight = (
