@@ -17,6 +17,7 @@ from sdgp_accel.geometry import Window, flat
 from sdgp_accel.layer_plan import LayerKind, plan_string, prunes
 
 _DEFAULT = SDGPConfig()
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # True where compiled autograd traces a backward
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str | SDGPConfig = _DEFAULT) -> Tensor:
@@ -133,10 +134,10 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window,
 
 # Both functions: forward and setup_context in one, since the split form costs 14 µs more per call; and an eager
 # backward that calls what the op calls, with the decision taken in forward, which saves 5 to 10 µs. The op is for
-# whatever traces (torch.compile and other tensor subclasses) and for a backward that is itself recorded. Under autocast
-# parameters are cast within: their gradients may then come from the kernels as they are to be, in float32. autograd
-# casts what comes in another dtype. What tells an ordinary eager backward stands in both, a frame less. An output that
-# got no gradient stays without: parameters that a dense layer leaves alone are not moved by zeros.
+# whatever traces (torch.compile, compiled autograd and other tensor subclasses) and for a backward that is itself
+# recorded. Under autocast parameters are cast within: their gradients may then come from the kernels as they are to be,
+# in float32. autograd casts what comes in another dtype. What tells an ordinary eager backward stands in both, a frame
+# less. An output that got no gradient stays without: parameters that a dense layer leaves alone are not moved by zeros.
 
 
 class _Linear(torch.autograd.Function):
@@ -176,7 +177,8 @@ class _Linear(torch.autograd.Function):
         plan, decision, to = ctx.call
         if to is not None and needs_dx and weight.dtype != to:
             weight = weight.to(to)
-        if decision is not None and type(dy) is Tensor and not torch.is_grad_enabled() and not dy.is_meta:
+        is_plain = type(dy) is Tensor and not torch.is_grad_enabled() and not dy.is_meta
+        if decision is not None and is_plain and not _is_dynamo_compiling():
             try:
                 return *ops.run(dy, x, weight, needs_db, decision), None
             except RuntimeError:
@@ -222,7 +224,8 @@ class _Conv2d(torch.autograd.Function):
         plan, decision, to, window, channels_last = ctx.call
         if to is not None and needs_dx and weight.dtype != to:
             weight = weight.to(to)
-        if decision is not None and type(dy) is Tensor and not torch.is_grad_enabled() and not dy.is_meta:
+        is_plain = type(dy) is Tensor and not torch.is_grad_enabled() and not dy.is_meta
+        if decision is not None and is_plain and not _is_dynamo_compiling():
             try:
                 return *ops.run(dy, x, weight, needs_db, decision), None
             except RuntimeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -326,6 +328,25 @@ def test_switching_a_compiled_model_recompiles_it_once_for_each_state() -> None:
     assert counter.frame_count == 2
     ops = [{str(node.target) for node in graph.graph.nodes} for graph in counter.graphs]
     assert [any("autograd_function" in op for op in names) for names in ops] == [True, False]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_autograd_prunes_what_ran_eagerly(autocast: bool) -> None:
+    torch.compiler.reset()
+    model = conv_net()
+    sdgp.accelerate_(model)
+
+    def step(backward: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(batch()).float().square().sum()
+        with backward:
+            return gradients(model, loss)
+
+    expected = step(contextlib.nullcontext())
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    for a, b in zip(step(compiled_autograd._enable(compiler)), expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_export_and_trace_see_the_dense_forward() -> None:
