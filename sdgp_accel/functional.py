@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from sdgp_accel import ops
 from sdgp_accel.backends import Decision, Gradients, check_floating, decide_conv2d, decide_linear, warn_once
@@ -30,8 +31,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
     arXiv:2202.00774), with dY seen as [T, out_features],
     ``dX = prune(dY, along out_features) W``, ``dW = prune(dY, along T)^T X`` and ``db = Σ_T dY`` unpruned.
 
-    Nested tensors run the ordinary dense backward, and so does everything under torch.func's transforms and in what
-    torch.jit.trace records.
+    Nested tensors run the ordinary dense backward, and so does everything under torch.func's transforms, in forward
+    mode (torch.autograd.forward_ad) and in what torch.export and torch.jit.trace record.
 
     Raises TypeError for an input that is not floating point, and RuntimeError on double backward.
     """
@@ -329,6 +330,8 @@ def _is_foreign(input: Tensor) -> bool:
     """True where only torch's own functions can go: an eager autograd function has no part there."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         warn_once("layers under torch.func's transforms (vmap, grad, jvp, ..) run the ordinary dense backward")
+    elif forward_ad._current_level >= 0:
+        warn_once("layers in forward mode (torch.autograd.forward_ad) run the ordinary dense backward")
     elif torch._C._get_tracing_state() is not None:
         warn_once("torch.jit.trace records the ordinary dense layers")
     elif input.is_nested:

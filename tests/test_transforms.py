@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import sdgp_accel as sdgp
@@ -162,6 +163,17 @@ def test_func_transforms_run_the_dense_layers(warns: Any) -> None:
     tangents = [torch.func.jvp(model, (x[0],), (torch.ones_like(x[0]),))[1] for model in (ours, dense)]
     torch.testing.assert_close(*tangents)
     assert sum("torch.func's transforms" in text for text in warns()) == 1
+
+
+def test_forward_mode_runs_the_dense_layers(warns: Any) -> None:
+    ours, dense = twins(small())
+    x, direction = torch.randn(2, 2, 4, 4, 4)
+    tangents = []
+    for model in (ours, dense):
+        with forward_ad.dual_level():
+            tangents.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction))).tangent)
+    assert torch.equal(*tangents)
+    assert sum("forward mode" in text for text in warns()) == 1
 
 
 @pytest.mark.parametrize("asked", [(True, True), (True, False), (False, True)])
