@@ -258,6 +258,9 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
+# The hooks of now; not to be asked for before torch 2.8, and taken for none there.
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
+
 # By a parameter's id, the cast of it that some graph keeps for its backward: as long as it does, the parameter lives.
 _casts: dict[int, weakref.ref[Tensor]] = {}
 
@@ -266,9 +269,12 @@ def _kept(parameter: Tensor, cast: Tensor) -> Tensor:
     """What a layer keeps for backward of a parameter that it has cast: the cast, or where a graph that is alive keeps
     one already, the parameter, to be cast again. So however often a parameter is used under autocast, one cast of it is
     in memory, as in dense layers, which share torch's; but no forward takes a cast of values that may have changed.
+
+    Always the cast where hooks take what is saved: activation checkpointing expects the same dtype from the second
+    forward as from the first, whatever other graphs have come to live or died in between.
     """
     other = _casts.get(id(parameter))
-    if other is not None and other() is not None:
+    if other is not None and other() is not None and _saved_tensors_hooks(False) is None:
         return parameter
     _casts[id(parameter)] = weakref.ref(cast)
     return cast

@@ -73,6 +73,15 @@ def test_an_output_without_a_gradient_moves_no_parameter() -> None:
         assert all(parameter.grad is None for parameter in ours.parameters())
 
 
+def saved(node: Any) -> list[Tensor]:
+    """What the graph from `node` on keeps for backward (not by hooks: under them layers keep something else)."""
+    if node is None:
+        return []
+    own = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+    tensors = [value for value in (*own, *getattr(node, "saved_tensors", ())) if isinstance(value, Tensor)]
+    return tensors + [tensor for following, _ in node.next_functions for tensor in saved(following)]
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 @pytest.mark.parametrize("uses", [1, 3])
 def test_however_often_a_parameter_is_used_under_autocast_one_cast_is_kept(kind: str, uses: int) -> None:
@@ -81,23 +90,14 @@ def test_however_often_a_parameter_is_used_under_autocast_one_cast_is_kept(kind:
     x = torch.randn((8, 64) if kind == "linear" else (2, 64, 2, 2), requires_grad=True)
 
     def kept(model: nn.Module) -> tuple[int, Tensor]:
-        """Bytes saved for backward beside the parameters themselves."""
+        """Bytes kept for backward beside the parameters themselves."""
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        saved: dict[int, Tensor] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage().data_ptr() not in own:
-                saved[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16),
-        ):
+        with torch.autocast("cpu", torch.bfloat16):
             y = x
             for _ in range(uses):
                 y = model(y)
-        return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()), y
+        sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved(y.grad_fn)}
+        return sum(size for storage, size in sizes.items() if storage not in own), y
 
     ours_bytes, y = kept(ours)
     assert ours_bytes <= kept(dense)[0]
@@ -122,6 +122,21 @@ def test_a_cast_that_a_graph_keeps_is_of_no_use_to_another_forward() -> None:
     assert not second.any()
     (dx,) = torch.autograd.grad(second.sum(), x)
     assert not dx.any()
+
+
+@pytest.mark.skipif(not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="not before torch 2.8")
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_checkpointing_under_autocast_beside_another_graph_of_the_layer(kind: str) -> None:
+    """Which is alive in the second forward, and was not in the first."""
+    ours, _ = twins(nn.Linear(8, 8) if kind == "linear" else nn.Conv2d(8, 8, 1))
+    x = torch.randn((4, 8) if kind == "linear" else (2, 8, 2, 2), requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.autograd.grad(ours(x).float().sum(), [x, *ours.parameters()])
+        first = checkpoint(ours, x, use_reentrant=False)
+        second = ours(x)
+    for y in (first, second):
+        got = torch.autograd.grad(y.float().sum(), [x, *ours.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_fx_traces_an_accelerated_model_and_the_graph_prunes() -> None:
