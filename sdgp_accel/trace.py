@@ -49,6 +49,9 @@ def trace(model: nn.Module, batch: Any) -> list[LayerCall]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
     ]
+    # What the forward leaves in its modules is of shapes only: a weight that hooks have computed, a cache of positions.
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    states = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
     inputs, _ = batches.split(batches.to(batch, "meta"))
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, None)
     try:
@@ -59,6 +62,10 @@ def trace(model: nn.Module, batch: Any) -> list[LayerCall]:
     finally:
         for handle in handles:
             handle.remove()
+        for module, attributes, buffers in states:
+            for now, before in ((vars(module), attributes), (module._buffers, buffers)):
+                now.clear()
+                now.update(before)
     return calls
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,39 @@ def test_model_is_left_as_it_was() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(not module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class WithCache(nn.Module):
+    """Keeps what its forward has computed, as modules do with masks and positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("mask", None)
+        self.positions: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.positions is None:
+            self.positions, self.mask = torch.arange(8, device=x.device), torch.ones(8, device=x.device)
+        return self.linear(x * self.mask + self.positions)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_nothing_that_a_forward_leaves_in_its_modules_stays() -> None:
+    model = nn.Sequential(WithCache(), nn.utils.weight_norm(nn.Linear(8, 8)))
+    x = torch.randn(2, 8)
+    for refused in (False, True):
+        if refused:
+            model.append(nn.Linear(9, 9))
+            with pytest.raises(RuntimeError, match="cannot run on shapes alone"):
+                plan(model, x)
+            del model[2]
+        else:
+            assert len(plan(model, x).layers) == 2
+        assert model[0].positions is None
+        assert model[0].mask is None
+        assert model[1].weight.device.type == "cpu"
+    model(x)
 
 
 def test_shared_and_tied_layers_count_per_call() -> None:
@@ -212,6 +246,13 @@ def test_model_without_layers() -> None:
     report = plan(nn.ReLU(), torch.randn(2, 3))
     assert report.saving("fused") == 0.0
     assert "0 calls" in str(report)
+
+
+def test_scripted_parts_are_run_and_left_out() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))
+    assert len(plan(nn.Sequential(nn.Linear(8, 8), scripted), torch.randn(2, 8)).layers) == 1
 
 
 def test_forward_that_reads_values_is_explained() -> None:
