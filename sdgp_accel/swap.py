@@ -183,6 +183,20 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+@contextlib.contextmanager
+def _buffers_of_its_own(model: nn.Module) -> Iterator[None]:
+    """Keeps the forward of DistributedDataParallel from broadcasting buffers, in which every rank has to take part."""
+    wrappers = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
+    before = [wrapper.require_forward_param_sync for wrapper in wrappers]
+    for wrapper in wrappers:
+        wrapper.require_forward_param_sync = False
+    try:
+        yield
+    finally:
+        for wrapper, value in zip(wrappers, before, strict=True):
+            wrapper.require_forward_param_sync = value
+
+
 def tune(
     model: nn.Module, batch: Any, config: SDGPConfig | None = None, *, autocast: torch.dtype | None = None
 ) -> SwapReport:
@@ -191,7 +205,8 @@ def tune(
     Without this call each shape is decided where it is first used. With ``backend="auto"`` on a GPU that has the
     kernels, deciding means measuring dense and sparse dgrad and wgrad and prune + compress; what this machine has
     measured before is remembered (`sdgp_accel.tuning.cache`). Among data-parallel processes call it after
-    ``init_process_group``, in any of them or in all.
+    ``init_process_group``, in any of them or in all; where the forward itself communicates (FSDP, SyncBatchNorm), in
+    all.
 
     batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets). config: decide
     for what ``accelerate_(model, config)`` would make of the model; None for the layers that are swapped already.
@@ -219,6 +234,7 @@ def tune(
     try:
         with (
             left_as_it_was(model),
+            _buffers_of_its_own(model),
             torch.no_grad(),
             torch.autocast(device.type, autocast, enabled=autocast is not None),
         ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -401,6 +402,18 @@ def _refuse_wrapped(rank: int) -> list[str]:
     return [reason, again.dgrad, str(caught.value), type(model[5]).__name__]
 
 
+def _tune_in_one(rank: int) -> Tensor:
+    """A collective of all after one rank has tuned a model whose forward would be one too."""
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))
+    sdgp.accelerate_(model)
+    if rank == 1:
+        assert len(sdgp.tune(model, torch.randn(4, 8))) == 1
+    ranks = torch.ones(5) * rank
+    dist.all_reduce(ranks)
+    assert model.require_forward_param_sync
+    return ranks
+
+
 def _tensor_parallel(rank: int) -> list[Tensor]:
     """Gradients (whole) of a tensor-parallel model, before and after it is accelerated."""
     torch.manual_seed(0)
@@ -426,7 +439,8 @@ def _draw(rank: int) -> Tensor:
 def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    rendezvous, patience = f"file://{folder}/rendezvous", timedelta(minutes=2)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=patience)
     try:
         results = {
             "DDP, accelerated before": _ddp(rank, True),
@@ -434,6 +448,7 @@ def _worker(rank: int, folder: str) -> None:
             "wrapped": _refuse_wrapped(rank),
             "drawn": _draw(rank),
             "tensor parallel": _tensor_parallel(rank),
+            "tuned in one": _tune_in_one(rank),
         }
         if FSDP2_ON_CPU:
             results["FSDP2, accelerated before"] = _fsdp(rank, True)
@@ -473,6 +488,11 @@ def test_layers_wrapped_on_their_own_say_so(two_processes: list[dict[str, Any]])
     assert reason == "its class belongs to fully_shard; accelerate before wrapping"
     assert refused.startswith("FSDPSDGPConv2d cannot become an ordinary layer again")
     assert untouched == "SDGPLinear"
+
+
+def test_one_rank_may_tune_alone(two_processes: list[dict[str, Any]]) -> None:
+    for results in two_processes:
+        assert torch.equal(results["tuned in one"], torch.ones(5))
 
 
 def test_tensor_parallel_layers_run_dense(two_processes: list[dict[str, Any]]) -> None:
