@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from sdgp_accel import batch as batches
-from sdgp_accel import functional
 from sdgp_accel.benchmark_report import BenchmarkReport, ContenderResult
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.memory import step_peak_bytes
@@ -25,7 +24,7 @@ from sdgp_accel.report import SwapReport
 from sdgp_accel.roofline import GPU, known_gpu
 from sdgp_accel.stages import StageRecorder
 from sdgp_accel.swap import Filter, check_model, restore_layer, tune
-from sdgp_accel.targets import Target, find_targets
+from sdgp_accel.targets import GEMM_NODES, Target, find_targets, gemm_node
 from sdgp_accel.timing import Clock, HostClock, Stats, clock_for
 
 OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -36,10 +35,6 @@ _SGD: OptimizerFn = functools.partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
 # Steps issued back to back before the other contender's turn. A GPU's queue must stay full, as in training, and the
 # first step after a turn, which starts on an empty queue, is not counted.
 _TURN = {"cuda": (1, 5), "cpu": (0, 1)}  # uncounted, counted
-
-# Autograd's names for the nodes of aten ops end in a digit, those of Python functions (SDGP's layers) do not.
-_GEMM_NODES = {"AddmmBackward0", "MmBackward0", "LinearBackward0", "ConvolutionBackward0"}
-_SHAPE_NODES = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ToCopyBackward0"}
 
 
 def benchmark(
@@ -305,10 +300,10 @@ def _watch_layers(model: nn.Module, clock: Clock) -> Iterator[list[LayerSpan]]:
     spans: list[LayerSpan] = []
 
     def watch(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        node = _gemm_node(output.grad_fn)
+        node = gemm_node(output.grad_fn)
         if node is not None:
             starts: list[Any] = []
-            dense = node.name() in _GEMM_NODES
+            dense = node.name() in GEMM_NODES
             node.register_prehook(lambda gradients: starts.append(clock.mark()))
             node.register_hook(lambda inputs, outputs: spans.append(LayerSpan(name, dense, starts.pop(), clock.mark())))
 
@@ -322,17 +317,6 @@ def _watch_layers(model: nn.Module, clock: Clock) -> Iterator[list[LayerSpan]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _gemm_node(node: Any) -> Any:
-    """The node behind a layer's output that multiplies, past the views and casts around it; None where it is hidden."""
-    while node is not None and node.name() in _SHAPE_NODES:
-        node = node.next_functions[0][0]
-    if node is None:
-        return None
-    python_function = getattr(node, "_forward_cls", None)
-    is_sdgp = python_function is not None and python_function.__module__ == functional.__name__
-    return node if is_sdgp or node.name() in _GEMM_NODES else None
 
 
 def _state_under_load(contender: _Contender, clock: Clock, device: torch.device) -> dict[str, str]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from sdgp_accel import functional
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.nn import SDGPLayer
 from sdgp_accel.report import SwapReport, describe_as_it_is
 from sdgp_accel.swap import Filter, plan_swap, selector, swap_layer
+
+# Autograd's names for the nodes of aten ops end in a digit, those of Python functions (SDGP's layers) do not.
+GEMM_NODES = {"AddmmBackward0", "MmBackward0", "LinearBackward0", "ConvolutionBackward0"}
+_SHAPE_NODES = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ToCopyBackward0"}
 
 
 class Target(NamedTuple):
@@ -47,3 +52,14 @@ def find_targets(model: nn.Module, config: SDGPConfig | None, filter_fn: Filter)
     return targets, SwapReport(
         tuple(describe_as_it_is(step.module, step.report) if own else step.report for step in steps)
     )
+
+
+def gemm_node(node: Any) -> Any:
+    """The node behind a layer's output that multiplies, past the views and casts around it; None where it is hidden."""
+    while node is not None and node.name() in _SHAPE_NODES:
+        node = node.next_functions[0][0]
+    if node is None:
+        return None
+    python_function = getattr(node, "_forward_cls", None)
+    is_sdgp = python_function is not None and python_function.__module__ == functional.__name__
+    return node if is_sdgp or node.name() in GEMM_NODES else None

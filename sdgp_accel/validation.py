@@ -35,7 +35,7 @@ from sdgp_accel.geometry import Geometry, LinearGeometry
 from sdgp_accel.nn import SDGPLayer, decide_layer
 from sdgp_accel.pruning import prune_matrix
 from sdgp_accel.swap import Filter, check_model, left_as_it_was
-from sdgp_accel.targets import Target, find_targets
+from sdgp_accel.targets import Target, find_targets, gemm_node
 from sdgp_accel.validation_report import Bias, PassCheck, ValidationReport
 
 LAMBDA = 8.0
@@ -145,7 +145,17 @@ def _watch(target: Target, checks: list[PassCheck], draws: int) -> torch.utils.h
                 wanted: list[Pass] = ["grad_input", "grad_weight"]
                 checks.extend(_check(label, call, name, draws) for name in wanted if needs[name])
 
-        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+        def on_gradients(gradients: tuple[Tensor | None, ...]) -> None:
+            if gradients[0] is not None:
+                on_gradient(gradients[0].reshape(shape))
+
+        # A change in place of the output may take the output's own node out of the graph, but not the one behind it.
+        # And by the time of that one FSDP has gathered the weight.
+        node, shape = gemm_node(output.grad_fn), output.shape
+        if node is None:
+            output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+        else:
+            node.register_prehook(on_gradients)
 
     return target.module.register_forward_hook(after_forward, with_kwargs=True)
 

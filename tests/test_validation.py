@@ -83,6 +83,15 @@ def test_float64_and_sequences_and_shared_layers() -> None:
     assert max(check.error for check in report.checks) < 1e-14
 
 
+def test_layers_whose_output_is_changed_in_place_are_checked() -> None:
+    """For inputs of three dimensions that output is a view, whose own node leaves the graph."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 8, bias=False), nn.ReLU(inplace=True))
+    torch.manual_seed(0)
+    report = sdgp.validate(net, torch.randn(2, 3, 8))
+    assert report.ok, str(report)
+    assert set(by_pass(report)) == {("0", "wgrad"), ("2", "dgrad"), ("2", "wgrad")}
+
+
 def test_dense_passes_and_frozen_weights() -> None:
     net = model()
     net[6].weight.requires_grad_(False)
@@ -209,12 +218,14 @@ def test_classes_derived_from_an_sdgp_layer_are_checked(layer: Any) -> None:
 def test_layers_that_fully_shard_has_wrapped_are_checked() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
         sdgp.accelerate_(net)
-        fully_shard(net[1], mesh=init_device_mesh("cpu", (1,)))
+        for unit in (net[1], net[2]):
+            fully_shard(unit, mesh=init_device_mesh("cpu", (1,)))
         report = sdgp.validate(net, torch.randn(4, 8), draws=0)
         assert report.ok, str(report)
-        assert set(by_pass(report)) == {("0", "wgrad"), ("1", "dgrad"), ("1", "wgrad")}
+        passes = [("0", "wgrad"), ("1", "dgrad"), ("1", "wgrad"), ("2.0", "dgrad"), ("2.0", "wgrad")]
+        assert set(by_pass(report)) == set(passes)
         assert report.swap["1"].kind == "Linear"
     finally:
         torch.distributed.destroy_process_group()
