@@ -146,7 +146,8 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Puts back classes, configurations and switches, gradients, buffers and the random state of `model`.
 
     What its parameters have registered to run after their gradients (`Tensor.register_post_accumulate_grad_hook`), an
-    optimizer's step perhaps, does not run meanwhile. Raises ValueError for a model on the meta device, which cannot
+    optimizer's step perhaps, does not run meanwhile, and what torch.compile has wrapped runs eagerly: hooks on layers
+    would break its graphs. Raises ValueError for a model on the meta device, which cannot
     run.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -164,7 +165,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, state in before.items():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -90,6 +91,22 @@ def test_layers_whose_output_is_changed_in_place_are_checked() -> None:
     report = sdgp.validate(net, torch.randn(2, 3, 8))
     assert report.ok, str(report)
     assert set(by_pass(report)) == {("0", "wgrad"), ("2", "dgrad"), ("2", "wgrad")}
+
+
+def test_compiled_models_are_checked_eagerly() -> None:
+    torch.compiler.reset()
+    net = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    sdgp.accelerate_(net)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, fullgraph=True, backend=counter)
+    x = torch.randn(4, 8)
+    compiled(x).sum().backward()
+    report = sdgp.validate(compiled, x)
+    assert report.ok, str(report)
+    assert len(report.checks) == 3
+    assert len(sdgp.tune(compiled, x)) == 2
+    compiled(x).sum().backward()
+    assert counter.frame_count == 1
 
 
 def test_dense_passes_and_frozen_weights() -> None:
