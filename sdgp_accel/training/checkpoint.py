@@ -26,7 +26,10 @@ FREE_FIELDS = ("workers", "checkpoint_steps", "paper_top1", "note")
 
 @dataclass
 class Progress:
-    """Where a run stands: the next epoch and step, the epoch's loss so far, the finished epochs' log rows."""
+    """Where a run stands: the next epoch and step, the epoch's loss so far, the finished epochs' log rows.
+
+    loss_sum: over the epoch's steps, the mean of the processes.
+    """
 
     epoch: int = 0
     step: int = 0

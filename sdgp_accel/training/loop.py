@@ -93,7 +93,8 @@ def train(
                 loss_sum += loss.detach()
                 progress.step += 1
                 if recipe.checkpoint_steps and progress.step % recipe.checkpoint_steps == 0:
-                    progress.loss_sum = float(loss_sum)
+                    # The main process's progress is what all resume from: an equal share of the sum over all for each.
+                    progress.loss_sum = float(world.sum(loss_sum.clone())) / world.size
                     checkpoint.save(saved, world, recipe, progress, model, optimizer, scaler)
 
             row = {

@@ -1,5 +1,6 @@
 """Two processes under torchrun over Gloo: they agree, they split the data, and they resume bit for bit."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -34,6 +35,10 @@ def test_two_processes(function, tmp_path):
     assert finished.returncode == 0, finished.stderr
     whole, parts = (torch.load(tmp_path / name / WEIGHTS, weights_only=True) for name in ("whole", "parts"))
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+    logs = [list(csv.DictReader((tmp_path / name / "log.csv").open())) for name in ("whole", "parts")]
+    assert len(logs[0]) == len(logs[1]) == 3
+    for whole_row, parts_row in zip(*logs, strict=True):
+        assert float(parts_row["loss"]) == pytest.approx(float(whole_row["loss"]), rel=1e-12)
     # Both ranks print what they got; the log lines are the main process's alone.
     accuracies = [line for line in finished.stdout.splitlines() if line.startswith("accuracy")]
     assert len(accuracies) == 2
