@@ -147,8 +147,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 
     What its parameters have registered to run after their gradients (`Tensor.register_post_accumulate_grad_hook`), an
     optimizer's step perhaps, does not run meanwhile, and what torch.compile has wrapped runs eagerly: hooks on layers
-    would break its graphs. Raises ValueError for a model on the meta device, which cannot
-    run.
+    would break its graphs. Raises ValueError for a model on the meta device, which cannot run.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model must be on a device that computes; got parameters on meta")
