@@ -372,6 +372,7 @@ def stored(operand: SparseOperand) -> StoredOperand:
     """A copy of `operand`, row-major, as the backend has it: in the middle of a block."""
     storage, at = Storage.of(operand.axis, *operand.shape), 256
     packed = StoredOperand(operand.values.new_zeros(-(-(at + storage.nbytes) // 2)), storage, at)
+    packed.matrices()[1].fill_(0x4444)  # where K is padded further than that of `operand`
     for target, source in zip(packed.matrices(), (operand.values, operand.metadata), strict=True):
         target[: source.shape[0], : source.shape[1]] = source
     return packed

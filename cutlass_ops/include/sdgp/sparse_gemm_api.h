@@ -10,7 +10,7 @@ extern "C" {
 // D[m, n] (+)= A[m, k at 2:4] * B[k, n]; shapes of the operands in sm80_sparse_gemm.cuh and sm90_sparse_gemm.cuh.
 struct SdgpSparseGemm {
   const void* values;
-  const void* metadata;
+  const void* metadata;  // legal in all of its memory, padding included
   const void* b;
   void* out;        // 16-bit like the operands, or float32 where out_is_float
   // float32 [splits, m, n] where splits > 1; where owned_blocks > 0, a float32 tile for each CTA that runs at a time
