@@ -6,10 +6,13 @@
 //   WgradGather    k runs over output pixels; columns of B are activations under one filter tap
 //
 // A gather has parts (the residue classes of a strided dgrad, else one), each a product of its own, and a Loader, which
-// copies the tiles of one thread block to shared memory, one k tile after the other. A 16-bit matrix moves in chunks of
-// 8 values, 16 bytes: with cp.async where every row begins at a multiple of 16 bytes, as those of A always do and those
-// of B with Tile::kAligned, else value by value. Chunks are swizzled, so that the 8 rows of a matrix of ldmatrix lie in
-// different banks.
+// copies the tiles of one thread block to shared memory, one k tile after the other, each in kCopies steps that the
+// main loop can place where it likes. A 16-bit matrix moves in chunks of 8 values, 16 bytes: with cp.async where every
+// row begins at a multiple of 16 bytes, as those of A always do and those of B with Tile::kAligned, else value by
+// value. Chunks are swizzled, so that the 8 rows of a matrix of ldmatrix lie in different banks.
+//
+// Where the operands have no values, zeros are copied. Not every bit pattern of mma.sp's metadata is legal, zeros are
+// not: to zero values goes the metadata of a row that exists, which is legal to the end of its padding.
 #pragma once
 
 #include <climits>
@@ -40,12 +43,13 @@ struct ColumnRun {
   int count;
 };
 
-// Copies `count` values, at most 8, to a chunk of shared memory, and zeros to its rest.
+// Copies `count` values, 1 to 8, to a chunk of shared memory, and zeros to its rest; only zeros where nothing `exists`.
 template <bool kAligned>
-__device__ __forceinline__ void copy_chunk(uint32_t target, const uint16_t* source, int count) {
+__device__ __forceinline__ void copy_chunk(uint32_t target, const uint16_t* source, bool exists, int count) {
   if constexpr (kAligned) {
-    cp_async<16>(target, source, count > 0);
+    cp_async<16>(target, source, exists);
   } else {
+    if (!exists) count = 0;
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -58,40 +62,81 @@ __device__ __forceinline__ void copy_chunk(uint32_t target, const uint16_t* sour
 
 // ---- A ----------------------------------------
 
-// A with k contiguous: values [pixels, padded_k / 2], metadata [pixels, metadata_pitch(padded_k)]. Four threads copy
-// the values of a row, one of them its metadata. In shared memory: 64 bytes of values per row, chunk c of row r at c ^
-// (r / 2 % 4); 8 bytes of metadata per row.
+// How the threads share a tile of A with k contiguous: a warp copies 32 rows, four lanes the values of a row, 8 rows at
+// a time, and each lane the metadata of one row. In shared memory: 64 bytes of values per row, chunk c of row r at c ^
+// (r / 2 % 4); 8 bytes of metadata per row, those of rows r and r + 16 side by side.
 template <typename Tile>
-struct KMajorOperand {
-  static constexpr int kRowStep = Tile::kThreads / 4;
-  static constexpr int kRows = Tile::kBlockM / kRowStep;  // per thread
-  static_assert(kRows >= 1 && kRows <= 4 && kRowStep % 8 == 0);
+struct KMajorTile {
+  static constexpr int kCopies = 4, kRowStep = 8, kRowBytes = kTileValues * 2;
+  static_assert(Tile::kThreads == Tile::kBlockM);
 
-  const uint16_t *values, *metadata;
-  int value_pitch, word_pitch;
+  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  __device__ __forceinline__ static int chunk() { return lane() % 4; }
+  __device__ __forceinline__ static int row(int i) {
+    return static_cast<int>(threadIdx.x) / 32 * 32 + lane() / 4 + i * kRowStep;
+  }
+  __device__ __forceinline__ static int metadata_row() { return row(lane() % 4); }
+  __device__ __forceinline__ static uint32_t target(uint32_t stage, int i) {
+    return stage + row(i) * kRowBytes + (chunk() ^ (row(0) / 2 % 4)) * 16;
+  }
+  __device__ __forceinline__ static uint32_t metadata_target(uint32_t stage) {
+    const int row = metadata_row();
+    return stage + Tile::kMetadataAt + row / 32 * 256 + row % 16 * 16 + row / 16 % 2 * 8;
+  }
+};
 
-  __device__ __forceinline__ KMajorOperand(const void* values, const void* metadata, int padded_k)
-      : values(static_cast<const uint16_t*>(values) + threadIdx.x % 4 * kChunk),
-        metadata(static_cast<const uint16_t*>(metadata)),
-        value_pitch(padded_k / 2),
-        word_pitch(static_cast<int>(metadata_pitch(padded_k))) {}
+// A as a matrix [m, k]: values [m, padded_k / 2], metadata [m, metadata_pitch(padded_k)].
+template <typename Tile>
+struct KMajorMatrix {
+  using Layout = KMajorTile<Tile>;
+  static constexpr int kCopies = Layout::kCopies;
 
-  __device__ __forceinline__ static int row(int i) { return static_cast<int>(threadIdx.x) / 4 + i * kRowStep; }
+  const uint16_t *values, *metadata;  // of this thread's chunk in its first row, and of its row of metadata
+  int64_t pitch;
+  int rows_left;  // from the first row to the end of the matrix
 
-  // pixels[i]: the row of the operand that row(i) of the tile shows, -1 for zeros. k_tile: inside the operand's rows.
-  __device__ __forceinline__ void load(uint32_t value_tile, uint32_t metadata_tile, const int (&pixels)[kRows],
-                                       int k_tile) const {
-    const uint32_t chunk = threadIdx.x % 4, swizzled = chunk ^ (row(0) / 2 % 4);
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const bool valid = pixels[i] >= 0;
-      const int64_t pixel = valid ? pixels[i] : 0;
-      cp_async<16>(value_tile + row(i) * kTileValues * 2 + swizzled * 16,
-                   values + pixel * value_pitch + k_tile * kTileValues, valid);
-      if (chunk == i) {
-        cp_async<8>(metadata_tile + row(i) * kTileWords * 2, metadata + pixel * word_pitch + k_tile * kTileWords,
-                    valid);
-      }
+  __device__ __forceinline__ KMajorMatrix(const void* all_values, const void* all_metadata, int m, int padded_k,
+                                          int first_row, int k_tile)
+      : pitch(padded_k / 2), rows_left(m - first_row - Layout::row(0)) {
+    const int64_t row = first_row + Layout::row(0), metadata_row = min(first_row + Layout::metadata_row(), m - 1);
+    values = static_cast<const uint16_t*>(all_values) + row * pitch + k_tile * kTileValues + Layout::chunk() * kChunk;
+    metadata =
+        static_cast<const uint16_t*>(all_metadata) + metadata_row * metadata_pitch(padded_k) + k_tile * kTileWords;
+  }
+
+  __device__ __forceinline__ void load(int copy, uint32_t stage, bool exists) const {
+    const int step = copy * Layout::kRowStep;
+    cp_async<16>(Layout::target(stage, copy), values + step * pitch, exists && step < rows_left);
+    if (copy == 0) cp_async<8>(Layout::metadata_target(stage), metadata, exists);
+  }
+
+  __device__ __forceinline__ void advance() { values += kTileValues, metadata += kTileWords; }
+};
+
+// A of any pixels: values [pixels, padded_k / 2], metadata [pixels, metadata_pitch(padded_k)].
+template <typename Tile>
+struct KMajorPixels {
+  using Layout = KMajorTile<Tile>;
+  static constexpr int kCopies = Layout::kCopies;
+
+  const uint8_t *values, *metadata;
+  int value_pitch, metadata_pitch;  // in bytes, like the addresses: one multiply-add each
+
+  __device__ __forceinline__ KMajorPixels(const void* values, const void* metadata, int padded_k)
+      : values(static_cast<const uint8_t*>(values) + Layout::chunk() * 16),
+        metadata(static_cast<const uint8_t*>(metadata)),
+        value_pitch(padded_k),
+        metadata_pitch(static_cast<int>(sdgp::metadata_pitch(padded_k)) * 2) {}
+
+  // pixels[i]: whose values row i of this thread shows, -1 for zeros; metadata_pixel: whose metadata its row of
+  // metadata does. k_tile: inside the operand's rows.
+  __device__ __forceinline__ void load(int copy, uint32_t stage, const int (&pixels)[kCopies], int metadata_pixel,
+                                       int k_tile, bool exists) const {
+    cp_async<16>(Layout::target(stage, copy), values + k_tile * kTileValues * 2 + int64_t{pixels[copy]} * value_pitch,
+                 exists && pixels[copy] != -1);
+    if (copy == 0) {
+      cp_async<8>(Layout::metadata_target(stage),
+                  metadata + k_tile * kTileWords * 2 + int64_t{metadata_pixel} * metadata_pitch, exists);
     }
   }
 };
@@ -100,39 +145,35 @@ struct KMajorOperand {
 // memory: rows of kBlockM values, chunk c of row r at c ^ (r % 8), and rows of kBlockM words, chunk c of row r at c ^
 // 2r.
 template <typename Tile>
-struct MMajorOperand {
+struct MMajorMatrix {
   static constexpr int kChunks = Tile::kBlockM / kChunk, kRowStep = Tile::kThreads / kChunks;
-  static constexpr int kRowBytes = Tile::kBlockM * 2;
+  static constexpr int kCopies = kTileValues / kRowStep, kRowBytes = Tile::kBlockM * 2;
   static_assert(kRowStep % 8 == 0 && kTileValues % kRowStep == 0);
 
   const uint16_t *values, *metadata;  // of this thread's chunk, in its first row of the k tile
   int64_t pitch;
-  bool exists;
+  bool has_values;
 
-  __device__ __forceinline__ MMajorOperand(const void* all_values, const void* all_metadata, int m, int first_m,
-                                           int k_tile)
+  __device__ __forceinline__ MMajorMatrix(const void* all_values, const void* all_metadata, int m, int first_m,
+                                          int k_tile)
       : pitch(operand_pitch(m)) {
     const int chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks, column = first_m + chunk * kChunk;
-    exists = column < m;
+    has_values = column < m;
     values = static_cast<const uint16_t*>(all_values) + (int64_t{k_tile} * kTileValues + row) * pitch + column;
-    metadata = static_cast<const uint16_t*>(all_metadata) + (int64_t{k_tile} * kTileWords + row) * pitch + column;
+    metadata = static_cast<const uint16_t*>(all_metadata) + (int64_t{k_tile} * kTileWords + row) * pitch +
+               min(int64_t{column}, pitch - kChunk);
   }
 
-  __device__ __forceinline__ void load(uint32_t value_tile, uint32_t metadata_tile) const {
+  __device__ __forceinline__ void load(int copy, uint32_t stage, bool exists) const {
     const uint32_t chunk = threadIdx.x % kChunks, row = threadIdx.x / kChunks;
-    const uint32_t target = value_tile + row * kRowBytes + (chunk ^ row % 8) * 16;
-#pragma unroll
-    for (int i = 0; i < kTileValues / kRowStep; ++i) {
-      const int step = i * kRowStep;
-      cp_async<16>(target + step * kRowBytes, values + step * pitch, exists);
-    }
-    if (row < kTileWords) cp_async<16>(metadata_tile + row * kRowBytes + (chunk ^ 2 * row) * 16, metadata, exists);
+    const int step = copy * kRowStep;
+    cp_async<16>(stage + row * kRowBytes + (chunk ^ row % 8) * 16 + step * kRowBytes, values + step * pitch,
+                 exists && has_values);
+    if (copy == 0 && row < kTileWords)
+      cp_async<16>(stage + Tile::kMetadataAt + row * kRowBytes + (chunk ^ 2 * row) * 16, metadata, exists);
   }
 
-  __device__ __forceinline__ void advance() {
-    values += kTileValues * pitch;
-    metadata += kTileWords * pitch;
-  }
+  __device__ __forceinline__ void advance() { values += kTileValues * pitch, metadata += kTileWords * pitch; }
 };
 
 // ---- B ----------------------------------------
@@ -142,13 +183,13 @@ struct MMajorOperand {
 template <typename Tile>
 struct TileOfB {
   static constexpr int kChunks = Tile::kBlockN / kChunk, kRowStep = Tile::kThreads / kChunks;
-  static constexpr int kRows = kTileK / kRowStep, kRowBytes = Tile::kBlockN * 2;
+  static constexpr int kCopies = kTileK / kRowStep, kRowBytes = Tile::kBlockN * 2;
   static_assert(kRowStep % 8 == 0 && kTileK % kRowStep == 0);
 
   __device__ __forceinline__ static int chunk() { return threadIdx.x % kChunks; }
   __device__ __forceinline__ static int row(int i) { return static_cast<int>(threadIdx.x) / kChunks + i * kRowStep; }
-  __device__ __forceinline__ static uint32_t target(uint32_t tile, int i) {
-    return tile + row(i) * kRowBytes + (chunk() ^ row(0) % 8) * 16;
+  __device__ __forceinline__ static uint32_t target(uint32_t stage, int i) {
+    return stage + Tile::kOperandBAt + row(i) * kRowBytes + (chunk() ^ row(0) % 8) * 16;
   }
 };
 
@@ -156,10 +197,11 @@ struct TileOfB {
 template <typename Tile>
 struct MatrixB {
   using Layout = TileOfB<Tile>;
+  static constexpr int kCopies = Layout::kCopies;
 
   const uint16_t* source;  // of this thread's chunk, in its first row of the k tile
   int64_t pitch;
-  int rows_left;  // from that row to the end of the matrix
+  int rows_left;  // from that row to the end of the matrix; none where there is no such column
   int count;
 
   __device__ __forceinline__ MatrixB(const void* b, int64_t pitch, int k, int n, int first_column, int first_row)
@@ -167,21 +209,37 @@ struct MatrixB {
     const int column = first_column + Layout::chunk() * kChunk, row = first_row + Layout::row(0);
     count = min(n - column, kChunk);
     source = static_cast<const uint16_t*>(b) + row * pitch + column;
-    rows_left = k - row;
+    rows_left = count > 0 ? k - row : 0;
   }
 
-  __device__ __forceinline__ void load(uint32_t tile) const {
-#pragma unroll
-    for (int i = 0; i < Layout::kRows; ++i) {
-      const int step = i * Layout::kRowStep;
-      copy_chunk<Tile::kAligned>(Layout::target(tile, i), source + step * pitch, step < rows_left ? count : 0);
-    }
+  __device__ __forceinline__ void load(int copy, uint32_t stage, bool exists) const {
+    const int step = copy * Layout::kRowStep;
+    copy_chunk<Tile::kAligned>(Layout::target(stage, copy), source + step * pitch, exists && step < rows_left, count);
   }
 
   __device__ __forceinline__ void advance() { source += kTileK * pitch, rows_left -= kTileK; }
 };
 
 // ---- matrices ----------------------------------------
+
+// A Loader of two operands that know by themselves where their tiles are.
+template <typename A, typename B>
+struct OperandLoader {
+  static constexpr int kCopies = A::kCopies + B::kCopies;
+
+  A a;
+  B b;
+
+  // Copies a part of the tile, or zeros where it does not exist.
+  __device__ __forceinline__ void load(int copy, uint32_t stage, bool exists) const {
+    if (copy < A::kCopies) {
+      a.load(copy, stage, exists);
+    } else {
+      b.load(copy - A::kCopies, stage, exists);
+    }
+  }
+  __device__ __forceinline__ void advance() { a.advance(), b.advance(); }
+};
 
 struct MatrixGather {
   const void *values, *metadata, *b;
@@ -193,41 +251,19 @@ struct MatrixGather {
   __device__ __forceinline__ ColumnRun out_columns(int column) const { return {column, min(n - column, kChunk)}; }
 
   template <typename Tile>
-  struct KMajorLoader {
-    KMajorOperand<Tile> a;
-    MatrixB<Tile> b;
-    int pixels[KMajorOperand<Tile>::kRows], k_tile;
-
+  struct KMajorLoader : OperandLoader<KMajorMatrix<Tile>, MatrixB<Tile>> {
     __device__ __forceinline__ KMajorLoader(const MatrixGather& gather, int, int row, int column, int k_tile)
-        : a(gather.values, gather.metadata, gather.padded_k),
-          b(gather.b, gather.n, gather.k, gather.n, column, k_tile * kTileK),
-          k_tile(k_tile) {
-#pragma unroll
-      for (int i = 0; i < KMajorOperand<Tile>::kRows; ++i) {
-        const int pixel = row + a.row(i);
-        pixels[i] = pixel < gather.m ? pixel : -1;
-      }
-    }
-    __device__ __forceinline__ void load(uint32_t value_tile, uint32_t metadata_tile, uint32_t b_tile) const {
-      a.load(value_tile, metadata_tile, pixels, k_tile);
-      b.load(b_tile);
-    }
-    __device__ __forceinline__ void advance() { ++k_tile, b.advance(); }
+        : OperandLoader<KMajorMatrix<Tile>, MatrixB<Tile>>{
+              {gather.values, gather.metadata, gather.m, gather.padded_k, row, k_tile},
+              {gather.b, gather.n, gather.k, gather.n, column, k_tile * kTileK}} {}
   };
 
   template <typename Tile>
-  struct MMajorLoader {
-    MMajorOperand<Tile> a;
-    MatrixB<Tile> b;
-
+  struct MMajorLoader : OperandLoader<MMajorMatrix<Tile>, MatrixB<Tile>> {
     __device__ __forceinline__ MMajorLoader(const MatrixGather& gather, int, int row, int column, int k_tile)
-        : a(gather.values, gather.metadata, gather.m, row, k_tile),
-          b(gather.b, gather.n, gather.k, gather.n, column, k_tile * kTileK) {}
-    __device__ __forceinline__ void load(uint32_t value_tile, uint32_t metadata_tile, uint32_t b_tile) const {
-      a.load(value_tile, metadata_tile);
-      b.load(b_tile);
-    }
-    __device__ __forceinline__ void advance() { a.advance(), b.advance(); }
+        : OperandLoader<MMajorMatrix<Tile>, MatrixB<Tile>>{
+              {gather.values, gather.metadata, gather.m, row, k_tile},
+              {gather.b, gather.n, gather.k, gather.n, column, k_tile * kTileK}} {}
   };
 
   template <typename Tile>
@@ -282,15 +318,16 @@ struct DgradGather {
 
   template <typename Tile>
   struct Loader {
-    static constexpr int kRows = KMajorOperand<Tile>::kRows;
+    using A = KMajorPixels<Tile>;
+    static constexpr int kRows = A::kCopies, kCopies = kRows + MatrixB<Tile>::kCopies;
 
     const DgradGather& gather;
-    KMajorOperand<Tile> a;
+    A a;
     MatrixB<Tile> b;
     ResidueClass vertical, horizontal;
     int column;
     int first_pixel[kRows], p[kRows], q[kRows];  // per row: of its image, and where tap (0, 0) looks
-    int pixels[kRows];
+    int pixels[kRows], metadata_pixel;
     int tap_h = 0, tap_w = 0, k_tile = 0;
 
     __device__ __forceinline__ Loader(const DgradGather& gather, int part, int row, int column, int)
@@ -302,7 +339,7 @@ struct DgradGather {
           column(column) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        const ClassPixel pixel = gather.class_pixel(part, row + a.row(i));
+        const ClassPixel pixel = gather.class_pixel(part, row + A::Layout::row(i));
         first_pixel[i] = pixel.n * gather.vertical.out * gather.horizontal.out;
         p[i] = pixel.n < gather.images ? pixel.i + vertical.highest : INT_MIN / 2;  // beyond the last row: no pixel
         q[i] = pixel.j + horizontal.highest;
@@ -325,15 +362,20 @@ struct DgradGather {
         const int row = p[i] - up, col = q[i] - left;
         const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(gather.vertical.out) &&
                             static_cast<unsigned>(col) < static_cast<unsigned>(gather.horizontal.out);
-        pixels[i] = inside ? first_pixel[i] + row * gather.horizontal.out + col : -1;
+        const int pixel = inside ? first_pixel[i] + row * gather.horizontal.out + col : -1;
+        pixels[i] = pixel;
+        if (i == A::Layout::lane() % 4) metadata_pixel = max(pixel, 0);
       }
       b = filter(vertical.first_tap + tap_h * gather.vertical.tap_step,
                  horizontal.first_tap + tap_w * gather.horizontal.tap_step, column);
     }
 
-    __device__ __forceinline__ void load(uint32_t value_tile, uint32_t metadata_tile, uint32_t b_tile) const {
-      a.load(value_tile, metadata_tile, pixels, k_tile);
-      b.load(b_tile);
+    __device__ __forceinline__ void load(int copy, uint32_t stage, bool exists) const {
+      if (copy < kRows) {
+        a.load(copy, stage, pixels, metadata_pixel, k_tile, exists);
+      } else {
+        b.load(copy - kRows, stage, exists);
+      }
     }
     __device__ __forceinline__ void advance() {
       b.advance();
@@ -373,6 +415,7 @@ struct WgradGather {
   template <typename Tile>
   struct ImageB {
     using Layout = TileOfB<Tile>;
+    static constexpr int kCopies = Layout::kCopies;
 
     const WgradGather& gather;
     const uint16_t* source;  // of this thread's channels
@@ -390,36 +433,27 @@ struct WgradGather {
       offset_w = s * gather.horizontal.dilation - gather.horizontal.padding;
     }
 
-    __device__ __forceinline__ void load(uint32_t tile) const {
-#pragma unroll
-      for (int i = 0; i < Layout::kRows; ++i) {
-        const int here = position + i * Layout::kRowStep;
-        const int line = gather.by_width.quotient(here), n = gather.by_height.quotient(line);
-        const int h = (line - n * gather.by_height.divisor) * gather.vertical.stride + offset_h;
-        const int w = (here - line * gather.by_width.divisor) * gather.horizontal.stride + offset_w;
-        const bool inside = here < gather.positions &&
-                            static_cast<unsigned>(h) < static_cast<unsigned>(gather.vertical.in) &&
-                            static_cast<unsigned>(w) < static_cast<unsigned>(gather.horizontal.in);
-        const int64_t pixel = inside ? (n * gather.vertical.in + h) * gather.horizontal.in + w : 0;
-        copy_chunk<Tile::kAligned>(Layout::target(tile, i), source + pixel * gather.c_in, inside ? count : 0);
-      }
+    __device__ __forceinline__ void load(int copy, uint32_t stage, bool exists) const {
+      const int here = position + copy * Layout::kRowStep;
+      const int line = gather.by_width.quotient(here), n = gather.by_height.quotient(line);
+      const int h = (line - n * gather.by_height.divisor) * gather.vertical.stride + offset_h;
+      const int w = (here - line * gather.by_width.divisor) * gather.horizontal.stride + offset_w;
+      const bool inside = exists && count > 0 && here < gather.positions &&
+                          static_cast<unsigned>(h) < static_cast<unsigned>(gather.vertical.in) &&
+                          static_cast<unsigned>(w) < static_cast<unsigned>(gather.horizontal.in);
+      const uint32_t pixel = (static_cast<uint32_t>(n) * gather.vertical.in + h) * gather.horizontal.in + w;
+      copy_chunk<Tile::kAligned>(Layout::target(stage, copy),
+                                 source + uint64_t{pixel} * static_cast<uint32_t>(gather.c_in), inside, count);
     }
 
     __device__ __forceinline__ void advance() { position += kTileK; }
   };
 
   template <typename Tile>
-  struct Loader {
-    MMajorOperand<Tile> a;
-    ImageB<Tile> b;
-
+  struct Loader : OperandLoader<MMajorMatrix<Tile>, ImageB<Tile>> {
     __device__ __forceinline__ Loader(const WgradGather& gather, int, int row, int column, int k_tile)
-        : a(gather.values, gather.metadata, gather.c_out, row, k_tile), b(gather, column, k_tile) {}
-    __device__ __forceinline__ void load(uint32_t value_tile, uint32_t metadata_tile, uint32_t b_tile) const {
-      a.load(value_tile, metadata_tile);
-      b.load(b_tile);
-    }
-    __device__ __forceinline__ void advance() { a.advance(), b.advance(); }
+        : OperandLoader<MMajorMatrix<Tile>, ImageB<Tile>>{{gather.values, gather.metadata, gather.c_out, row, k_tile},
+                                                          {gather, column, k_tile}} {}
   };
 };
 

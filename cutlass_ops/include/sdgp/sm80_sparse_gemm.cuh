@@ -7,17 +7,17 @@
 //
 // C_out* is C_out rounded up to a multiple of 8. B is row-major in both ([K, N], N contiguous). One metadata word of 16
 // bits describes 16 consecutive k. The operands come as the prune+compress kernel writes them: the row-major metadata
-// can be gathered by pixel, which no blocked layout allows, and becomes the registers of mma.sp with two 16-bit loads
-// per 64 k.
+// can be gathered by pixel, which no blocked layout allows, and becomes the registers of mma.sp with one ldmatrix per
+// 64 k.
 //
 // One thread block computes a tile of kBlockM x kBlockN, each warp kWarpM x kWarpN of it. kStages tiles of 64 k are on
 // their way from global to shared memory or in use; fragments are fetched one step ahead of the mma that needs them.
 //
-// What limits it on an A100, by calculation, not measured: per 32 k a 64 x 64 warp reads 6 KB of fragments, 48 cycles
-// of the shared-memory port at 128 B per cycle, and a 256 x 128 block fills 17 KB, 136 cycles: 520 cycles beside 512 of
-// the sparse tensor cores (2048 multiply-adds per cycle, NVIDIA A100 whitepaper). A 128 x 128 block needs 292 beside
-// 256. The block is taller than wide because A has half the bytes: 128 x 256 would fill 20.5 KB and read 20 % more of
-// L2.
+// What limits it on an A100, by calculation, not measured: per 32 k a 64 x 64 warp reads 6.25 KB of fragments and
+// metadata, 50 cycles of the shared-memory port at 128 B per cycle, and a 256 x 128 block fills 17 KB, 136 cycles: 536
+// cycles beside 512 of the sparse tensor cores (2048 multiply-adds per cycle, NVIDIA A100 whitepaper). A 128 x 128
+// block needs 300 beside 256. The block is taller than wide because A has half the bytes: 128 x 256 would fill 20.5 KB
+// and read 20 % more of L2.
 #pragma once
 
 #include "sdgp/product.cuh"
@@ -50,78 +50,93 @@ struct TileConfig {
   static constexpr int kWarpsN = kBlockN / kWarpN, kThreads = 32 * (kBlockM / kWarpM) * kWarpsN;
   static constexpr int kBlocksM = kWarpM / kInstructionM, kBlocksN = kWarpN / kInstructionN;  // of a warp
   static constexpr int kValueBytes = kBlockM * kTileValues * 2, kMetadataBytes = kBlockM * kTileWords * 2;
-  static constexpr int kStageBytes = kValueBytes + kMetadataBytes + kTileK * kBlockN * 2;
+  static constexpr int kMetadataAt = kValueBytes, kOperandBAt = kValueBytes + kMetadataBytes;  // in a stage
+  static constexpr int kStageBytes = kOperandBAt + kTileK * kBlockN * 2;
   static constexpr int kSharedBytes = kStages * kStageBytes;
 
   static_assert(kBlockM % kWarpM == 0 && kBlockN % kWarpN == 0 && kWarpM % kInstructionM == 0 && kWarpN % 32 == 0);
-  static_assert(kStages >= 3 && kStageBytes % 128 == 0);
+  static_assert(kStages >= 3 && kStageBytes % 128 == 0 && kOperandBAt % 128 == 0);
 };
 
-// The mma fragments of one warp, fetched from a stage in shared memory.
+// The mma fragments of one warp, fetched from a stage in shared memory. A tile of 64 k is two steps of mma.sp, each of
+// two blocks of 16 k: blocks s and s + 2 in step s where A is K-major, 2s and 2s + 1 where it is M-major.
+//
+// One ldmatrix fetches the metadata of a tile. M-major: matrix i has, for the 16 rows of block i, the words of k block
+// c in its rows 2c (m 0-7) and 2c + 1 (m 8-15), so that its transposition gives lane c of each quad a register of
+// mma.sp: lanes 0 and 1 hold step 0 (selector 0), lanes 2 and 3 step 1 (selector 1). K-major: a row of a matrix is the
+// words of two rows of A that are 16 apart, so lanes 0 and 1 of a quad receive words (0, 1) and (2, 3) of the one
+// (selector 0), lanes 2 and 3 those of the other (selector 1); the low halves are step 0, the high ones step 1.
 template <typename Config>
 struct FragmentReader {
+  static constexpr bool kIsKMajor = Config::kMajorA == Major::K;
   static constexpr int kRowBytesB = Config::kBlockN * 2;
-  static constexpr int kRowBytesA = Config::kMajorA == Major::K ? kTileValues * 2 : Config::kBlockM * 2;
+  static constexpr int kRowBytesA = kIsKMajor ? kTileValues * 2 : Config::kBlockM * 2;
+  static constexpr int kStepRowsB = kIsKMajor ? 16 : 32;
+  static_assert(Config::kWarpM == 64);  // what one ldmatrix fetches the metadata of
 
   uint32_t a_offset, b_offset, metadata_offset;  // of this lane, in a stage
-  uint32_t lane;
-  int warp_m;
 
-  __device__ __forceinline__ FragmentReader(int warp_m, int warp_n, uint32_t lane) : lane(lane), warp_m(warp_m) {
-    if constexpr (Config::kMajorA == Major::K) {
-      // Matrices of an ldmatrix: (upper rows, k 0-7), (lower rows, k 0-7), (upper, k 8-15), (lower, k 8-15) of stored
-      // k.
-      const uint32_t row = warp_m + (lane & 15), chunk = lane >> 4;
-      a_offset = row * kRowBytesA + (chunk ^ (row / 2 % 4)) * 16;
-      metadata_offset = (warp_m + lane / 4) * kTileWords * 2 + lane % 4 * 2;
+  __device__ __forceinline__ FragmentReader(int warp_m, int warp_n, uint32_t lane) {
+    const uint32_t in_eight = lane & 7, high = lane >> 4;
+    if constexpr (kIsKMajor) {
+      // Matrices of an ldmatrix: (upper rows, k block s), (lower rows, s), (upper, s + 2), (lower, s + 2).
+      const uint32_t row = warp_m + (lane & 15);
+      a_offset = row * kRowBytesA + (2 * high ^ row / 2 % 4) * 16;
+      metadata_offset = warp_m * kTileWords * 2 + lane * 16;
+      b_offset = ((lane & 15) + high * 32) * kRowBytesB;
     } else {
-      // The same, from rows of k: matrix j holds stored k 8 (j / 2) .. and m 8 (j % 2) ..
-      const uint32_t row = (lane >> 4) * 8 + (lane & 7);
-      a_offset = row * kRowBytesA;  // the chunk depends on the 16 rows of m
-      metadata_offset = lane % 4 * kRowBytesA + lane / 4 * 2;
+      // The same of k blocks 2s and 2s + 1, from rows of k: matrix j holds stored k 8 (j / 2) .. and m 8 (j % 2) ..
+      a_offset = (high * 8 + in_eight) * kRowBytesA + ((warp_m / kChunk + (lane >> 3 & 1)) ^ in_eight) * 16;
+      const uint32_t block = in_eight / 2, chunk = warp_m / kChunk + 2 * (lane >> 3) + (lane & 1);
+      metadata_offset = block * kRowBytesA + (chunk ^ 2 * block) * 16;
+      b_offset = lane * kRowBytesB;
     }
-    b_offset = lane * kRowBytesB + warp_n * 2;  // lane = k
+    metadata_offset += Config::kMetadataAt;
+    b_offset += Config::kOperandBAt + (warp_n / kChunk ^ in_eight) * 16;
   }
 
-  // Step: which 32 of the stage's 64 k.
   __device__ __forceinline__ void load_a(uint32_t (&a)[Config::kBlocksM][4], uint32_t stage, int step) const {
 #pragma unroll
     for (int i = 0; i < Config::kBlocksM; ++i) {
-      if constexpr (Config::kMajorA == Major::K) {
-        ldmatrix_x4(a[i], stage + i * kInstructionM * kRowBytesA + (a_offset ^ step * 32));
+      if constexpr (kIsKMajor) {
+        ldmatrix_x4(a[i], ((stage + a_offset) ^ step * 16) + i * kInstructionM * kRowBytesA);
       } else {
-        const uint32_t chunk = (warp_m + i * kInstructionM) / kChunk + (lane >> 3 & 1);
-        ldmatrix_x4_trans(a[i], stage + a_offset + step * kInstructionK / 2 * kRowBytesA + (chunk ^ (lane & 7)) * 16);
+        ldmatrix_x4_trans(a[i], ((stage + a_offset) ^ 2 * i * 16) + step * kInstructionK / 2 * kRowBytesA);
       }
     }
   }
 
-  // One register per 16 rows serves both steps: lanes 0 and 1 of a quad hold the words of the first (selector 0), lanes
-  // 2 and 3 those of the second (selector 1).
-  __device__ __forceinline__ void load_metadata(uint32_t (&e)[Config::kBlocksM], uint32_t stage) const {
-    const uint32_t tile = stage + Config::kValueBytes + metadata_offset;
-#pragma unroll
-    for (int i = 0; i < Config::kBlocksM; ++i) {
-      uint32_t upper, lower;
-      if constexpr (Config::kMajorA == Major::K) {
-        upper = load_shared_u16(tile + i * kInstructionM * kTileWords * 2);
-        lower = load_shared_u16(tile + (i * kInstructionM + 8) * kTileWords * 2);
-      } else {
-        const uint32_t chunk = (warp_m + i * kInstructionM) / kChunk, swizzle = lane % 4 * 2;
-        upper = load_shared_u16(tile + (chunk ^ swizzle) * 16);
-        lower = load_shared_u16(tile + ((chunk + 1) ^ swizzle) * 16);
-      }
-      e[i] = make_legal(upper | lower << 16);
+  // As ldmatrix brings it.
+  __device__ __forceinline__ void load_metadata(uint32_t (&words)[4], uint32_t stage) const {
+    if constexpr (kIsKMajor) {
+      ldmatrix_x4(words, stage + metadata_offset);
+    } else {
+      ldmatrix_x4_trans(words, stage + metadata_offset);
     }
+  }
+
+  // As mma.sp takes it, in the order of multiply().
+  __device__ __forceinline__ static void arrange_metadata(uint32_t (&e)[4], const uint32_t (&words)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      e[i] = kIsKMajor ? __byte_perm(words[i & ~1], words[i | 1], i % 2 ? 0x7632 : 0x5410) : words[i];
   }
 
   // 16 columns, from column 16 `pair` of the warp.
   __device__ __forceinline__ void load_b(uint32_t (&b)[2][4], uint32_t stage, int step, int pair) const {
-    const uint32_t tile = stage + Config::kValueBytes + Config::kMetadataBytes + step * kInstructionK * kRowBytesB;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      // warp_n is a multiple of 4 chunks: the swizzle of the chunks within reaches into bit 2 of the chunk's number.
-      ldmatrix_x4_trans(b[j], tile + (b_offset ^ ((2 * pair + j) ^ (lane & 7)) * 16));
+    for (int j = 0; j < 2; ++j)
+      ldmatrix_x4_trans(b[j], ((stage + b_offset) ^ (2 * pair + j) * 16) + step * kStepRowsB * kRowBytesB);
+  }
+
+  // d += a * b, of 16 rows i.
+  __device__ __forceinline__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
+                                                  const uint32_t (&e)[4], int i, int step) {
+    const uint32_t metadata = e[kIsKMajor ? i / 2 * 2 + step : i];
+    if ((kIsKMajor ? i % 2 : step) == 0) {
+      mma_sp_m16n8k32<typename Config::Element, 0>(d, a, b, metadata);
+    } else {
+      mma_sp_m16n8k32<typename Config::Element, 1>(d, a, b, metadata);
     }
   }
 };
@@ -198,7 +213,6 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     sparse_gemm_kernel(const __grid_constant__ typename Config::Gather gather,
                        const __grid_constant__ Problem problem) {
-  using Element = typename Config::Element;
   constexpr int kStages = Config::kStages, kBlocksM = Config::kBlocksM, kBlocksN = Config::kBlocksN;
   constexpr int kPairs = kBlocksN / 2, kSlots = 2 * kPairs;  // of 16 columns; of mma instructions per tile of k
 
@@ -218,12 +232,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t base = smem_address(shared);
-  typename Config::Gather::template Loader<Config> loader(gather, part, row, column, k_begin);
+  using Loader = typename Config::Gather::template Loader<Config>;
+  Loader loader(gather, part, row, column, k_begin);
   int loaded = 0, load_stage = 0;
   const auto load_next = [&] {
     if (loaded < k_tiles) {
       const uint32_t stage = base + load_stage * Config::kStageBytes;
-      loader.load(stage, stage + Config::kValueBytes, stage + Config::kValueBytes + Config::kMetadataBytes);
+#pragma unroll
+      for (int copy = 0; copy < Loader::kCopies; ++copy) loader.load(copy, stage, true);
       if (++loaded < k_tiles) loader.advance();
       if (++load_stage == kStages) load_stage = 0;
     }
@@ -236,12 +252,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const int warp_m = warp / Config::kWarpsN * Config::kWarpM, warp_n = warp % Config::kWarpsN * Config::kWarpN;
   const FragmentReader<Config> reader(warp_m, warp_n, lane);
   float d[kBlocksM][kBlocksN][4] = {};
-  uint32_t a[2][kBlocksM][4], b[2][2][4], e[kBlocksM];
+  uint32_t a[2][kBlocksM][4], b[2][2][4], e[4], words[4];
 
   cp_async_wait_group<kStages - 2>();
   __syncthreads();
   if (k_tiles > 0) {
-    reader.load_metadata(e, base);
+    reader.load_metadata(words, base);
+    reader.arrange_metadata(e, words);
     reader.load_a(a[0], base, 0);
     reader.load_b(b[0], base, 0, 0);
   }
@@ -251,7 +268,6 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     const uint32_t stage = base + stage_index * Config::kStageBytes;
     if (++stage_index == kStages) stage_index = 0;
     const uint32_t next_stage = base + stage_index * Config::kStageBytes;
-    uint32_t next_e[kBlocksM];
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const int step = slot / kPairs, pair = slot % kPairs;
@@ -263,7 +279,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
         cp_async_wait_group<kStages - 2>();
         __syncthreads();  // the next stage has arrived for all; this one has been read by all
         if (k_tile + 1 < k_tiles) {
-          reader.load_metadata(next_e, next_stage);
+          reader.load_metadata(words, next_stage);
           reader.load_a(a[0], next_stage, 0);
           reader.load_b(b[0], next_stage, 0, 0);
         }
@@ -272,16 +288,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       for (int j = 0; j < 2; ++j) {
 #pragma unroll
         for (int i = 0; i < kBlocksM; ++i) {
-          if (step == 0) {
-            mma_sp_m16n8k32<Element, 0>(d[i][2 * pair + j], a[0][i], b[slot % 2][j], e[i]);
-          } else {
-            mma_sp_m16n8k32<Element, 1>(d[i][2 * pair + j], a[1][i], b[slot % 2][j], e[i]);
-          }
+          reader.multiply(d[i][2 * pair + j], a[step][i], b[slot % 2][j], e, i, step);
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < kBlocksM; ++i) e[i] = next_e[i];
+    reader.arrange_metadata(e, words);
   }
   store_block<Config>(d, gather, problem, part, split, row + warp_m, column + warp_n, lane);
 }
