@@ -12,6 +12,8 @@
 //
 // One thread block computes a tile of kBlockM x kBlockN, each warp kWarpM x kWarpN of it. kStages tiles of 64 k are on
 // their way from global to shared memory or in use; fragments are fetched one step ahead of the mma that needs them.
+// Copies and fetches are spread over the mma of a tile, in a main loop without branches: whatever stands in one piece
+// would find all warps there at a time, since they share a barrier per tile, and leave the tensor cores idle.
 //
 // What limits it on an A100, by calculation, not measured: per 32 k a 64 x 64 warp reads 6.25 KB of fragments and
 // metadata, 50 cycles of the shared-memory port at 128 B per cycle, and a 256 x 128 block fills 17 KB, 136 cycles: 536
@@ -215,6 +217,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
                        const __grid_constant__ Problem problem) {
   constexpr int kStages = Config::kStages, kBlocksM = Config::kBlocksM, kBlocksN = Config::kBlocksN;
   constexpr int kPairs = kBlocksN / 2, kSlots = 2 * kPairs;  // of 16 columns; of mma instructions per tile of k
+  static_assert(kPairs >= 2);
 
   // Order of the tiles: groups of `group_n` tile columns, then rows, then the columns of the group.
   const int part = static_cast<int>(blockIdx.y), split = static_cast<int>(blockIdx.z);
@@ -234,19 +237,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const uint32_t base = smem_address(shared);
   using Loader = typename Config::Gather::template Loader<Config>;
   Loader loader(gather, part, row, column, k_begin);
-  int loaded = 0, load_stage = 0;
-  const auto load_next = [&] {
-    if (loaded < k_tiles) {
-      const uint32_t stage = base + load_stage * Config::kStageBytes;
+  // Tiles beyond the last are zeros: with nothing to skip, the main loop has no branches.
 #pragma unroll
-      for (int copy = 0; copy < Loader::kCopies; ++copy) loader.load(copy, stage, true);
-      if (++loaded < k_tiles) loader.advance();
-      if (++load_stage == kStages) load_stage = 0;
-    }
-    cp_async_commit_group();  // an empty one keeps the count
-  };
+  for (int tile = 0; tile < kStages - 1; ++tile) {
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) load_next();
+    for (int copy = 0; copy < Loader::kCopies; ++copy)
+      loader.load(copy, base + tile * Config::kStageBytes, tile < k_tiles);
+    if (tile + 1 < k_tiles) loader.advance();
+    cp_async_commit_group();
+  }
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_m = warp / Config::kWarpsN * Config::kWarpM, warp_n = warp % Config::kWarpsN * Config::kWarpN;
@@ -256,44 +255,46 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
   cp_async_wait_group<kStages - 2>();
   __syncthreads();
-  if (k_tiles > 0) {
-    reader.load_metadata(words, base);
-    reader.arrange_metadata(e, words);
-    reader.load_a(a[0], base, 0);
-    reader.load_b(b[0], base, 0, 0);
-  }
-  int stage_index = 0;
+  reader.load_metadata(words, base);
+  reader.arrange_metadata(e, words);
+  reader.load_a(a[0], base, 0);
+  reader.load_b(b[0], base, 0, 0);
+  uint32_t stage = base, free_stage = base + (kStages - 1) * Config::kStageBytes;
 #pragma unroll 1
   for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
-    const uint32_t stage = base + stage_index * Config::kStageBytes;
-    if (++stage_index == kStages) stage_index = 0;
-    const uint32_t next_stage = base + stage_index * Config::kStageBytes;
+    const uint32_t after = stage + Config::kStageBytes;
+    const uint32_t next_stage = after == base + Config::kSharedBytes ? base : after;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const int step = slot / kPairs, pair = slot % kPairs;
-      if (slot == 0) load_next();  // into the stage that the previous tile of k has left
-      if (slot + 1 < kSlots) {
-        if (pair + 1 == kPairs) reader.load_a(a[1], stage, 1);
-        reader.load_b(b[(slot + 1) % 2], stage, (slot + 1) / kPairs, (slot + 1) % kPairs);
-      } else {
+      const int step = slot / kPairs, pair = slot % kPairs, next = slot + 1;
+      if (step == 0) {  // a part of the tile kStages - 1 further on
+#pragma unroll
+        for (int copy = pair * Loader::kCopies / kPairs; copy < (pair + 1) * Loader::kCopies / kPairs; ++copy)
+          loader.load(copy, free_stage, k_tile + kStages - 1 < k_tiles);
+        if (next == kPairs) {
+          if (k_tile + kStages < k_tiles) loader.advance();
+          cp_async_commit_group();
+          reader.load_a(a[1], stage, 1);
+        }
+      }
+      reader.load_b(b[next % 2], next < kSlots ? stage : next_stage, next / kPairs % 2, next % kPairs);
+      if (next == kSlots - 1) {  // those were the last fragments of this stage
         cp_async_wait_group<kStages - 2>();
         __syncthreads();  // the next stage has arrived for all; this one has been read by all
-        if (k_tile + 1 < k_tiles) {
-          reader.load_metadata(words, next_stage);
-          reader.load_a(a[0], next_stage, 0);
-          reader.load_b(b[0], next_stage, 0, 0);
-        }
+        reader.load_metadata(words, next_stage);
+        reader.load_a(a[0], next_stage, 0);
       }
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
 #pragma unroll
-        for (int i = 0; i < kBlocksM; ++i) {
-          reader.multiply(d[i][2 * pair + j], a[step][i], b[slot % 2][j], e, i, step);
-        }
+        for (int i = 0; i < kBlocksM; ++i) reader.multiply(d[i][2 * pair + j], a[step][i], b[slot % 2][j], e, i, step);
       }
     }
     reader.arrange_metadata(e, words);
+    free_stage = stage;
+    stage = next_stage;
   }
+  cp_async_wait_group<0>();
   store_block<Config>(d, gather, problem, part, split, row + warp_m, column + warp_n, lane);
 }
 
