@@ -399,6 +399,7 @@ struct WgradGather {
   int c_out, c_in, positions;
   WgradAxis vertical, horizontal;
   FastDivision by_width, by_height;  // of the gradient
+  int minus_width, minus_height;     // a remainder is one multiply-add; to subtract would take a second instruction
 
   __host__ __device__ int parts() const { return 1; }
   __host__ __device__ int chunked_channels() const { return (c_in + kChunk - 1) / kChunk * kChunk; }
@@ -418,7 +419,7 @@ struct WgradGather {
     static constexpr int kCopies = Layout::kCopies;
 
     const WgradGather& gather;
-    const uint16_t* source;  // of this thread's channels
+    const uint8_t* source;   // of this thread's channels
     int offset_h, offset_w;  // from where the filter stands to the tap
     int count, position;
 
@@ -428,7 +429,8 @@ struct WgradGather {
       const int tap = column / gather.chunked_channels(), channel = column - tap * gather.chunked_channels();
       const int r = tap / gather.horizontal.filter, s = tap - r * gather.horizontal.filter;
       count = r < gather.vertical.filter ? min(gather.c_in - channel, kChunk) : 0;
-      source = static_cast<const uint16_t*>(gather.b) + channel;
+      source = static_cast<const uint8_t*>(gather.b) + int64_t{channel} * 2;
+      if constexpr (Tile::kAligned) source = whole(source);
       offset_h = r * gather.vertical.dilation - gather.vertical.padding;
       offset_w = s * gather.horizontal.dilation - gather.horizontal.padding;
     }
@@ -436,14 +438,15 @@ struct WgradGather {
     __device__ __forceinline__ void load(int copy, uint32_t stage, bool exists) const {
       const int here = position + copy * Layout::kRowStep;
       const int line = gather.by_width.quotient(here), n = gather.by_height.quotient(line);
-      const int h = (line - n * gather.by_height.divisor) * gather.vertical.stride + offset_h;
-      const int w = (here - line * gather.by_width.divisor) * gather.horizontal.stride + offset_w;
+      const int h = (n * gather.minus_height + line) * gather.vertical.stride + offset_h;
+      const int w = (line * gather.minus_width + here) * gather.horizontal.stride + offset_w;
       const bool inside = exists && count > 0 && here < gather.positions &&
                           static_cast<unsigned>(h) < static_cast<unsigned>(gather.vertical.in) &&
                           static_cast<unsigned>(w) < static_cast<unsigned>(gather.horizontal.in);
       const uint32_t pixel = (static_cast<uint32_t>(n) * gather.vertical.in + h) * gather.horizontal.in + w;
-      copy_chunk<Tile::kAligned>(Layout::target(stage, copy),
-                                 source + uint64_t{pixel} * static_cast<uint32_t>(gather.c_in), inside, count);
+      const uint32_t pitch = 2u * gather.c_in;  // in bytes: the address is one multiply-add
+      const auto* channels = reinterpret_cast<const uint16_t*>(source + uint64_t{pixel} * pitch);
+      copy_chunk<Tile::kAligned>(Layout::target(stage, copy), channels, inside, count);
     }
 
     __device__ __forceinline__ void advance() { position += kTileK; }

@@ -97,7 +97,9 @@ int launch_conv_wgrad(const SdgpSparseConv& conv) {
                            {conv.h, conv.r, conv.stride_h, conv.padding_h, conv.dilation_h},
                            {conv.w, conv.s, conv.stride_w, conv.padding_w, conv.dilation_w},
                            FastDivision(conv.q),
-                           FastDivision(conv.p)};
+                           FastDivision(conv.p),
+                           -conv.q,
+                           -conv.p};
   return launch<Config>(gather, conv, conv.c_out, gather.columns(), conv.c_out,
                         static_cast<int64_t>(conv.r) * conv.s * conv.c_in);
 }

@@ -14,6 +14,13 @@ __device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Keeps the compiler from taking an address apart to add its parts anew for every copy. It no longer knows then that
+// the address is global, which cp.async says by itself.
+__device__ __forceinline__ const uint8_t* whole(const uint8_t* address) {
+  asm("" : "+l"(address));
+  return address;
+}
+
 // Starts a copy of kBytes from global to shared memory, or of as many zeros where not `valid`.
 template <int kBytes>
 __device__ __forceinline__ void cp_async(uint32_t target, const void* source, bool valid) {
