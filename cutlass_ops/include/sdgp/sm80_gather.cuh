@@ -64,7 +64,8 @@ __device__ __forceinline__ void copy_chunk(uint32_t target, const uint16_t* sour
 
 // How the threads share a tile of A with k contiguous: a warp copies 32 rows, four lanes the values of a row, 8 rows at
 // a time, and each lane the metadata of one row. In shared memory: 64 bytes of values per row, chunk c of row r at c ^
-// (r / 2 % 4); 8 bytes of metadata per row, those of rows r and r + 16 side by side.
+// (r / 2 % 4); 8 bytes of metadata per row, those of rows r and r + 16 side by side, the pairs as swizzled by
+// metadata_pair(): the 16 rows that half a warp copies lie in different banks.
 template <typename Tile>
 struct KMajorTile {
   static constexpr int kCopies = 4, kRowStep = 8, kRowBytes = kTileValues * 2;
@@ -76,12 +77,14 @@ struct KMajorTile {
     return static_cast<int>(threadIdx.x) / 32 * 32 + lane() / 4 + i * kRowStep;
   }
   __device__ __forceinline__ static int metadata_row() { return row(lane() % 4); }
+  // Where the rows r and r + 16 of pair `pair` lie; 32 rows are 16 pairs.
+  __device__ __forceinline__ static int metadata_pair(int pair) { return (pair ^ pair / 8 % 2 * 4) * 16; }
   __device__ __forceinline__ static uint32_t target(uint32_t stage, int i) {
     return stage + row(i) * kRowBytes + (chunk() ^ (row(0) / 2 % 4)) * 16;
   }
   __device__ __forceinline__ static uint32_t metadata_target(uint32_t stage) {
     const int row = metadata_row();
-    return stage + Tile::kMetadataAt + row / 32 * 256 + row % 16 * 16 + row / 16 % 2 * 8;
+    return stage + Tile::kMetadataAt + row / 32 * 256 + metadata_pair(row % 16) + row / 16 % 2 * 8;
   }
 };
 

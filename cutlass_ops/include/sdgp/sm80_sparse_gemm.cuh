@@ -84,7 +84,7 @@ struct FragmentReader {
       // Matrices of an ldmatrix: (upper rows, k block s), (lower rows, s), (upper, s + 2), (lower, s + 2).
       const uint32_t row = warp_m + (lane & 15);
       a_offset = row * kRowBytesA + (2 * high ^ row / 2 % 4) * 16;
-      metadata_offset = warp_m * kTileWords * 2 + lane * 16;
+      metadata_offset = warp_m * kTileWords * 2 + KMajorTile<Config>::metadata_pair(lane);
       b_offset = ((lane & 15) + high * 32) * kRowBytesB;
     } else {
       // The same of k blocks 2s and 2s + 1, from rows of k: matrix j holds stored k 8 (j / 2) .. and m 8 (j % 2) ..
