@@ -402,6 +402,30 @@ def test_half_pairs(launcher):
         np.testing.assert_array_equal(got, expected.view(torch.int32).numpy().view(np.uint32)[:, 0])
 
 
+def test_comparisons_of_half_pairs(launcher):
+    """Any bits, NaN and denormals among them: masks of each half, and the larger and the smaller."""
+    bits = np.random.default_rng().integers(1 << 16, size=(2, COUNT, 2), dtype=np.uint16)
+    bits[:, ::5] = bits[0, ::5]
+    packed = [x.view(np.uint32)[:, 0].astype(np.uint64) for x in bits]
+    a, b = bits.view(np.float16)
+
+    def run(instruction: str) -> np.ndarray:
+        return execute(launcher, f"{instruction}.f16x2 %r0, %r1, %r2;", packed, 32).astype(np.uint32).view(np.uint16)
+
+    def masks(condition: np.ndarray) -> np.ndarray:
+        return np.where(condition, 0xFFFF, 0).ravel()
+
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(run("set.ge.u32"), masks(a >= b))
+        np.testing.assert_array_equal(run("set.neu.u32"), masks(a != b))
+        expected = {"max.NaN": np.maximum(a, b), "min": np.fmin(a, b)}
+    for instruction, values in expected.items():
+        got = run(instruction).view(np.float16)
+        np.testing.assert_array_equal(got, values.ravel())
+    with pytest.raises(SimError, match="unknown-opcode"):
+        run("set.ge.f16x2")
+
+
 @pytest.mark.parametrize(
     ("name", "function"), [("ex2", np.exp2), ("lg2", np.log2), ("rcp", np.reciprocal), ("rsqrt", lambda x: x**-0.5)]
 )

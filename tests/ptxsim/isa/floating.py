@@ -267,7 +267,14 @@ def setp(b: Binder) -> Make:
 def _setp_pair(b: Binder, relation: str, kind: str) -> Make:
     from ..ptx import Pair
 
-    if not isinstance(b.args[0], Pair) or b.instr.opcode == "set":
+    if b.instr.opcode == "set":
+        out = b.mods[-2]
+        if len(b.mods) != 3 or is_float(out):
+            raise b.unknown()
+        halves = b.wave.pairs(b.dst(b.args[0], np.uint32), np.dtype(np.uint16))
+        compare = comparison(b, relation, kind, b.args[1], b.args[2])
+        return b.value(halves, lambda: np.where(compare(), np.uint16(0xFFFF), np.uint16(0)))
+    if not isinstance(b.args[0], Pair):
         raise b.unknown()
     p, q = b.dst(b.args[0].first, bool), b.dst(b.args[0].second, bool)
     compare = comparison(b, relation, kind, b.args[1], b.args[2])
