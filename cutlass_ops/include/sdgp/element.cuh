@@ -63,16 +63,58 @@ __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t sel
 // Spreads the top bit of each half over the half.
 __device__ __forceinline__ uint32_t spread_top_bits(uint32_t pair) { return permute(pair, pair, 0xbb99); }
 
-// Top bit of each half: a >= b, for halves below 0x8000.
-__device__ __forceinline__ uint32_t at_least(uint32_t a, uint32_t b) { return (a | 0x80008000u) - b; }
-
 __device__ __forceinline__ uint32_t majority(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | (a & c) | (b & c); }
 
 __device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t a, uint32_t b) { return (mask & a) | (~mask & b); }
 
-__device__ __forceinline__ uint32_t nonzero_mask(uint32_t pair) {
-  return spread_top_bits((pair & 0x7fff7fffu) + 0x7fff7fffu);
+// a >= b, for halves below 0x8000.
+__device__ __forceinline__ uint32_t integer_at_least(uint32_t a, uint32_t b) {
+  return spread_top_bits((a | 0x80008000u) - b);
 }
+
+// What follows takes the halves as float16 whatever they are: |x| of either type are ordered as integers, and so are
+// float16 magnitudes up to infinity, 0x7c00. Instructions on two float16 take |x| for nothing and give whole masks.
+
+__device__ __forceinline__ __half2 as_halves(uint32_t pair) { return *reinterpret_cast<const __half2*>(&pair); }
+__device__ __forceinline__ uint32_t as_pair(__half2 halves) { return *reinterpret_cast<const uint32_t*>(&halves); }
+
+// Whether both |x| of each pair are at most 0x7c00: neither NaN nor, in bfloat16, 2^121 or more. A sum of products with
+// 0, which are NaN otherwise (or for 0x7c00 itself, which does not matter): it does not use the pipe of the others.
+template <int kPairs>
+__device__ __forceinline__ bool are_ordered(const uint32_t (&x)[kPairs]) {
+  const __half2 zeros = as_halves(0);
+  __half2 sum = zeros;
+#pragma unroll
+  for (int i = 0; i < kPairs; ++i) sum = __hfma2(as_halves(x[i]), zeros, sum);
+  return (as_pair(sum) & 0x7fff7fffu) == 0;
+}
+
+// |a| >= |b|, for ordered pairs.
+__device__ __forceinline__ uint32_t magnitude_at_least(uint32_t a, uint32_t b) {
+  uint32_t mask;
+  asm("set.ge.u32.f16x2 %0, %1, %2;"
+      : "=r"(mask)
+      : "r"(as_pair(__habs2(as_halves(a)))), "r"(as_pair(__habs2(as_halves(b)))));
+  return mask;
+}
+
+// For any pair: a NaN is unequal to 0.
+__device__ __forceinline__ uint32_t nonzero_mask(uint32_t pair) {
+  uint32_t mask;
+  asm("set.neu.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(pair), "r"(0));
+  return mask;
+}
+
+// The larger and the smaller of two magnitudes, sign bits clear. Of what is not ordered the larger is not, either.
+__device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
+  return as_pair(__hmax2_nan(as_halves(a), as_halves(b)));
+}
+__device__ __forceinline__ uint32_t smaller(uint32_t a, uint32_t b) {
+  return as_pair(__hmin2(as_halves(a), as_halves(b)));
+}
+
+// Has the top bit of a half set where it is not below 0x7c00, for magnitudes.
+__device__ __forceinline__ uint32_t not_ordered(uint32_t pair) { return pair + 0x04000400u; }
 
 // Keys that order magnitudes: NaN (all alike) > inf > finite > 0.
 template <typename Element>

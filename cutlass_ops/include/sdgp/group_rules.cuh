@@ -49,19 +49,15 @@ __device__ __forceinline__ uint32_t largest_magnitudes(const uint32_t (&x)[M]) {
   return largest_two<N, M>(keys);
 }
 
-// Masks of the two largest magnitudes of both quads.
-template <typename Element>
-__device__ __forceinline__ void two_largest_of_four(const uint32_t (&x)[4], uint32_t (&keep)[4]) {
-  uint32_t key[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) key[i] = magnitude_keys<Element>(x[i]);
-  const uint32_t beats01 = at_least(key[0], key[1]), beats02 = at_least(key[0], key[2]);
-  const uint32_t beats03 = at_least(key[0], key[3]), beats12 = at_least(key[1], key[2]);
-  const uint32_t beats13 = at_least(key[1], key[3]), beats23 = at_least(key[2], key[3]);
-  keep[0] = spread_top_bits(majority(beats01, beats02, beats03));
-  keep[1] = spread_top_bits(majority(~beats01, beats12, beats13));
-  keep[2] = spread_top_bits(majority(~beats02, ~beats12, beats23));
-  keep[3] = spread_top_bits(majority(~beats03, ~beats13, ~beats23));
+// Masks of the two largest of four in both groups; at_least(a, b): masks of a >= b. A tie goes to the lower index.
+template <typename AtLeast>
+__device__ __forceinline__ void keep_two_of_four(const uint32_t (&x)[4], const AtLeast& at_least, uint32_t (&keep)[4]) {
+  const uint32_t beats01 = at_least(x[0], x[1]), beats02 = at_least(x[0], x[2]), beats03 = at_least(x[0], x[3]);
+  const uint32_t beats12 = at_least(x[1], x[2]), beats13 = at_least(x[1], x[3]), beats23 = at_least(x[2], x[3]);
+  keep[0] = majority(beats01, beats02, beats03);
+  keep[1] = majority(~beats01, beats12, beats13);
+  keep[2] = majority(~beats02, ~beats12, beats23);
+  keep[3] = majority(~beats03, ~beats13, ~beats23);
 }
 
 template <typename Element, int M, int kHalf>
@@ -102,15 +98,19 @@ struct Magnitude {
   static constexpr Packing kPacking = N == 2 && M == 4 ? Packing::kPair : Packing::kFromPruned;
 
   static __device__ __forceinline__ PackedQuads pack(const uint32_t (&x)[4], const RuleParameters&) {
-    uint32_t keep[4];
-    two_largest_of_four<Element>(x, keep);
-    return pack_kept(x, keep);
+    uint32_t masks[4];
+    keep(x, masks);
+    return pack_kept(x, masks);
   }
 
   // keep[i]: the masks of what is kept of element i.
   static __device__ __forceinline__ void keep(const uint32_t (&x)[M], uint32_t (&keep)[M]) {
     if constexpr (N == 2 && M == 4) {
-      two_largest_of_four<Element>(x, keep);
+      if (are_ordered(x)) return keep_two_of_four(x, magnitude_at_least, keep);
+      uint32_t keys[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) keys[i] = magnitude_keys<Element>(x[i]);
+      keep_two_of_four(keys, integer_at_least, keep);
     } else {
       const uint32_t keep0 = largest_magnitudes<Element, N, M, 0>(x), keep1 = largest_magnitudes<Element, N, M, 1>(x);
 #pragma unroll
@@ -133,7 +133,9 @@ struct RescaleMagnitude {
 
   static __device__ __forceinline__ PackedQuads pack(const uint32_t (&x)[4], const RuleParameters& parameters) {
     using Traits = ElementTraits<Element>;
-    PackedQuads packed = Magnitude<Element, N, M>::pack(x, parameters);
+    uint32_t keep[4];
+    keep_two_of_four(x, magnitude_at_least, keep);
+    PackedQuads packed = pack_kept(x, keep);
     const float low[2] = {Traits::to_float(half_of<0>(packed.low)), Traits::to_float(half_of<1>(packed.low))};
     const float high[2] = {Traits::to_float(half_of<0>(packed.high)), Traits::to_float(half_of<1>(packed.high))};
     const float total[2] = {sum_of<0>(x), sum_of<1>(x)};
@@ -145,13 +147,14 @@ struct RescaleMagnitude {
       denominator[half] = kept == 0.0f ? 1.0f : __fadd_rn(kept, parameters.eps);
     }
     const float smallest = fminf(fminf(numerator[0], denominator[0]), fminf(numerator[1], denominator[1]));
-    // Not max: fmaxf drops a NaN, their sum does not.
-    const float bound = (numerator[0] + denominator[0]) + (numerator[1] + denominator[1]);
+    // Where the total is within this bound, the quad is ordered. Not max: fmaxf drops a NaN, their sum does not.
+    const float bound = (total[0] + denominator[0]) + (total[1] + denominator[1]);
     if (smallest >= 0x1p-60f && bound <= 0x1p60f) {
       const float scale[2] = {divide(numerator[0], denominator[0]), divide(numerator[1], denominator[1])};
       packed.low = pack_floats<Element>(__fmul_rn(low[0], scale[0]), __fmul_rn(low[1], scale[1]));
       packed.high = pack_floats<Element>(__fmul_rn(high[0], scale[0]), __fmul_rn(high[1], scale[1]));
     } else {
+      packed = Magnitude<Element, N, M>::pack(x, parameters);
       rescale_packed<0>(x, packed, total[0], parameters.eps);
       rescale_packed<1>(x, packed, total[1], parameters.eps);
     }

@@ -23,7 +23,7 @@
 
 namespace sdgp {
 
-// Which sample the rows of a tile belong to, row by row.
+// Which sample the rows of a tile belong to.
 class SampleWalk {
  public:
   // offset of the current row's sample in a table [samples, c], 0 where one sample is everything.
@@ -41,10 +41,13 @@ class SampleWalk {
     left_ = static_cast<int>(min((sample + 1) * positions_per_sample - row, int64_t{INT_MAX}));
   }
 
+  // Whether the next `rows` that exist are of one sample.
+  __device__ __forceinline__ bool stays(int rows) const { return left_ >= min(rows, rows_left_); }
+
   // Beyond the last row of dY it stands still.
-  __device__ __forceinline__ void next() {
-    --rows_left_;
-    if (--left_ == 0 && rows_left_ > 0) offset += stride_, left_ = rows_per_sample_;
+  __device__ __forceinline__ void advance(int rows) {
+    rows_left_ -= rows, left_ -= rows;
+    while (left_ <= 0 && rows_left_ > 0) offset += stride_, left_ += rows_per_sample_;
   }
 
  private:
@@ -63,24 +66,9 @@ class ScopeFactors {
         is_single_(is_single),
         is_vector_(c % 4 == 0 && reinterpret_cast<uintptr_t>(table) % 16 == 0) {}
 
-  // scaled = x times the factors of the sample at `offset`, rounded.
-  __device__ __forceinline__ void scale_row(const uint32_t (&x)[kChannels / 2], int64_t offset,
-                                            uint32_t (&scaled)[kChannels / 2]) {
-    using Traits = ElementTraits<Element>;
-    if (offset != loaded_) load(offset);
-#pragma unroll
-    for (int p = 0; p < kChannels / 2; ++p) {
-      // The sum with +0 turns -0 into +0 and nothing else; a factor that is not finite turns zeros into NaN.
-      scaled[p] = pack_floats<Element>(__fmaf_rn(Traits::to_float(x[p] & 0xffffu), factors_[2 * p], 0.0f),
-                                       __fmaf_rn(Traits::to_float(x[p] >> 16), factors_[2 * p + 1], 0.0f));
-      if (!is_finite_) scaled[p] &= nonzero_mask(x[p]);
-    }
-  }
-
- private:
+  // Those of the sample at `offset`.
   __device__ __forceinline__ void load(int64_t offset) {
-    loaded_ = offset;
-    is_finite_ = true;
+    float sum = 0.0f;
 #pragma unroll
     for (int e = 0; e < kChannels; e += 4) {
       float4 four{1.0f, 1.0f, 1.0f, 1.0f};
@@ -95,14 +83,27 @@ class ScopeFactors {
         if (e + 3 < channels_left_) four.w = __ldg(table_ + offset + e + 3);
       }
       factors_[e] = four.x, factors_[e + 1] = four.y, factors_[e + 2] = four.z, factors_[e + 3] = four.w;
-      is_finite_ = is_finite_ && isfinite(four.x) && isfinite(four.y) && isfinite(four.z) && isfinite(four.w);
+      sum += (four.x + four.y) + (four.z + four.w);
+    }
+    are_finite_ = isfinite(sum);
+  }
+
+  // scaled = x times the factors, rounded.
+  __device__ __forceinline__ void scale(const uint32_t (&x)[kChannels / 2], uint32_t (&scaled)[kChannels / 2]) const {
+    using Traits = ElementTraits<Element>;
+#pragma unroll
+    for (int p = 0; p < kChannels / 2; ++p) {
+      // The sum with +0 turns -0 into +0 and nothing else; a factor that is not finite turns zeros into NaN.
+      const uint32_t product = pack_floats<Element>(__fmaf_rn(Traits::to_float(x[p] & 0xffffu), factors_[2 * p], 0.0f),
+                                                    __fmaf_rn(Traits::to_float(x[p] >> 16), factors_[2 * p + 1], 0.0f));
+      scaled[p] = are_finite_ ? product : product & nonzero_mask(x[p]);
     }
   }
 
+ private:
   const float* table_;
-  int64_t loaded_ = -1;
   int channels_left_;
-  bool is_single_, is_vector_, is_finite_ = true;
+  bool is_single_, is_vector_, are_finite_ = true;
   float factors_[kChannels];
 };
 
@@ -230,14 +231,21 @@ __device__ __forceinline__ void emit_dgrad(const SdgpPruneCompress& problem, con
   for (int r = 0; r < kRows; ++r) rows.store(values[r], metadata[r]);
 }
 
+// scaled = x times the factors of each row's sample; walk: at the first row.
 template <typename Element, int kRows, int kChannels>
-__device__ __forceinline__ void scale_rows(const uint32_t (&x)[kRows][kChannels / 2], SampleWalk& walk,
+__device__ __forceinline__ void scale_rows(const uint32_t (&x)[kRows][kChannels / 2], SampleWalk walk,
                                            ScopeFactors<Element, kChannels>& factors,
                                            uint32_t (&scaled)[kRows][kChannels / 2]) {
+  if (walk.stays(kRows)) {
+    factors.load(walk.offset);
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    factors.scale_row(x[r], walk.offset, scaled[r]);
-    walk.next();
+    for (int r = 0; r < kRows; ++r) factors.scale(x[r], scaled[r]);
+    return;
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r, walk.advance(1)) {
+    factors.load(walk.offset);
+    factors.scale(x[r], scaled[r]);
   }
 }
 
@@ -266,8 +274,6 @@ __global__ void __launch_bounds__(kBlockThreads, M == 4 ? (kIsScaled || Rule::kD
   const Place place(cover);
   const int64_t c = problem.c, t = problem.t, channel = place.channel, position = place.position;
   const int64_t padded_c = (c + 15) / 16 * 16;
-  const bool vector_loads = can_load_vectors(problem.dy, c, problem.row_stride);
-  const auto* dy = static_cast<const uint16_t*>(problem.dy);
 
   RuleParameters dgrad_parameters{{}, problem.eps}, wgrad_parameters{{}, problem.eps};
   if constexpr (Rule::kIsRandom) {
@@ -275,20 +281,19 @@ __global__ void __launch_bounds__(kBlockThreads, M == 4 ? (kIsScaled || Rule::kD
     wgrad_parameters.stream = load_stream(problem, 1);
   }
   const bool is_single = problem.positions_per_sample == 0;
-  SampleWalk dgrad_walk(position, t, c, kIsScaled ? problem.positions_per_sample : 0), wgrad_walk = dgrad_walk;
+  SampleWalk walk(position, t, c, kIsScaled ? problem.positions_per_sample : 0);
 
+  Rows rows(problem.dy, t, c, problem.row_stride, position, channel);
   uint4 next[kRows];
   uint32_t wgrad_metadata[kChannels / 2] = {};
   float bias[kChannels] = {};
-  load_rows(dy, t, c, problem.row_stride, vector_loads, position, channel, next);
+  rows.load(next);
 #pragma unroll 1
   for (int step = 0; step < kTilePositions; step += kRows) {
     const int64_t row = position + step;
     uint32_t x[kRows][kChannels / 2];
     unpack_rows(next, x);
-    if (step + kRows < kTilePositions) {
-      load_rows(dy, t, c, problem.row_stride, vector_loads, row + kRows, channel, next);
-    }
+    if (step + kRows < kTilePositions) rows.load(next);
 
     if (problem.bias != nullptr) {
 #pragma unroll
@@ -305,17 +310,25 @@ __global__ void __launch_bounds__(kBlockThreads, M == 4 ? (kIsScaled || Rule::kD
       uint32_t values[kRows / 2][kChannels / 2], metadata[kChannels / 2];
       const auto groups_per_row = static_cast<uint64_t>(c);
       const uint64_t first_group = static_cast<uint64_t>(row / M) * groups_per_row + static_cast<uint64_t>(channel);
-      auto compress = [&](const uint32_t (&scaled)[kRows][kChannels / 2]) {
-        compress_along_positions<Rule, M, kRows, kChannels, kIsScaled>(x, scaled, first_group, groups_per_row, t - row,
-                                                                       wgrad_parameters, values, metadata);
-      };
+      const int64_t left = t - row;
       if constexpr (kIsScaled) {
-        uint32_t scaled[kRows][kChannels / 2];
         ScopeFactors<Element, kChannels> factors(problem.wgrad_scale, channel, c, is_single);
-        scale_rows(x, wgrad_walk, factors, scaled);
-        compress(scaled);
+        // What is kept needs half the products. Other packings look at the zeros among them.
+        if (Rule::kPacking == Packing::kPair && walk.stays(kRows)) {
+          compress_along_positions<Rule, M, kRows, kChannels, false>(x, x, first_group, groups_per_row, left,
+                                                                     wgrad_parameters, values, metadata);
+          factors.load(walk.offset);
+#pragma unroll
+          for (int v = 0; v < kRows / 2; ++v) factors.scale(values[v], values[v]);
+        } else {
+          uint32_t scaled[kRows][kChannels / 2];
+          scale_rows(x, walk, factors, scaled);
+          compress_along_positions<Rule, M, kRows, kChannels, true>(x, scaled, first_group, groups_per_row, left,
+                                                                    wgrad_parameters, values, metadata);
+        }
       } else {
-        compress(x);
+        compress_along_positions<Rule, M, kRows, kChannels, false>(x, x, first_group, groups_per_row, left,
+                                                                   wgrad_parameters, values, metadata);
       }
 #pragma unroll
       for (int v = 0; v < kRows / 2; ++v) {
@@ -336,8 +349,7 @@ __global__ void __launch_bounds__(kBlockThreads, M == 4 ? (kIsScaled || Rule::kD
           if constexpr (kIsScaled) {
             uint32_t scaled[8][8];
             ScopeFactors<Element, 16> factors(problem.dgrad_scale, first_channel, c, is_single);
-            SampleWalk walk(first_row, t, c, problem.positions_per_sample);
-            scale_rows(wide, walk, factors, scaled);
+            scale_rows(wide, SampleWalk(first_row, t, c, problem.positions_per_sample), factors, scaled);
             emit_dgrad<Rule, M, 8, 16, true>(problem, wide, scaled, first_row, first_channel, dgrad_parameters);
           } else {
             emit_dgrad<Rule, M, 8, 16, false>(problem, wide, wide, first_row, first_channel, dgrad_parameters);
@@ -347,13 +359,14 @@ __global__ void __launch_bounds__(kBlockThreads, M == 4 ? (kIsScaled || Rule::kD
         if constexpr (kIsScaled) {
           uint32_t scaled[kRows][kChannels / 2];
           ScopeFactors<Element, kChannels> factors(problem.dgrad_scale, channel, c, is_single);
-          scale_rows(x, dgrad_walk, factors, scaled);
+          scale_rows(x, walk, factors, scaled);
           emit_dgrad<Rule, M, kRows, kChannels, true>(problem, x, scaled, row, channel, dgrad_parameters);
         } else {
           emit_dgrad<Rule, M, kRows, kChannels, false>(problem, x, x, row, channel, dgrad_parameters);
         }
       }
     }
+    walk.advance(kRows);
   }
 
   if (problem.dgrad_values != nullptr) pad_dgrad(problem, cover, place, padded_c);

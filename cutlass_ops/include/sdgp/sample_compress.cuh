@@ -75,6 +75,7 @@ __global__ void __launch_bounds__(kBlockThreads, Rule::kBlocksPerMultiprocessor)
   const int64_t c = problem.c, t = problem.t, channel = place.channel, position = place.position;
   const bool vector_loads = can_load_vectors(problem.dy, c, problem.row_stride);
   const auto* source = static_cast<const uint16_t*>(problem.dy) + position * problem.row_stride + channel;
+  const auto channels_left = static_cast<int>(min(c - channel, int64_t{kTileChannels}));
   int rows_left = channel < c ? static_cast<int>(min(t - position, int64_t{kTilePositions})) : 0;
   // The next four rows, to stage `stage`; each call for the rows after the last one's.
   auto fetch = [&](int stage) {
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(kBlockThreads, Rule::kBlocksPerMultiprocessor)
     } else {
 #pragma unroll
       for (int r = 0; r < kRows; ++r, source += problem.row_stride) {
-        stages[stage][r][threadIdx.x] = r < rows_left ? load_channels(source, 0, c - channel, false) : uint4{};
+        stages[stage][r][threadIdx.x] = r < rows_left ? load_channels(source, channels_left) : uint4{};
       }
     }
     rows_left -= kRows;
@@ -104,7 +105,6 @@ __global__ void __launch_bounds__(kBlockThreads, Rule::kBlocksPerMultiprocessor)
   const TilePhilox dgrad_random(streams[0], keys, dgrad_group), wgrad_random(streams[1], keys, wgrad_group);
   const bool dgrad_close = dgrad_group >> 32 == (dgrad_group + kTilePositions * quads_per_row) >> 32;
   const bool wgrad_close = wgrad_group >> 32 == (wgrad_group + kSteps * static_cast<uint64_t>(c) + kTileChannels) >> 32;
-  const auto channels_left = static_cast<int>(min(c - channel, int64_t{kTileChannels}));
   const bool has_dgrad = problem.dgrad_values != nullptr && channel < (c + 7) / 8 * 8;
   const bool has_wgrad = problem.wgrad_values != nullptr && channel < c;
   DgradRows<kTileChannels> dgrad_rows(problem, position, channel);

@@ -19,6 +19,7 @@ namespace sdgp {
 // |x| in the top of a double are |x| times a power of two, denormal or not. inf and NaN come out as finite values.
 template <typename Element>
 struct Magnified {
+  static constexpr bool kIsOrdered = true;  // for values below 2^121 (element.cuh)
   static constexpr bool kIsHalf = ElementTraits<Element>::kInfinity == 0x7c00;
   static constexpr int kShift = kIsHalf ? 10 : 13;
   static constexpr double kUnit = kIsHalf ? 0x1p1008 : 0x1p896;  // 2^(1023 - exponent bias of Element)
@@ -28,13 +29,15 @@ struct Magnified {
     return __hiloint2double(static_cast<int>((pair & 0x7fffu) << kShift), 0);
   }
   static __device__ __forceinline__ double high(uint32_t pair) {
-    return __hiloint2double(static_cast<int>((pair & 0x7fff0000u) >> (16 - kShift)), 0);
+    const WideProduct shifted = multiply_wide(pair & 0x7fff0000u, 1u << (16 + kShift));  // with the zeros below it
+    return __hiloint2double(static_cast<int>(shifted.high), static_cast<int>(shifted.low));
   }
 };
 
 // The same for any value, in the same units.
 template <typename Element>
 struct Converted {
+  static constexpr bool kIsOrdered = false;
   static __device__ __forceinline__ double of(uint32_t bits) {
     return static_cast<double>(fabsf(ElementTraits<Element>::to_float(bits))) / Magnified<Element>::kUnit;
   }
@@ -42,9 +45,10 @@ struct Converted {
   static __device__ __forceinline__ double high(uint32_t pair) { return of(pair >> 16); }
 };
 
-// A thread's sums for its 8 channels: of all, of what is kept along channels, of what is kept along positions.
+// A thread's sums for its 8 channels: of what is kept along channels and along positions, and of the rest along
+// positions with 2:4, where that takes no more additions than there are values, of all with other patterns.
 struct ThreadSums {
-  double all[kTileChannels], dgrad[kTileChannels], wgrad[kTileChannels];
+  double dgrad[kTileChannels], wgrad[kTileChannels], rest[kTileChannels];
 };
 
 // Groups of 16 channels are shared by lanes 2i and 2i + 1, so that both have sums for all 16: in shared memory, for
@@ -77,18 +81,18 @@ __device__ __forceinline__ void add_along_channels(const uint32_t (&x)[kRows][kC
   }
 }
 
-// Adds the rows [first, end) of x, and what magnitude pruning along positions keeps of them.
+// Adds what magnitude pruning along positions keeps of the rows [first, end) of x, and the rest, as in ThreadSums.
 template <typename Element, int N, int M, typename Values>
 __device__ __forceinline__ void add_along_positions(const uint32_t (&x)[M][kTileChannels / 2], int first, int end,
-                                                    double (&all)[kTileChannels], double (&kept)[kTileChannels]) {
+                                                    ThreadSums& sums) {
 #pragma unroll
   for (int p = 0; p < kTileChannels / 2; ++p) {
     uint32_t group[M], keep[M];
 #pragma unroll
     for (int i = 0; i < M; ++i) group[i] = x[i][p];
     Magnitude<Element, N, M>::keep(group, keep);
-    auto add = [&](double (&sums)[kTileChannels], uint32_t pair) {
-      sums[2 * p] += Values::low(pair), sums[2 * p + 1] += Values::high(pair);
+    auto add = [&](double (&to)[kTileChannels], uint32_t pair) {
+      to[2 * p] += Values::low(pair), to[2 * p + 1] += Values::high(pair);
     };
     if (first > 0 || end < M) {
 #pragma unroll
@@ -97,18 +101,54 @@ __device__ __forceinline__ void add_along_positions(const uint32_t (&x)[M][kTile
       }
     }
 #pragma unroll
-    for (int i = 0; i < M; ++i) add(all, group[i]);
-    if constexpr (N == 2 && M == 4) {  // two additions instead of four
-      const PackedQuads quads = pack_kept(group, keep);
-      add(kept, quads.low), add(kept, quads.high);
-    } else if constexpr (N == 1) {  // one addition instead of M
+    for (int i = 0; i < M; ++i) add(sums.rest, N == 2 && M == 4 ? group[i] & ~keep[i] : group[i]);
+    if constexpr (N == 1) {  // one addition instead of M
       uint32_t largest = 0;
 #pragma unroll
       for (int i = 0; i < M; ++i) largest |= group[i] & keep[i];
-      add(kept, largest);
+      add(sums.wgrad, largest);
     } else {
 #pragma unroll
-      for (int i = 0; i < M; ++i) add(kept, group[i] & keep[i]);
+      for (int i = 0; i < M; ++i) add(sums.wgrad, group[i] & keep[i]);
+    }
+  }
+}
+
+// Parts four magnitudes, ordered, by size. A sum does not mind which of two equal ones is kept.
+__device__ __forceinline__ void part_two_largest(const uint32_t (&x)[4], uint32_t (&largest)[2],
+                                                 uint32_t (&others)[2]) {
+  const uint32_t high01 = larger(x[0], x[1]), low01 = smaller(x[0], x[1]);
+  const uint32_t high23 = larger(x[2], x[3]), low23 = smaller(x[2], x[3]);
+  const uint32_t high = smaller(high01, high23), low = larger(low01, low23);
+  largest[0] = larger(high01, high23), largest[1] = larger(high, low);
+  others[0] = smaller(high, low), others[1] = smaller(low01, low23);
+}
+
+// Both of the above for 2:4 and four whole rows of ordered values, which is nearly always.
+template <typename Values>
+__device__ __forceinline__ void add_whole_quads(const uint32_t (&x)[4][kTileChannels / 2], ThreadSums& sums) {
+  auto add = [](double (&to)[kTileChannels], int channel, int other, uint32_t pair) {
+    to[channel] += Values::low(pair), to[other] += Values::high(pair);
+  };
+#pragma unroll
+  for (int p = 0; p < kTileChannels / 2; ++p) {
+    uint32_t largest[2], others[2];
+    part_two_largest({x[0][p], x[1][p], x[2][p], x[3][p]}, largest, others);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      add(sums.wgrad, 2 * p, 2 * p + 1, largest[i]), add(sums.rest, 2 * p, 2 * p + 1, others[i]);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 4; r += 2) {
+#pragma unroll
+    for (int p = 0; p < kTileChannels / 2; p += 2) {
+      const uint32_t quads[4] = {zip_low(x[r][p], x[r + 1][p]), zip_high(x[r][p], x[r + 1][p]),
+                                 zip_low(x[r][p + 1], x[r + 1][p + 1]), zip_high(x[r][p + 1], x[r + 1][p + 1])};
+      uint32_t keep[4];
+      keep_two_of_four(quads, magnitude_at_least, keep);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) add(sums.dgrad, 2 * p + i, 2 * p + i, quads[i] & keep[i]);
     }
   }
 }
@@ -123,22 +163,19 @@ __device__ __forceinline__ void share_sums(const WideSums& wide, bool odd, doubl
 }
 
 // The sums of a thread over every rows_per_block-th group of M rows of [begin, end), the first from `row` on.
-// not_finite: a top bit is set where a NaN or inf was met. wide: for M = 16, else null.
+// unordered: a top bit is set where something met is not below 2^121. wide: for M = 16, else null.
 template <typename Element, int N, int M, typename Values>
 __device__ __forceinline__ void sum_part(const SdgpScopeScales& problem, int64_t begin, int64_t end, int64_t row,
                                          int rows_per_block, int64_t channel, bool odd, WideSums* wide,
-                                         uint32_t& not_finite, ThreadSums& sums) {
+                                         uint32_t& unordered, ThreadSums& sums) {
   constexpr bool kPrefetches = M < 16;  // as far as registers go
-  constexpr uint32_t kToTopBit = (0x8000 - ElementTraits<Element>::kInfinity) * 0x10001;
-  const bool vector = can_load_vectors(problem.dy, problem.c, problem.row_stride);
-  const auto* dy = static_cast<const uint16_t*>(problem.dy);
   sums = {};
   if constexpr (M == 16) {
     for (auto& row : *wide) row[threadIdx.x] = 0.0;
   }
   uint4 next[M];
   auto load = [&](int64_t from) {
-    load_rows(dy, problem.t, problem.c, problem.row_stride, vector, from, channel, next);
+    Rows(problem.dy, problem.t, problem.c, problem.row_stride, from, channel).load(next);
   };
   if constexpr (kPrefetches) load(row);
   const int step = rows_per_block * M;
@@ -155,11 +192,17 @@ __device__ __forceinline__ void sum_part(const SdgpScopeScales& problem, int64_t
 #pragma unroll
     for (int r = 0; r < M; ++r) {
 #pragma unroll
-      for (int p = 0; p < kTileChannels / 2; ++p) not_finite |= (x[r][p] & 0x7fff7fffu) + kToTopBit;
+      for (int p = 0; p < kTileChannels / 2; ++p) x[r][p] &= 0x7fff7fffu, unordered |= not_ordered(x[r][p]);
     }
     const auto first = static_cast<int>(max(begin - row, int64_t{0}));
     const auto last = static_cast<int>(max(min(end - row, int64_t{M}), int64_t{0}));
-    add_along_positions<Element, N, M, Values>(x, first, last, sums.all, sums.wgrad);
+    if constexpr (N == 2 && M == 4 && Values::kIsOrdered) {
+      if (first == 0 && last == M) {
+        add_whole_quads<Values>(x, sums);
+        continue;
+      }
+    }
+    add_along_positions<Element, N, M, Values>(x, first, last, sums);
     if constexpr (M == 16) {
       const int half = odd ? 8 : 0;
       uint32_t wide_x[8][8];
@@ -176,7 +219,7 @@ __device__ __forceinline__ void sum_part(const SdgpScopeScales& problem, int64_t
 }
 
 template <typename Element, int N, int M>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, M == 4 ? 4 : 2)
     scope_sums_kernel(const __grid_constant__ SdgpScopeScales problem, const __grid_constant__ ScopeCover cover) {
   // One column more than threads, so that the channels of a thread are in different banks.
   __shared__ double block_sums[kSums][kTileChannels][kBlockThreads + 1];
@@ -191,22 +234,22 @@ __global__ void __launch_bounds__(kBlockThreads)
   const int64_t row = begin / M * M + block_row * M;
   const bool odd = lane % 2 != 0;
 
-  uint32_t not_finite = 0;
+  uint32_t unordered = 0;
   WideSums* wide = nullptr;
   if constexpr (M == 16) {
     __shared__ WideSums block_wide;
     wide = &block_wide;
   }
   ThreadSums sums;
-  sum_part<Element, N, M, Magnified<Element>>(problem, begin, end, row, block_rows, channel, odd, wide, not_finite,
+  sum_part<Element, N, M, Magnified<Element>>(problem, begin, end, row, block_rows, channel, odd, wide, unordered,
                                               sums);
-  if (__any_sync(0xffffffffu, (not_finite & 0x80008000u) != 0)) {
-    sum_part<Element, N, M, Converted<Element>>(problem, begin, end, row, block_rows, channel, odd, wide, not_finite,
+  if (__any_sync(0xffffffffu, (unordered & 0x80008000u) != 0)) {
+    sum_part<Element, N, M, Converted<Element>>(problem, begin, end, row, block_rows, channel, odd, wide, unordered,
                                                 sums);
   }
 #pragma unroll
   for (int e = 0; e < kTileChannels; ++e) {
-    block_sums[kSumAll][e][threadIdx.x] = sums.all[e];
+    block_sums[kSumAll][e][threadIdx.x] = N == 2 && M == 4 ? sums.wgrad[e] + sums.rest[e] : sums.rest[e];
     block_sums[kSumDgrad][e][threadIdx.x] = sums.dgrad[e];
     block_sums[kSumWgrad][e][threadIdx.x] = sums.wgrad[e];
   }

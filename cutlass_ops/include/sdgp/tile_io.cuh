@@ -1,19 +1,20 @@
 // How the prune+compress kernels read dY and write the operands, for the tile of one thread: 16 positions x 8 channels.
 #pragma once
 
+#include <climits>
+
 #include "sdgp/metadata.cuh"
 #include "sdgp/prune_compress_api.h"
 #include "sdgp/prune_compress_cover.h"
 
 namespace sdgp {
 
-// The 8 channels from `channel` on of one position; channels that do not exist are +0.
-__device__ __forceinline__ uint4 load_channels(const uint16_t* row, int64_t channel, int64_t channels, bool vector) {
-  if (vector) return channel < channels ? __ldg(reinterpret_cast<const uint4*>(row + channel)) : uint4{};
+// 8 channels of one position, of which `count` exist; the others are +0.
+__device__ __forceinline__ uint4 load_channels(const uint16_t* source, int count) {
   uint32_t pairs[4] = {};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    if (channel + i < channels) pairs[i / 2] |= static_cast<uint32_t>(row[channel + i]) << (16 * (i & 1));
+    if (i < count) pairs[i / 2] |= static_cast<uint32_t>(source[i]) << (16 * (i & 1));
   }
   return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
@@ -49,19 +50,44 @@ struct Place {
   }
 };
 
-// Rows `row` .. row + kRows - 1, 8 channels each; what does not exist is +0.
-template <int kRows>
-__device__ __forceinline__ void load_rows(const uint16_t* dy, int64_t t, int64_t c, int64_t row_stride, bool vector,
-                                          int64_t row, int64_t channel, uint4 (&rows)[kRows]) {
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    rows[r] = row + r < t ? load_channels(dy + (row + r) * row_stride, channel, c, vector) : uint4{};
-  }
-}
-
 __device__ __forceinline__ bool can_load_vectors(const void* dy, int64_t c, int64_t row_stride) {
   return (reinterpret_cast<uintptr_t>(dy) % 16 | row_stride % 8 | c % 8) == 0;
 }
+
+// Rows of dY, 8 channels each, from (row, channel) on; what does not exist is +0.
+class Rows {
+ public:
+  __device__ __forceinline__ Rows(const void* dy, int64_t t, int64_t c, int64_t row_stride, int64_t row,
+                                  int64_t channel)
+      : next_(static_cast<const uint16_t*>(dy) + row * row_stride + channel),
+        row_stride_(row_stride),
+        rows_left_(channel < c ? static_cast<int>(min(t - row, int64_t{INT_MAX})) : 0),
+        channels_left_(static_cast<int>(min(c - channel, int64_t{kTileChannels}))),
+        vector_(can_load_vectors(dy, c, row_stride)) {}
+
+  // The next kRows.
+  template <int kRows>
+  __device__ __forceinline__ void load(uint4 (&rows)[kRows]) {
+    if (vector_) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r, next_ += row_stride_) {
+        rows[r] = r < rows_left_ ? __ldg(reinterpret_cast<const uint4*>(next_)) : uint4{};
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r, next_ += row_stride_) {
+        rows[r] = r < rows_left_ ? load_channels(next_, channels_left_) : uint4{};
+      }
+    }
+    rows_left_ -= kRows;
+  }
+
+ private:
+  const uint16_t* next_;
+  int64_t row_stride_;
+  int rows_left_, channels_left_;
+  bool vector_;
+};
 
 // Where the dgrad operand's rows of kChannels (8 or 16) go, from one position to the next.
 template <int kChannels>
