@@ -5,9 +5,10 @@
     python -m bench.static_evidence --arch 90a --arch 80 --markdown bench/results/static_evidence.md
 
 Per kernel: registers, spills, shared memory, the occupancy they allow, and the size of its main loop: of a sparse
-product the innermost loop with sparse tensor-core instructions (how many, and their share), else the loop with
-the longest way through it. "fewest" counts the instructions on the shortest way through that loop, which is what an
-iteration takes that meets no rare case; the columns after it say on which pipe they run.
+product the innermost loop with sparse tensor-core instructions (how many, and their share), else the loop with the
+longest way through it, or an earlier one with at least half of that (rare ways are laid out last). "fewest" counts the
+instructions on the shortest way through that loop past all its loads and stores of 8 or 16 bytes, which is what an
+iteration takes that meets no rare case (an inner loop counts once); the columns after it say on which pipe they run.
 
 Needs nvcc and nvdisasm (wheel nvidia-cuda-nvdisasm where the toolkit has none).
 """
@@ -21,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -109,6 +110,7 @@ PIPES = {
     "control": r"BRA|BRX|BSSY|BSYNC|CALL|RET|EXIT|WARPSYNC|YIELD|NOP|BAR|DEPBAR|BREAK|NANOSLEEP|ELECT|WARPGROUP",
     "ALU": r"",
 }
+WIDE_ACCESS = re.compile(r"(LDG|STG|LDGSTS)\b.*\.(64|128)\b")
 SPARSE_PRODUCT = re.compile(r"(HMMA|HGMMA)\.SP")
 
 
@@ -243,34 +245,45 @@ def main_loop(instructions: Sequence[Instruction]) -> Loop | None:
     sparse = [loop for loop in loops if any(SPARSE_PRODUCT.match(i.text) for i in loop.instructions)]
     if sparse:
         return min(sparse, key=lambda loop: len(loop.instructions))
-    return max(loops, key=lambda loop: len(loop.fewest), default=None)
+    longest = max((len(loop.fewest) for loop in loops), default=0)
+    return next((loop for loop in loops if 2 * len(loop.fewest) >= longest), None)
 
 
 def shortest_way(loop: Sequence[Instruction]) -> list[Instruction]:
-    """The instructions on the shortest way from the first of a loop to its last; empty where there is none."""
+    """The instructions on the shortest way from the first of a loop to its last, past all wide loads and stores that
+    lie on one way; empty where there is none.
+    """
     place = {instruction.address: i for i, instruction in enumerate(loop)}
-    ways: list[tuple[int, int | None]] = [(len(loop) + 1, None)] * len(loop)  # how many so far, coming from where
-    ways[0] = (1, None)
-    changed = True
-    while changed:  # a forward sweep, repeated for inner loops
-        changed = False
-        for i, instruction in enumerate(loop[:-1]):
-            following = []
-            if instruction.target is not None and instruction.target in place:
-                following.append(place[instruction.target])
-            stops = re.match(r"(BRA|BRX|EXIT|RET)\b", instruction.text) is not None
-            if not stops or instruction.predicated:
-                following.append(i + 1)
-            for j in following:
-                if ways[i][0] + 1 < ways[j][0]:
-                    ways[j], changed = (ways[i][0] + 1, i), True
-    if ways[-1][0] > len(loop):
-        return []
-    way: list[Instruction] = []
-    at: int | None = len(loop) - 1
-    while at is not None:
-        way.append(loop[at])
-        at = ways[at][1]
+    following = []
+    for i, instruction in enumerate(loop):
+        stops = re.match(r"(BRA|BRX|EXIT|RET)\b", instruction.text) is not None and not instruction.predicated
+        after = [] if stops or i + 1 == len(loop) else [i + 1]
+        if instruction.target in place and i + 1 < len(loop):
+            after.append(place[instruction.target])
+        following.append(after)
+    way = [0]
+    for i in [i for i, instruction in enumerate(loop) if WIDE_ACCESS.match(instruction.text)] + [len(loop) - 1]:
+        if i <= way[-1]:
+            continue
+        part = _breadth_first(following, way[-1], i)
+        if part and (i + 1 == len(loop) or _breadth_first(following, i, len(loop) - 1)):
+            way += part
+    return [loop[i] for i in way] if way[-1] + 1 == len(loop) else []
+
+
+def _breadth_first(following: Sequence[Sequence[int]], start: int, end: int) -> list[int]:
+    """The shortest way from `start`, which is left out, to `end`; empty where there is none."""
+    origin, queue = {start: start}, deque([start])
+    while queue and end not in origin:
+        i = queue.popleft()
+        for j in following[i]:
+            if j not in origin:
+                origin[j] = i
+                queue.append(j)
+    way: list[int] = []
+    while end in origin and end != start:
+        way.append(end)
+        end = origin[end]
     return way[::-1]
 
 

@@ -64,6 +64,24 @@ def test_loops_and_pipes() -> None:
     assert static_evidence.pipe_of("LOP3.LUT") == "ALU"
 
 
+def test_the_way_through_a_loop_takes_its_wide_accesses_with_it() -> None:
+    """Two branches: over a store of 8 bytes, which counts, and over one of 4, which does not."""
+    lines = [
+        "LDG.E.128 R4, [R2.64]", "@P0 BRA `(.L_x_2)", "IADD3 R4, R4, R5, R6", "STG.E.64 [R2.64], R4", "L2",
+        "@P1 BRA `(.L_x_3)", "STG.E [R2.64], R4", "L3", "@P2 BRA `(.L_x_1)", "L4", "FADD R1, R1, R1",
+        "@P3 BRA `(.L_x_4)", "EXIT",
+    ]  # fmt: skip
+    listing = '\t.section\t.text.kernel,"ax"\n.L_x_1:\n'
+    for i, line in enumerate(lines):
+        listing += (
+            f".L_x_{line[1:]}:\n" if line[0] == "L" and len(line) == 2 else f"        /*{16 * i:04x}*/  {line} ;\n"
+        )
+    loop = static_evidence.main_loop(static_evidence.parse_listing(listing)["kernel"])
+    assert loop is not None
+    assert len(loop.instructions) == 7
+    assert [i.text.split(".")[0] for i in loop.fewest] == ["LDG", "BRA", "IADD3", "STG", "BRA", "BRA"]
+
+
 @pytest.mark.parametrize(
     ("registers", "shared", "threads", "blocks"),
     [(32, 0, 256, 8), (126, 12288, 128, 4), (168, 0, 384, 1), (32, 100 << 10, 128, 2), (16, 0, 32, 32)],
