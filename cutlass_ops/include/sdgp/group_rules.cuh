@@ -94,7 +94,7 @@ enum class Packing {
 
 template <typename Element, int N, int M>
 struct Magnitude {
-  static constexpr bool kIsRandom = false, kDrawsEachElement = false;
+  static constexpr bool kIsRandom = false;
   static constexpr Packing kPacking = N == 2 && M == 4 ? Packing::kPair : Packing::kFromPruned;
 
   static __device__ __forceinline__ PackedQuads pack(const uint32_t (&x)[4], const RuleParameters&) {
@@ -128,7 +128,7 @@ struct Magnitude {
 
 template <typename Element, int N, int M>
 struct RescaleMagnitude {
-  static constexpr bool kIsRandom = false, kDrawsEachElement = false;
+  static constexpr bool kIsRandom = false;
   static constexpr Packing kPacking = N == 2 && M == 4 ? Packing::kPair : Packing::kFromPruned;
 
   static __device__ __forceinline__ PackedQuads pack(const uint32_t (&x)[4], const RuleParameters& parameters) {
@@ -206,7 +206,7 @@ struct RescaleMagnitude {
 
 template <typename Element, int N, int M>
 struct Random {
-  static constexpr bool kIsRandom = true, kDrawsEachElement = true;
+  static constexpr bool kIsRandom = true;
   static constexpr Packing kPacking = Packing::kFromPruned;
 
   static __device__ __forceinline__ void prune(uint32_t (&x)[M], const GroupPair& groups,
@@ -246,7 +246,7 @@ struct Random {
 
 template <typename Element, int N, int M>
 struct Mvue {
-  static constexpr bool kIsRandom = true, kDrawsEachElement = false;
+  static constexpr bool kIsRandom = true;
   static constexpr Packing kPacking = Packing::kFromPruned;
   static constexpr int kUnit = 1 << 24;  // probabilities and uniforms are integers in units of 2^-24
 

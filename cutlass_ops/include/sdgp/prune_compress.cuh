@@ -266,7 +266,7 @@ __device__ __forceinline__ void widen(const uint32_t (&x)[16][4], bool odd, uint
 
 // Blocks on a multiprocessor: as many as the registers allow without spilling any.
 template <typename Element, typename Rule, int M, bool kIsScaled>
-__global__ void __launch_bounds__(kBlockThreads, M == 4 ? (kIsScaled || Rule::kDrawsEachElement ? 3 : 4) : 1)
+__global__ void __launch_bounds__(kBlockThreads, M == 4 ? (kIsScaled || Rule::kIsRandom ? 3 : 4) : 1)
     prune_compress_kernel(const __grid_constant__ SdgpPruneCompress problem, const __grid_constant__ Cover cover) {
   constexpr int kRows = M, kChannels = kTileChannels;  // in registers at a time
   __shared__ float bias_sums[kBlockThreads][kChannels];
