@@ -86,7 +86,9 @@ __device__ __forceinline__ float rescale_factor(float total, float kept, float e
 }
 
 // How a rule is called. Every rule has prune(x, groups, parameters): sets the dropped elements of a pair of groups to
-// +0 and scales the kept. For 2:4 some have a shorter way to the packed form.
+// +0 and scales the kept. For 2:4 some have a shorter way to the packed form. kIsLong: a loop takes the groups of a
+// tile one pair after the other, since code for all of them at once, 12000 instructions, is more than an H100's caches
+// hold (mvue 2:8 took 10.4 times as long as a clone of dY, bench/results/kernels-NVIDIA_H100_80GB_HBM3.json).
 enum class Packing {
   kFromPruned,  // prune, then pack what is not zero
   kPair,        // pack(x, parameters): a pair of quads
@@ -94,7 +96,7 @@ enum class Packing {
 
 template <typename Element, int N, int M>
 struct Magnitude {
-  static constexpr bool kIsRandom = false;
+  static constexpr bool kIsRandom = false, kIsLong = false;
   static constexpr Packing kPacking = N == 2 && M == 4 ? Packing::kPair : Packing::kFromPruned;
 
   static __device__ __forceinline__ PackedQuads pack(const uint32_t (&x)[4], const RuleParameters&) {
@@ -128,7 +130,7 @@ struct Magnitude {
 
 template <typename Element, int N, int M>
 struct RescaleMagnitude {
-  static constexpr bool kIsRandom = false;
+  static constexpr bool kIsRandom = false, kIsLong = false;
   static constexpr Packing kPacking = N == 2 && M == 4 ? Packing::kPair : Packing::kFromPruned;
 
   static __device__ __forceinline__ PackedQuads pack(const uint32_t (&x)[4], const RuleParameters& parameters) {
@@ -206,7 +208,7 @@ struct RescaleMagnitude {
 
 template <typename Element, int N, int M>
 struct Random {
-  static constexpr bool kIsRandom = true;
+  static constexpr bool kIsRandom = true, kIsLong = M > 4;
   static constexpr Packing kPacking = Packing::kFromPruned;
 
   static __device__ __forceinline__ void prune(uint32_t (&x)[M], const GroupPair& groups,
@@ -214,12 +216,9 @@ struct Random {
     uint32_t keys[2][M];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      Stream stream = parameters.stream;
-      // Round keys that groups of 16 had in common would not fit into registers.
-      if constexpr (M == 16) stream.key0 = RoundKeys::opaque(stream.key0), stream.key1 = RoundKeys::opaque(stream.key1);
 #pragma unroll
       for (int block = 0; block < M / 4; ++block) {
-        const uint4 words = philox(stream, groups.index[half], block);
+        const uint4 words = philox(parameters.stream, groups.index[half], block);
         keys[half][4 * block] = words.x, keys[half][4 * block + 1] = words.y;
         keys[half][4 * block + 2] = words.z, keys[half][4 * block + 3] = words.w;
       }
@@ -246,7 +245,7 @@ struct Random {
 
 template <typename Element, int N, int M>
 struct Mvue {
-  static constexpr bool kIsRandom = true;
+  static constexpr bool kIsRandom = true, kIsLong = M > 4;
   static constexpr Packing kPacking = Packing::kFromPruned;
   static constexpr int kUnit = 1 << 24;  // probabilities and uniforms are integers in units of 2^-24
 

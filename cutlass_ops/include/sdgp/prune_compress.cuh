@@ -136,6 +136,22 @@ __device__ __forceinline__ void prune_and_pack(uint32_t (&x)[M], uint32_t (&scal
 // (low half) and 2p + 1 (high half) of position r; kRows and kChannels are multiples of M. kIsScaled: x decides what is
 // kept, the values come from `scaled`; otherwise that is x, too.
 
+// A queue in registers drops its first item and takes another one at its end: a loop that need not be unrolled goes
+// through items and results in this way, since registers have no index. In an unrolled loop it costs nothing.
+template <int kItems, int kSize>
+__device__ __forceinline__ void push(uint32_t (&queue)[kItems][kSize], const uint32_t (&last)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) queue[i][e] = i + 1 < kItems ? queue[i + 1][e] : last[e];
+  }
+}
+template <int kItems>
+__device__ __forceinline__ void push(uint32_t (&queue)[kItems], uint32_t last) {
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) queue[i] = i + 1 < kItems ? queue[i + 1] : last;
+}
+
 // Groups along channels. values[r][j]: the two kept of quad j of position r; metadata[r]: 4 bits per quad.
 // first_group: index of the group that starts at x[0][0]; a position has groups_per_row groups.
 template <typename Rule, int M, int kRows, int kChannels, bool kIsScaled>
@@ -145,18 +161,21 @@ __device__ __forceinline__ void compress_along_channels(const uint32_t (&x)[kRow
                                                         int channels_left, const RuleParameters& parameters,
                                                         uint32_t (&values)[kRows][kChannels / 4],
                                                         uint32_t (&metadata)[kRows]) {
+  uint32_t rows[kRows][kChannels / 2], scaled_rows[kRows][kChannels / 2];
 #pragma unroll
+  for (int r = 0; r < kRows; ++r) push(rows, x[r]), push(scaled_rows, scaled[r]);
+#pragma unroll(Rule::kIsLong ? 1 : kRows / 2)
   for (int r = 0; r < kRows; r += 2) {
-    uint32_t nibbles = 0;
+    uint32_t nibbles = 0, kept[2][kChannels / 4];
 #pragma unroll
     for (int g = 0; g < kChannels / M; ++g) {
       uint32_t group[M], scaled_group[M];  // low half: position r, high half: position r + 1
 #pragma unroll
       for (int i = 0; i < M; i += 2) {
         const int p = (g * M + i) / 2;
-        group[i] = zip_low(x[r][p], x[r + 1][p]), group[i + 1] = zip_high(x[r][p], x[r + 1][p]);
-        scaled_group[i] = zip_low(scaled[r][p], scaled[r + 1][p]);
-        scaled_group[i + 1] = zip_high(scaled[r][p], scaled[r + 1][p]);
+        group[i] = zip_low(rows[0][p], rows[1][p]), group[i + 1] = zip_high(rows[0][p], rows[1][p]);
+        scaled_group[i] = zip_low(scaled_rows[0][p], scaled_rows[1][p]);
+        scaled_group[i + 1] = zip_high(scaled_rows[0][p], scaled_rows[1][p]);
       }
       const uint64_t index = first_group + static_cast<uint64_t>(r) * groups_per_row + g;
       const int length = channels_left - g * M;
@@ -166,13 +185,16 @@ __device__ __forceinline__ void compress_along_channels(const uint32_t (&x)[kRow
 #pragma unroll
       for (int quad = 0; quad < M / 4; ++quad) {
         const int j = g * (M / 4) + quad;
-        values[r][j] = zip_low(packed[quad].low, packed[quad].high);
-        values[r + 1][j] = zip_high(packed[quad].low, packed[quad].high);
+        kept[0][j] = zip_low(packed[quad].low, packed[quad].high);
+        kept[1][j] = zip_high(packed[quad].low, packed[quad].high);
         nibbles |= packed[quad].nibbles << (4 * j);
       }
     }
-    metadata[r] = nibbles & 0xffffu;
-    metadata[r + 1] = nibbles >> 16;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      push(values, kept[half]), push(metadata, nibbles >> 16 * half & 0xffffu);
+      push(rows, rows[0]), push(scaled_rows, scaled_rows[0]);
+    }
   }
 }
 
@@ -185,14 +207,21 @@ __device__ __forceinline__ void compress_along_positions(const uint32_t (&x)[kRo
                                                          int64_t positions_left, const RuleParameters& parameters,
                                                          uint32_t (&values)[kRows / 2][kChannels / 2],
                                                          uint32_t (&metadata)[kChannels / 2]) {
+  constexpr int kPairs = kChannels / 2;
+  uint32_t columns[kPairs][kRows], scaled_columns[kPairs][kRows], kept_columns[kPairs][kRows / 2];
 #pragma unroll
-  for (int p = 0; p < kChannels / 2; ++p) {
-    metadata[p] = 0;
+  for (int p = 0; p < kPairs; ++p) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) columns[p][r] = x[r][p], scaled_columns[p][r] = scaled[r][p];
+  }
+#pragma unroll(Rule::kIsLong ? 1 : kPairs)
+  for (int p = 0; p < kPairs; ++p) {
+    uint32_t word = 0, kept[kRows / 2];
 #pragma unroll
     for (int g = 0; g < kRows / M; ++g) {
       uint32_t group[M], scaled_group[M];
 #pragma unroll
-      for (int i = 0; i < M; ++i) group[i] = x[g * M + i][p], scaled_group[i] = scaled[g * M + i][p];
+      for (int i = 0; i < M; ++i) group[i] = columns[0][g * M + i], scaled_group[i] = scaled_columns[0][g * M + i];
       const uint64_t index = first_group + static_cast<uint64_t>(g) * groups_per_row + 2 * p;
       const int length = static_cast<int>(positions_left < kRows ? positions_left : kRows) - g * M;
       PackedQuads packed[M / 4];
@@ -201,11 +230,18 @@ __device__ __forceinline__ void compress_along_positions(const uint32_t (&x)[kRo
 #pragma unroll
       for (int quad = 0; quad < M / 4; ++quad) {
         const int j = g * (M / 4) + quad;
-        values[2 * j][p] = packed[quad].low;
-        values[2 * j + 1][p] = packed[quad].high;
-        metadata[p] |= packed[quad].nibbles << (4 * j);
+        kept[2 * j] = packed[quad].low;
+        kept[2 * j + 1] = packed[quad].high;
+        word |= packed[quad].nibbles << (4 * j);
       }
     }
+    push(kept_columns, kept), push(metadata, word);
+    push(columns, columns[0]), push(scaled_columns, scaled_columns[0]);
+  }
+#pragma unroll
+  for (int p = 0; p < kPairs; ++p) {
+#pragma unroll
+    for (int v = 0; v < kRows / 2; ++v) values[v][p] = kept_columns[p][v];
   }
 }
 
