@@ -178,8 +178,13 @@ class _Linear(torch.autograd.Function):
         plan, decision, to = ctx.call
         if to is not None and needs_dx and weight.dtype != to:
             weight = weight.to(to)
-        is_plain = type(dy) is Tensor and not torch.is_grad_enabled() and not dy.is_meta
-        if decision is not None and is_plain and not _is_dynamo_compiling():
+        if (
+            decision is not None
+            and type(dy) is Tensor
+            and not torch.is_grad_enabled()
+            and not dy.is_meta  # which Dynamo of torch 2.6 cannot ask for, but it comes without a decision
+            and not _is_dynamo_compiling()
+        ):
             try:
                 return *ops.run(dy, x, weight, needs_db, decision), None
             except RuntimeError:
@@ -225,8 +230,13 @@ class _Conv2d(torch.autograd.Function):
         plan, decision, to, window, channels_last = ctx.call
         if to is not None and needs_dx and weight.dtype != to:
             weight = weight.to(to)
-        is_plain = type(dy) is Tensor and not torch.is_grad_enabled() and not dy.is_meta
-        if decision is not None and is_plain and not _is_dynamo_compiling():
+        if (
+            decision is not None
+            and type(dy) is Tensor
+            and not torch.is_grad_enabled()
+            and not dy.is_meta  # which Dynamo of torch 2.6 cannot ask for, but it comes without a decision
+            and not _is_dynamo_compiling()
+        ):
             try:
                 return *ops.run(dy, x, weight, needs_db, decision), None
             except RuntimeError:
