@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 import cutlass_ops
+from cutlass_ops import build_kernels
 from sdgp_accel.backends.gpu import device_facts, runs_on
+from tests.kernels import products
 from tests.kernels.products import (
     ConvCase,
     Engine,
@@ -103,6 +106,23 @@ def test_gemm_of_random_shapes(engine: Engine) -> None:
 
 def test_split_gemm_repeats_its_bits(engine: Engine) -> None:
     check_repeats(engine, GemmCase("sm80_wgrad_bf16_64x128", 72, 72, 700, splits=4, float_out=True))
+
+
+@pytest.mark.skipif(ON_GPU, reason="for the simulator; on a GPU every test runs with all instances in one library")
+def test_split_gemm_beside_an_instance_for_another_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linked first, as in the extension, and without code that runs here."""
+    if reason := toolchain.missing():
+        pytest.skip(reason)
+    toolkit = build_kernels.find_toolkit()
+    assert toolkit is not None
+    case = GemmCase("sm80_wgrad_bf16_64x128", 72, 72, 700, splits=4)
+    objects = [
+        build_kernels.compile_instance(toolkit, build_kernels.INSTANCES / f"{name}.cu", (arch,))
+        for name, arch in (("sm90_wgrad_bf16_128x256", "compute_90a"), (case.instance, "compute_80"))
+    ]
+    build_kernels.link(toolkit, objects, tmp_path / "both.so")
+    monkeypatch.setattr(products, "simulated_library", lambda *_: tmp_path / "both.so")
+    check_gemm(SimulatorEngine("80"), case)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

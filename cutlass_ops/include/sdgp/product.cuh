@@ -67,6 +67,11 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int lane) {
   }
 }
 
+// Each object launches the kernel of its own: of a name with external linkage the linker would take one for all
+// objects, which may be that of an instance compiled for Hopper alone, and then no other GPU could add up its partial
+// results.
+namespace {
+
 // out[i] (+)= sum over splits of partials[split][i], added in the order of the splits: the same bits on every run.
 // kVector: 4, or 1 where that does not divide `count` or `out` is not aligned for it.
 template <typename Out, int kVector>
@@ -112,6 +117,7 @@ int reduce_partials(const void* workspace, void* out, int64_t count, int splits,
   return cudaGetLastError();
 }
 
+}  // namespace
 }  // namespace sdgp
 
 // What a launch takes that the compiler does not report, for bench/static_evidence.py to find in the PTX: bytes of
