@@ -268,15 +268,17 @@ class GpuEngine:
 
 @functools.cache
 def simulated_library(name: str, arch: str) -> Path:
-    """A shared library with the PTX of one instance, linked to the shared CUDA runtime."""
+    """A shared library with the PTX of one instance and of what sums up its parts, with the shared CUDA runtime."""
     toolkit = build_kernels.find_toolkit()
     assert toolkit is not None
-    source = build_kernels.INSTANCES / f"{name}.cu"
-    compiled = build_kernels.compile_instance(toolkit, source, (f"compute_{arch}",))
-    library = compiled.with_suffix(".so")
+    objects = [
+        build_kernels.compile_instance(toolkit, build_kernels.INSTANCES / f"{source}.cu", (f"compute_{arch}",))
+        for source in (name, "partial_sums")
+    ]
+    library = objects[0].with_suffix(f".{objects[1].stem}.so")
     if not library.exists():
         partial = library.with_suffix(".so.partial")
-        subprocess.run(["g++", "-shared", "-o", partial, compiled, toolkit.runtime], check=True)
+        subprocess.run(["g++", "-shared", "-o", partial, *objects, toolkit.runtime], check=True)
         partial.replace(library)
     return library
 

@@ -252,7 +252,7 @@ def test_sum_of_large_partial_products(simulators: dict[str, Simulator], instanc
             parts = memory.open(partials[:, where], torch.randn(splits, where.stop - where.start))
             expected.append((memory.open(out[where]), parts[0] + parts[1] + parts[2]))
     nothing = memory.put(torch.zeros(8))
-    with memory.only_blocks(only(((block, 0, 0) for block in ends(grid)), "reduce_partials")):
+    with memory.only_blocks(only(((block, 0, 0) for block in ends(grid)), "sum_partials")):
         simulator.gemm(
             instance, m=m, n=n, k=300, padded_k=384, splits=splits, group_n=1, cluster_size=1, out_is_float=True,
             values=nothing, metadata=nothing, b=nothing, out=out, workspace=partials,

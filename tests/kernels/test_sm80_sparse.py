@@ -118,8 +118,10 @@ def test_split_gemm_beside_an_instance_for_another_gpu(tmp_path: Path, monkeypat
     case = GemmCase("sm80_wgrad_bf16_64x128", 72, 72, 700, splits=4)
     objects = [
         build_kernels.compile_instance(toolkit, build_kernels.INSTANCES / f"{name}.cu", (arch,))
-        for name, arch in (("sm90_wgrad_bf16_128x256", "compute_90a"), (case.instance, "compute_80"))
-    ]
+        for name, arch in (
+            ("sm90_wgrad_bf16_128x256", "compute_90a"), (case.instance, "compute_80"), ("partial_sums", "compute_80"),
+        )
+    ]  # fmt: skip
     build_kernels.link(toolkit, objects, tmp_path / "both.so")
     monkeypatch.setattr(products, "simulated_library", lambda *_: tmp_path / "both.so")
     check_gemm(SimulatorEngine("80"), case)

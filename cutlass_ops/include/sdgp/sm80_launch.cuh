@@ -2,7 +2,9 @@
 #pragma once
 
 #include <numeric>
+#include <type_traits>
 
+#include "sdgp/partial_sums_api.h"
 #include "sdgp/sm80_sparse_gemm.cuh"
 #include "sdgp/sparse_conv_api.h"
 #include "sdgp/sparse_gemm_api.h"
@@ -42,9 +44,16 @@ int launch(const typename Config::Gather& gather, const Arguments& arguments, in
   sparse_gemm_kernel<Config><<<grid, Config::kThreads, Config::kSharedBytes, stream>>>(gather, problem);
   const cudaError_t launched = cudaGetLastError();
   if (launched != cudaSuccess || !split) return launched;
-  const auto reduce = is_float ? reduce_partials<float> : reduce_partials<typename Config::Element>;
-  return reduce(arguments.workspace, arguments.out, rows * row_length, arguments.splits, accumulate, arguments.sm_count,
-                stream);
+  const SdgpPartialSums sums{static_cast<const float*>(arguments.workspace),
+                             arguments.out,
+                             rows * row_length,
+                             arguments.splits,
+                             is_float,
+                             std::is_same_v<typename Config::Element, __nv_bfloat16>,
+                             accumulate,
+                             arguments.sm_count,
+                             stream};
+  return sdgp_sum_partials(&sums);
 }
 
 // A part of the k range for every split, and one for every block of the grid's z axis.

@@ -4,7 +4,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
+#include "sdgp/partial_sums_api.h"
 #include "sdgp/sm90_sparse_gemm.cuh"
 #include "sdgp/sm90_tensor_map.h"
 #include "sdgp/sparse_gemm_api.h"
@@ -134,9 +136,16 @@ int launch(const TensorMaps& maps, const typename Config::Gather& gather, const 
   launch.numAttrs = 1;
   const cudaError_t launched = cudaLaunchKernelEx(&launch, sparse_gemm_kernel<Config>, maps, gather, problem);
   if (launched != cudaSuccess || !split) return launched;
-  const auto reduce = target.is_float ? reduce_partials<float> : reduce_partials<typename Config::Element>;
-  return reduce(target.workspace, target.out, rows * row_length, target.splits, target.accumulate, target.sm_count,
-                target.stream);
+  const SdgpPartialSums sums{static_cast<const float*>(target.workspace),
+                             target.out,
+                             rows * row_length,
+                             target.splits,
+                             target.is_float,
+                             std::is_same_v<typename Config::Element, __nv_bfloat16>,
+                             target.accumulate,
+                             target.sm_count,
+                             target.stream};
+  return sdgp_sum_partials(&sums);
 }
 
 template <typename Config>
