@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
+import subprocess
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ import torch
 import cutlass_ops
 from cutlass_ops import build_kernels
 from sdgp_accel.backends.gpu import device_facts, runs_on
-from tests.kernels import products
 from tests.kernels.products import (
     ConvCase,
     Engine,
@@ -108,23 +108,27 @@ def test_split_gemm_repeats_its_bits(engine: Engine) -> None:
     check_repeats(engine, GemmCase("sm80_wgrad_bf16_64x128", 72, 72, 700, splits=4, float_out=True))
 
 
-@pytest.mark.skipif(ON_GPU, reason="for the simulator; on a GPU every test runs with all instances in one library")
-def test_split_gemm_beside_an_instance_for_another_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linked first, as in the extension, and without code that runs here."""
+@pytest.mark.skipif(ON_GPU, reason="reads the objects that the simulator's libraries are made of")
+def test_nothing_is_shared_with_instances_for_hopper_alone() -> None:
+    """Of a function that several objects define the linker keeps any: one that launches a kernel must not come from an
+    object without code for other GPUs.
+    """
     if reason := toolchain.missing():
         pytest.skip(reason)
-    toolkit = build_kernels.find_toolkit()
-    assert toolkit is not None
-    case = GemmCase("sm80_wgrad_bf16_64x128", 72, 72, 700, splits=4)
-    objects = [
-        build_kernels.compile_instance(toolkit, build_kernels.INSTANCES / f"{name}.cu", (arch,))
-        for name, arch in (
-            ("sm90_wgrad_bf16_128x256", "compute_90a"), (case.instance, "compute_80"), ("partial_sums", "compute_80"),
-        )
-    ]  # fmt: skip
-    build_kernels.link(toolkit, objects, tmp_path / "both.so")
-    monkeypatch.setattr(products, "simulated_library", lambda *_: tmp_path / "both.so")
-    check_gemm(SimulatorEngine("80"), case)
+
+    def shared_names(sources: Sequence[str], arch: str) -> set[str]:
+        toolkit, names = build_kernels.find_toolkit(), set()
+        assert toolkit is not None
+        for source in sources:
+            path = build_kernels.compile_instance(toolkit, build_kernels.INSTANCES / f"{source}.cu", (arch,))
+            listing = subprocess.run(["nm", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+            names |= {name for _, kind, name in map(str.split, listing.splitlines()) if kind in "uvwVW"}
+        return {name for name in names if "sdgp" in name}
+
+    hopper = shared_names(["sm90_wgrad_bf16_128x256", "sm90_conv_wgrad_bf16_256x128"], "compute_90a")
+    others = ("sm80_wgrad_bf16_64x128", "sm80_conv_wgrad_bf16_64x128", "mvue_2_4", "partial_sums")
+    assert hopper
+    assert not hopper & shared_names(others, "compute_80")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
