@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from sdgp_accel.layer_plan import LayerKind, plan_string, prunes
 
 _DEFAULT = SDGPConfig()
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # True where compiled autograd traces a backward
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # not before torch 2.7
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str | SDGPConfig = _DEFAULT) -> Tensor:
@@ -41,7 +42,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
     is_sharded, compiling = type(weight) is not nn.Parameter and _is_sharded(weight), torch.compiler.is_compiling()
     # Of other dims: torch's own error, or what it makes of a weight that is one row without its dimension.
     is_dense = is_sharded or not torch.is_grad_enabled() or input.dim() == 0 or len(weight_shape) != 2
-    if is_dense or (not compiling and _is_foreign(input)):
+    if is_dense or _is_foreign(input, compiling):
         check_floating(input.dtype)
         return F.linear(input, weight, bias)
     if not isinstance(plan, str):
@@ -86,7 +87,9 @@ def conv2d(
     """
     _check_tensor(input, weight)
     check_floating(input.dtype)
-    if not torch.is_grad_enabled() or input.dim() not in (3, 4) or weight.dim() != 4:  # other dims: torch's own error
+    is_dense = not torch.is_grad_enabled() or input.dim() not in (3, 4) or weight.dim() != 4  # dims: torch's own error
+    # Where names are to be resolved: torch.jit.trace has no ints for that, and compares the line of both its calls.
+    if is_dense or (isinstance(padding, str) and _is_foreign(input, torch.compiler.is_compiling())):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     if isinstance(padding, str):
@@ -102,7 +105,7 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window,
     _check_tensor(input, weight)
     input_shape, weight_shape = input.shape, weight.shape
     is_sharded, compiling = type(weight) is not nn.Parameter and _is_sharded(weight), torch.compiler.is_compiling()
-    is_dense = is_sharded or not torch.is_grad_enabled() or (not compiling and _is_foreign(input))
+    is_dense = is_sharded or not torch.is_grad_enabled() or _is_foreign(input, compiling)
     if is_dense or len(input_shape) != 4 or len(weight_shape) != 4:
         if not is_dense and len(input_shape) == 3:
             return convolve(input.unsqueeze(0), weight, bias, window, plan).squeeze(0)
@@ -342,8 +345,12 @@ def _is_sharded(weight: Tensor) -> bool:
     return True
 
 
-def _is_foreign(input: Tensor) -> bool:
-    """True where only torch's own functions can go: an eager autograd function has no part there."""
+def _is_foreign(input: Tensor, compiling: bool) -> bool:
+    """True where only torch's own functions can go: an eager autograd function has no part there, nor one that is
+    compiled in what torch.export records, where it may lose its backward (``strict=True``).
+    """
+    if compiling:
+        return _is_exporting()
     if torch._C._functorch.peek_interpreter_stack() is not None:
         warn_once("layers under torch.func's transforms (vmap, grad, jvp, ..) run the ordinary dense backward")
     elif forward_ad._current_level >= 0:

@@ -163,6 +163,26 @@ def test_jit_trace_records_the_dense_layers(warns: Any) -> None:
     assert sum("torch.jit.trace records the ordinary dense layers" in text for text in warns()) == 1
 
 
+@pytest.mark.parametrize("record", ["export", "strict export", "trace"])
+def test_what_is_recorded_is_the_dense_model(record: str) -> None:
+    """Its operators, so that it can be trained too, and convolutions that pad by name."""
+    if record != "trace" and not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip(f"torch {torch.__version__} does not say that it exports")
+    operators = []
+    x = torch.randn(2, 4, 4, 4)
+    for model in twins(nn.Sequential(nn.Conv2d(4, 8, 3, padding="same"), nn.Flatten(2), nn.Linear(16, 8))):
+        if record == "trace":
+            recorded = torch.jit.trace(model, x)
+            operators.append([node.kind() for node in recorded.inlined_graph.nodes() if node.kind() != "prim::GetAttr"])
+        else:
+            exported = torch.export.export(model, (x,), strict=record == "strict export")
+            recorded = exported.module()
+            operators.append([node.target for node in exported.graph.nodes])
+        recorded(x).sum().backward()
+        assert all(parameter.grad is not None for parameter in recorded.parameters())
+    assert operators[0] == operators[1]
+
+
 def test_func_transforms_run_the_dense_layers(warns: Any) -> None:
     ours, dense = twins(small())
     x = torch.randn(3, 2, 4, 4, 4)
