@@ -157,6 +157,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
         if isinstance(module, (nn.Linear, nn.Conv2d))
     }
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    assigned = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     hooks = [(found, dict(found)) for parameter, _ in gradients if (found := parameter._post_accumulate_grad_hooks)]
     for registered, _ in hooks:
@@ -178,8 +179,11 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
         for registered, kept in hooks:
             registered.update(kept)
-        with torch.no_grad():
-            for buffer, value in buffers:
+        for names, kept in assigned:
+            names.update(kept)
+        for buffer, value in buffers:
+            # What cannot be written to (expanded, made in inference mode) has not changed.
+            with torch.no_grad(), contextlib.suppress(RuntimeError):
                 buffer.copy_(value)
 
 

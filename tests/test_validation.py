@@ -202,6 +202,30 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not net[3]._forward_hooks
 
 
+class Buffers(nn.Module):
+    """Assigns one buffer anew, and has two that cannot be written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("expanded", torch.ones(1).expand(8))
+        with torch.inference_mode():
+            self.register_buffer("constant", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + x.mean(0)
+        return self.layer(x - self.expanded - self.constant)
+
+
+def test_buffers_are_left_as_they_were_however_they_are_kept() -> None:
+    net = Buffers()
+    before = dict(net.named_buffers())
+    assert sdgp.validate(net, torch.randn(4, 8)).ok
+    assert all(buffer is before[name] for name, buffer in net.named_buffers())
+    assert torch.equal(net.mean, torch.zeros(8))
+
+
 class Scaled(sdgp.SDGPLinear):
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
