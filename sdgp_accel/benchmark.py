@@ -84,7 +84,7 @@ def benchmark(
     ways = (compile, not compile) if peers else (compile,)
     contenders = [make(compiled=compiled, sdgp=pruning) for compiled in ways for pruning in (None, sdgp)]
     clock = clock_for(device)
-    with _cudnn_benchmark():
+    with _cudnn_benchmark(), torch.enable_grad():
         left_out = {}
         for contender in tuple(contenders):
             try:

@@ -396,6 +396,11 @@ def test_what_cannot_be_trained_is_refused() -> None:
         benchmark(_small_model().requires_grad_(False), _small_batch())
 
 
+@torch.no_grad()
+def test_it_trains_where_gradients_are_off(fake_clock: FakeClock) -> None:
+    assert benchmark(_small_model(), _small_batch(), steps=1, warmup=0).contenders[1].loss > 0
+
+
 def test_models_without_a_device_are_refused() -> None:
     with pytest.raises(ValueError, match="found no parameters"):
         benchmark(nn.ReLU(), torch.randn(2))
