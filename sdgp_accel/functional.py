@@ -346,11 +346,11 @@ def _is_sharded(weight: Tensor) -> bool:
 
 
 def _is_foreign(input: Tensor, compiling: bool) -> bool:
-    """True where only torch's own functions can go: an eager autograd function has no part there, nor one that is
-    compiled in what torch.export records, where it may lose its backward (``strict=True``).
+    """True where only torch's own functions can go: an autograd function has no part there, or would lose its backward
+    (``torch.export.export(strict=True)``).
     """
     if compiling:
-        return _is_exporting()
+        return _is_exporting() or torch._C._are_functorch_transforms_active()
     if torch._C._functorch.peek_interpreter_stack() is not None:
         warn_once("layers under torch.func's transforms (vmap, grad, jvp, ..) run the ordinary dense backward")
     elif forward_ad._current_level >= 0:

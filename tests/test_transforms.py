@@ -200,6 +200,28 @@ def test_func_transforms_run_the_dense_layers(warns: Any) -> None:
     assert sum("torch.func's transforms" in text for text in warns()) == 1
 
 
+def test_compiled_func_transforms_run_the_dense_layers() -> None:
+    x = torch.randn(2, 4, 4, 4)
+
+    def results(model: nn.Module) -> tuple[Tensor, ...]:
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+        def forward(x: Tensor) -> Any:  # of a function, torch.compile can tell the name
+            return model(x)
+
+        @torch.compile(backend="aot_eager", fullgraph=True)
+        def transformed(parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            gradients = torch.func.grad(loss)(parameters)
+            return torch.func.vmap(forward)(x[None]), torch.func.jvp(forward, (x,), (x,))[1], *gradients.values()
+
+        torch.compiler.reset()
+        return transformed({name: parameter.detach() for name, parameter in model.named_parameters()})
+
+    for ours, dense in zip(*map(results, twins(small())), strict=True):
+        torch.testing.assert_close(ours, dense)
+
+
 def test_forward_mode_runs_the_dense_layers(warns: Any) -> None:
     ours, dense = twins(small())
     x, direction = torch.randn(2, 2, 4, 4, 4)
