@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -70,41 +71,43 @@ def config_options(command: Command) -> Command:
     """The fields of `SDGPConfig` as options, passed on as one argument ``config``."""
 
     @functools.wraps(command)
+    def with_backend(config: SDGPConfig, backend: BackendName, fallback: Fallback, **others: Any) -> Any:
+        return command(config=replace(config, backend=backend, fallback=fallback), **others)
+
+    backends, fallbacks = (click.Choice(get_args(names)) for names in (BackendName, Fallback))
+    decorated: Command = with_backend
+    for decorate in (
+        click.option("--fallback", type=fallbacks, default="dense", help="What runs layers that the kernels cannot."),
+        click.option("--backend", type=backends, default="auto", help="What runs the backward."),
+        pruning_options,
+    ):
+        decorated = decorate(decorated)
+    return decorated
+
+
+def pruning_options(command: Command) -> Command:
+    """Those of them that say what is pruned and not by what, alike as ``config``."""
+
+    @functools.wraps(command)
     def with_config(
-        prune: str,
-        pattern: str,
-        grad_input: PassMode,
-        grad_weight: PassMode,
-        scope: Any,
-        backend: BackendName,
-        fallback: Fallback,
-        **others: Any,
+        prune: str, pattern: str, grad_input: PassMode, grad_weight: PassMode, scope: Any, **others: Any
     ) -> Any:
         try:
             n, m = (int(part) for part in pattern.split(":"))
         except ValueError:
             raise click.BadParameter(f"must look like 2:4; got {pattern!r}", param_hint="--pattern") from None
         try:
-            config = SDGPConfig(
-                prune=prune,
-                n=n,
-                m=m,
-                grad_input=grad_input,
-                grad_weight=grad_weight,
-                scope=scope,
-                backend=backend,
-                fallback=fallback,
-            )
+            config = SDGPConfig(prune=prune, n=n, m=m, grad_input=grad_input, grad_weight=grad_weight, scope=scope)
         except (ValueError, TypeError) as error:
             raise click.UsageError(str(error)) from error
         return command(config=config, **others)
 
+    scopes, modes = click.Choice(SCOPES), click.Choice(get_args(PassMode))
     decorated: Command = with_config
-    backends, fallbacks, modes = (click.Choice(get_args(names)) for names in (BackendName, Fallback, PassMode))
     for decorate in (
-        click.option("--fallback", type=fallbacks, default="dense", help="Of layers that the kernels cannot take."),
-        click.option("--backend", type=backends, default="auto", help="What runs the backward."),
-        click.option("--scope", type=click.Choice(SCOPES), help="Of rescale_magnitude's sums."),
+        click.option(
+            "--scope", type=scopes, help="Of rescale_magnitude's sums.  [default: group; of Conv2d sample_channel]"
+        ),
         click.option("--grad-weight", type=modes, default="sparse", help="Pass of the weights' gradients."),
         click.option("--grad-input", type=modes, default="sparse", help="Pass of the inputs' gradients."),
         click.option("--pattern", default="2:4", metavar="N:M", help="Keep at most N of every M values."),

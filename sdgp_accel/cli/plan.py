@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from sdgp_accel import models
-from sdgp_accel.cli.options import OutputFile, config_options, model_options
+from sdgp_accel.cli.options import OutputFile, model_options, pruning_options
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.plan import plan
 from sdgp_accel.roofline import GPUS
@@ -24,7 +24,7 @@ from sdgp_accel.roofline import GPUS
 @click.option("--compute-efficiency", type=float, help="Share of --tflops that kernels reach.")
 @click.option("--memory-efficiency", type=float, help="Share of --bandwidth that kernels reach.")
 @click.option("--sparse-speedup", type=float, help="2:4 GEMM over dense GEMM, compute-bound.")
-@config_options
+@pruning_options
 @click.option("--json", "json_path", type=OutputFile(), help="Write every layer here.")
 def command(
     model: str,
@@ -40,7 +40,7 @@ def command(
     config: SDGPConfig,
     json_path: Path | None,
 ) -> None:
-    """Predict what SDGP saves per layer of MODEL, two-pass and fused. Needs no GPU and computes nothing.
+    """Predict what SDGP saves per layer of MODEL. From shapes alone: needs no GPU and runs nothing.
 
     MODEL is resnet9 (the default), digits, gpt, conv_lm, ..., or the name of a torchvision or timm classifier.
     """

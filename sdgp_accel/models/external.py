@@ -43,7 +43,9 @@ def library_of(name: str) -> tuple[str, str]:
     known = [model for library in wanted for model in _names(library, _require(library))]
     close = difflib.get_close_matches(model, known, n=1)
     hint = f": did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"model {name!r} is neither one of this package's own nor known to {' or '.join(wanted)}{hint}")
+    raise ValueError(
+        f"model {name!r} is neither one of this package's own nor a classifier of {' or '.join(wanted)}{hint}"
+    )
 
 
 def build(name: str, num_classes: int | None, image_size: int | None, **options: Any) -> nn.Module:

@@ -39,6 +39,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (("plan", "digits", "--seq-len", "8"), 1, "seq_len must be None: digits is an image classifier; got 8"),
         (("plan", "resnet5"), 1, "model 'resnet5' is neither"),
         (("plan", "timm/resnet5"), 1, "did you mean 'resnet50'?"),
+        (("plan", "deeplabv3_resnet50"), 1, "nor a classifier of torchvision or timm"),  # but of torchvision's
+        (("plan", "digits", "--backend", "cutlass"), 2, "No such option"),  # it would change nothing
         (("plan", "digits", "--batch", "0"), 2, "0 is not in the range x>=1"),
         (("plan", "digits", "--json", "file/plan.json"), 2, "Folder 'file' cannot be made"),
         (("plan", "digits", "--json", "."), 2, "File '.' is a directory"),
