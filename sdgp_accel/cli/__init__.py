@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import sys
 import warnings
 from typing import Any
 
@@ -37,11 +39,15 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Expected errors that say why are one line and exit code 1, not a traceback; warnings are one line."""
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # no result is lost to a terminal that has no "×"
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort):  # both are RuntimeErrors
+            raise
+        except BrokenPipeError:  # click ends quietly where the reader, `head` say, has had enough
             raise
         except EXPECTED_ERRORS as error:
             if not str(error):

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import click
 import torch
-from rich.console import Console
 from torch import nn
 
 from sdgp_accel import models
 from sdgp_accel.benchmark import OptimizerFn, benchmark
-from sdgp_accel.cli.options import OutputFile, config_options, model_options
+from sdgp_accel.cli.options import OutputFile, config_options, model_options, output
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.roofline import GPUS
 
@@ -94,7 +93,7 @@ def command(
             if path is not None:
                 save(path)
     finally:  # what was measured is shown, whatever becomes of the files
-        Console().print(report)
+        output().print(report)
     for path in filter(None, (json_path, html_path)):
         click.echo(f"wrote {path}")
 

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING
 import click
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 import cutlass_ops
 import sdgp_accel
 from cutlass_ops import build_kernels
 from sdgp_accel.backends import FIRST_SPARSE_CAPABILITY, build_command, gpu
-from sdgp_accel.cli.options import size_options
+from sdgp_accel.cli.options import output, size_options
 
 if TYPE_CHECKING:
     from sdgp_accel.placement import Placement
@@ -164,7 +163,7 @@ def command(
             if finding.fix:
                 click.echo(f"{'':<{width}}  fix: {finding.fix}")
         if model is not None:
-            Console().print(_table(layers, f"{model}, batch {batch}, on {where}"))
+            output().print(_table(layers, f"{model}, batch {batch}, on {where}"))
     if sparse_capabilities() and any(finding.fix for finding in find_extension()):
         raise SystemExit(1)
 

@@ -1,4 +1,4 @@
-"""Options that several subcommands share: which model, and which `SDGPConfig`."""
+"""What several subcommands share: options that say which model and which `SDGPConfig`, and the console."""
 
 from __future__ import annotations
 
@@ -10,10 +10,21 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+from rich.console import Console
 
 from sdgp_accel.config import FUNCTIONS, SCOPES, BackendName, Fallback, PassMode, SDGPConfig
 
 Command = Callable[..., Any]
+
+
+WIDTH = 80  # columns that the tables need
+
+
+def output() -> Console:
+    """The console of standard output. A narrower terminal wraps the lines of a table, which would lose its labels."""
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    return console
 
 
 class OutputFile(click.Path):

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 import torch
-from rich.console import Console
 
 from sdgp_accel import models
-from sdgp_accel.cli.options import OutputFile, model_options, pruning_options
+from sdgp_accel.cli.options import OutputFile, model_options, output, pruning_options
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.plan import plan
 from sdgp_accel.roofline import GPUS
@@ -58,6 +57,6 @@ def command(
         memory_efficiency=memory_efficiency,
         sparse_speedup=sparse_speedup,
     )
-    Console().print(report)
+    output().print(report)
     if json_path is not None:
         json_path.write_text(report.to_json() + "\n")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sdgp_accel.cli.options import output
 from sdgp_accel.config import FUNCTIONS, SDGPConfig
 from sdgp_accel.training import Recipe, load_recipe, recipe_names, train
 from sdgp_accel.training.checkpoint import saved_recipe
@@ -48,7 +48,7 @@ def command(
     torchrun --nproc-per-node 4 -m sdgp_accel train RECIPE ... With --resume, RECIPE defaults to the checkpoint's.
     """
     if list_recipes:
-        Console().print(recipe_table())
+        output().print(recipe_table())
         return
     if resume and output_dir is None:
         raise click.UsageError("--resume needs --output-dir, the folder that holds the checkpoint")

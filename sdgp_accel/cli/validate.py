@@ -7,10 +7,9 @@ from pathlib import Path
 
 import click
 import torch
-from rich.console import Console
 
 from sdgp_accel import models
-from sdgp_accel.cli.options import OutputFile, config_options, model_options
+from sdgp_accel.cli.options import OutputFile, config_options, model_options, output
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.validation import validate
 
@@ -60,7 +59,7 @@ def command(
     inputs, targets = models.example_batch(model, batch, image_size=image_size, seq_len=seq_len, device=device)
     example = (inputs.to(dtype) if inputs.is_floating_point() else inputs, targets)
     report = validate(net, example, config, patterns or None, autocast=autocast, draws=draws, seed=seed)
-    console = Console()
+    console = output()
     console.print(report)
     if json_path is not None:
         json_path.write_text(json.dumps(report.to_dict(), indent=1) + "\n")

@@ -4,6 +4,7 @@ work, where that is possible.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import click
@@ -84,6 +85,27 @@ def test_a_mistake_of_the_program_keeps_its_traceback(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("sdgp_accel.cli.doctor.command", click.Command("doctor", callback=fails))
     assert isinstance(CliRunner().invoke(main, ["doctor"]).exception, AssertionError)
+
+
+def test_a_reader_that_has_had_enough_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("sdgp_accel.cli.doctor.command", click.Command("doctor", callback=fails))
+    result = CliRunner().invoke(main, ["doctor"])
+    assert isinstance(result.exception, SystemExit)
+    assert result.output == ""
+
+
+def test_a_terminal_without_the_characters_shows_the_rest() -> None:
+    result = CliRunner(charset="ascii").invoke(main, ["plan", "digits"])
+    assert result.exit_code == 0, result.output
+    assert "4096?288?64" in result.output
+
+
+def test_a_narrow_terminal_loses_no_labels() -> None:
+    result = CliRunner().invoke(main, ["plan", "digits"], env={"COLUMNS": "60"})
+    assert "features.3.0" in result.output
 
 
 @pytest.mark.parametrize("command", COMMANDS)
