@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -90,11 +91,11 @@ class ValidationReport:
         return tuple(check for check in self.checks if not check.ok)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types only, for JSON."""
+        """Plain types only, for JSON, which has no NaN and no inf: None stands for them."""
         return {
             "schema": SCHEMA,
             "ok": self.ok,
-            "checks": [{**asdict(check), "ok": check.ok} for check in self.checks],
+            "checks": [{**_finite(asdict(check)), "ok": check.ok} for check in self.checks],
             "swap": self.swap.to_dict(),
         }
 
@@ -140,3 +141,10 @@ class ValidationReport:
 
     def __str__(self) -> str:
         return as_text(self.table())
+
+
+def _finite(value: Any) -> Any:
+    """`value`, with None for what is NaN or inf in it."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -168,6 +168,7 @@ def test_non_finite_gradients_fail_and_non_finite_losses_are_refused() -> None:
         net, torch.randn(2, 4), loss_fn=lambda y, _: (y * 0).sqrt().sum()
     )  # d sqrt(0) = inf, * 0 = NaN
     assert not report.ok
+    json.dumps(report.to_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(nn.Conv2d(3, 4, 1))])
