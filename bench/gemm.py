@@ -1,7 +1,7 @@
 """The sparse products of Linear layers and 1x1 convolutions against their peers: one dgrad or wgrad, no compression.
 
-    python bench/gemm.py                    # every layer in the list, to bench/results/gemm-<GPU>.json
-    python bench/gemm.py --only gpt2 --search
+    python -m bench.gemm                    # every layer in the list, to bench/results/gemm-<GPU>.json
+    python -m bench.gemm --only gpt2 --search
 
 Ours and the peers run in turns in one process on the same random bf16 operands, the gradient 2:4 sparse; medians over
 buffers that together exceed the L2 cache. TFLOP/s count the dense product. The peers:

@@ -1,6 +1,6 @@
 """The prune+compress kernel on its own: time and bandwidth against copying the tensor and against PyTorch's kernel.
 
-    python bench/kernels.py            # to bench/results/kernels-<GPU>.json
+    python -m bench.kernels            # to bench/results/kernels-<GPU>.json
 
 Each case and its peers run in turns in one process, as CUDA graphs over buffers that together exceed the L2
 cache. The peers are `clone()` of the same tensor (what memory allows) and ``torch._sparse_semi_structured_tile`` (2:4

@@ -1,7 +1,7 @@
 """What the sparse kernels make of one layer's backward: prune + compress, dgrad and wgrad, against cuBLAS and cuDNN.
 
-    python bench/layers.py                            # every layer in the list, to bench/results/layers-<GPU>.json
-    python bench/layers.py --only vit_large --prune rescale_magnitude
+    python -m bench.layers                            # every layer in the list, to bench/results/layers-<GPU>.json
+    python -m bench.layers --only vit_large --prune rescale_magnitude
 
 For each layer, dense and sparse parts are timed in turns in one process on random bf16 operands (channels_last, cuDNN
 in benchmark mode); medians. "Backward" is the sum of what one backward runs: compression included. Beside it stands

@@ -1,6 +1,6 @@
 """Host time of one SDGP layer over its dense twin: Python, dispatch and bookkeeping, without any arithmetic.
 
-    python bench/overhead.py [--json FILE]
+    python -m bench.overhead [--json FILE]
 
 Steps of tiny layers on a CPU, forward and then backward, in one thread; both directions are timed in the same steps, so
 that neither has the caches to itself. Two backends, each against what it replaces:

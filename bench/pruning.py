@@ -1,11 +1,11 @@
 """What pruning costs on this machine, as a multiple of `clone()` of the same tensor.
 
-    python bench/pruning.py                     the paper's patterns on a 64 x 256 x 28 x 28 gradient
-    python bench/pruning.py --quick             only 2:4
+    python -m bench.pruning                     the paper's patterns on a 64 x 256 x 28 x 28 gradient
+    python -m bench.pruning --quick             only 2:4
 
 Each prune call is timed right next to a clone, in one process, and the median of the ratios of such pairs is
 reported: on a shared machine both sides of a pair meet the same weather. Results go to bench/results/. On a busy
-machine let nothing else run meanwhile: ``chrt --rr 1 python bench/pruning.py`` (Linux, as root); the file says so.
+machine let nothing else run meanwhile: ``chrt --rr 1 python -m bench.pruning`` (Linux, as root); the file says so.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Step times of the models people ask about, one JSON and one page each.
 
-    python bench/step_time.py --out bench/results            # the whole list, most telling first
-    python bench/step_time.py --only resnet9
+    python -m bench.step_time --out bench/results            # the whole list, most telling first
+    python -m bench.step_time --only resnet9
 
 Every case runs `sdgp bench` in a process of its own, so that one that fails leaves the others standing. On a CPU the
 list is short and small, and its results say that they are emulations. `bench.suite` runs them in a time box.

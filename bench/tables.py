@@ -399,9 +399,9 @@ PRUNE = Section(
 
 
 SPEED = {
-    "One layer's backward, prune + compress and both products included (`python bench/layers.py`)": LAYERS,
-    "Sparse products alone, bf16 with float32 sums (`python bench/gemm.py`)": GEMM,
-    "Prune + compress alone, both operands in one pass (`python bench/kernels.py`)": PRUNE,
+    "One layer's backward, prune + compress and both products included (`python -m bench.layers`)": LAYERS,
+    "Sparse products alone, bf16 with float32 sums (`python -m bench.gemm`)": GEMM,
+    "Prune + compress alone, both operands in one pass (`python -m bench.kernels`)": PRUNE,
 }
 
 
