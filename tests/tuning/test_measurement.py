@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdgp_accel import SDGPConfig
-from sdgp_accel.backends import Tilings
+from sdgp_accel.backends import Tilings, dense
 from sdgp_accel.backends.reference import ReferenceBackend
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
@@ -84,6 +84,21 @@ def test_every_part_is_timed_and_no_generator_moves(
         assert {name for name, value in times._asdict().items() if value is not None} == expected
         assert all(value > 0.0 for value in times if value is not None)
     assert measured.tilings == Tilings(None, None)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_operands_lie_in_memory_as_the_layers_own(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions of another layout take other kernels, or copies."""
+    geometry = CONV._replace(channels_last=channels_last)
+    seen: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(dense, "dgrad", lambda dy, weight, geometry: seen.update(dy=dy, weight=weight))
+    monkeypatch.setattr(dense, "wgrad", lambda dy, x, geometry: seen.update(x=x))
+    backend = Tiled(Timeline(monkeypatch), {}, {})
+    measure(backend, decode(plan_string("conv2d", SDGPConfig())), geometry, torch.float32, CPU)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    shapes = {"dy": (2, 16, 3, 3), "weight": geometry.weight_shape, "x": geometry.input_shape}
+    assert {name: tuple(tensor.shape) for name, tensor in seen.items()} == shapes
+    assert all(tensor.is_contiguous(memory_format=memory_format) for tensor in seen.values())
 
 
 def test_the_fastest_of_the_promising_tilings_is_what_gets_timed(monkeypatch: pytest.MonkeyPatch) -> None:
