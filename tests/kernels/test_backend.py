@@ -124,6 +124,12 @@ def test_columns_count_with_the_padding_of_the_channels():
     assert str(64 * 6000**2) in sparse_products.too_large(geometry)
 
 
+def test_pixels_that_a_stride_skips_count():
+    geometry = Conv2dGeometry.of((1 << 11, 8, 1024, 1024), (8, 8, 1, 1), (2, 2, 0, 0, 1, 1, 1), True)
+    assert str(1 << 31) in sparse_products.too_large(geometry)
+    assert sparse_products.too_large(geometry._replace(batch=1 << 10)) is None
+
+
 def test_strides_that_no_grid_holds_have_no_sparse_products():
     shapes = (1, 8, 600, 600), (8, 8, 1, 1)
     fits = Conv2dGeometry.of(*shapes, (255, 257, 0, 0, 1, 1, 1), True)
@@ -213,6 +219,10 @@ def test_wgrad_delivers_to_out(product_device, name, dtype):
         assert out.dtype == x.dtype
         assert out.is_contiguous(memory_format=memory_format)
     else:
+        elsewhere = torch.empty(exact.numel() + 1, dtype=dtype, device=product_device)[1:]  # where no kernel can write
+        out = elsewhere.as_strided(exact.shape, exact.stride())
+        assert cutlass.BACKEND.wgrad(operand, x, geometry, tiling._replace(splits=1), out) is out
+        products.assert_close(out, exact.cpu(), magnitude.cpu(), geometry.positions)
         before = torch.randn_like(exact).to(dtype)
         out = before.clone(memory_format=torch.preserve_format)
         assert cutlass.BACKEND.wgrad(operand, x, geometry, tiling, out, accumulate=True) is out
@@ -253,6 +263,16 @@ def test_tilings_that_share_tiles_deliver(product_device, name, pass_name):
         out = run(operand, other, geometry, tiling)
         products.assert_close(out, exact.cpu(), magnitude.cpu(), terms)
     assert sharing
+
+
+@pytest.mark.parametrize(("out_channels", "stride", "shares"), [(192, 1, False), (256, 1, True), (256, 2, False)])
+def test_a_dgrad_shares_tiles_where_blocks_of_k_end_with_taps(hopper, out_channels, stride, shares):
+    """The kernels refuse to share others."""
+    window = (stride, stride, 1, 1, 1, 1, 1)
+    geometry = Conv2dGeometry.of((8, 256, 28, 28), (out_channels, 256, 3, 3), window, True)
+    for pass_name, expected in (("grad_input", shares), ("grad_weight", True)):
+        listed = cutlass.BACKEND.tilings(geometry, pass_name, torch.float16, CUDA)
+        assert any(tiling.owned_steps for tiling in listed) is expected
 
 
 @pytest.mark.parametrize("multiprocessors", [4, 114, 132])

@@ -33,6 +33,7 @@ GEOMETRIES = {
     "linear_wide": LinearGeometry(3 * 50, 72, 200, 50),
     "linear_odd": LinearGeometry(3 * 37, 36, 21, 37),
     "pointwise": Conv2dGeometry.of((2, 24, 9, 7), (40, 24, 1, 1), (1, 1, 0, 0, 1, 1, 1), True),
+    "1x1_padded": Conv2dGeometry.of((2, 24, 9, 7), (40, 24, 1, 1), (1, 1, 1, 0, 1, 1, 1), True),  # not a matrix product
     "3x3": Conv2dGeometry.of((2, 24, 9, 7), (40, 24, 3, 3), (1, 1, 1, 1, 1, 1, 1), True),
     "5x5_stride": Conv2dGeometry.of((2, 16, 10, 9), (24, 16, 5, 5), (2, 2, 2, 2, 1, 1, 1), False),
     "3x3_odd": Conv2dGeometry.of((2, 3, 8, 9), (13, 3, 3, 3), (2, 1, 1, 0, 1, 2, 1), True),
@@ -100,6 +101,17 @@ def test_backward_equals_float64_on_the_pruned_gradient(simulated, monkeypatch, 
     assert_close(db, matrix.double().sum(0), matrix.double().abs().sum(0), geometry.positions)
 
 
+def test_a_gradient_of_repeated_rows_is_pruned(simulated):
+    """As that of a sum over positions, whose rows are all in one place."""
+    geometry = LinearGeometry(150, 24, 40)
+    x, weight = torch.randn(150, 24).half(), torch.randn(40, 24).half()
+    dy = torch.randn(40).half().expand(150, 40)
+    decision = decision_for({"prune": "magnitude"}, geometry)
+    expected = ops.run(dy.contiguous(), x, weight, True, decision)
+    for ours, theirs in zip(ops.run(dy, x, weight, True, decision), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 BOUND = [
     (name, config, shape)
     for name, shape in (("linear_wide", (3, 50, 72)), ("3x3", None))
@@ -144,7 +156,7 @@ def test_one_call_gives_the_bits_of_three(simulated, monkeypatch, name, config, 
                 assert ours.stride() == theirs.stride()
 
 
-def test_one_call_declines_what_it_was_not_made_for(simulated):
+def test_one_call_declines_what_it_was_not_made_for(simulated, monkeypatch):
     geometry = LinearGeometry(32, 16, 16)
     decision = decision_for({"prune": "magnitude"}, geometry)
     bound = cutlass.BACKEND.bind(decision, Call((32, 16), torch.bfloat16, CPU, torch.bfloat16))
@@ -154,6 +166,11 @@ def test_one_call_declines_what_it_was_not_made_for(simulated):
     assert bound(dy, x.t().contiguous().t(), weight, False) is None
     shifted = torch.zeros(16 * 16 + 1, dtype=torch.bfloat16)[1:].view(16, 16)
     assert bound(dy, x, shifted, False) is None
+    shifted = torch.zeros(32 * 16 + 1, dtype=torch.bfloat16)[1:].view(32, 16)
+    assert bound(dy, shifted, weight, False) is None
+    with monkeypatch.context() as patch:  # kernels would be launched on the device that is current
+        patch.setattr(gpu, "current_device", lambda: 1)
+        assert bound(dy, x, weight, False) is None
     contiguous = Conv2dGeometry.of((2, 16, 5, 5), (16, 16, 3, 3), (1, 1, 1, 1, 1, 1, 1), False)
     decision = decision._replace(geometry=contiguous)
     call = Call(contiguous.input_shape, torch.bfloat16, CPU, torch.bfloat16)

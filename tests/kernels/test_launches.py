@@ -146,3 +146,43 @@ def test_a_backward_is_its_launches_one_after_another(engine, wants_dgrad, scope
     compared = [(first[0][operands], second[0][operands]), (first[2], second[2]), (first[3], second[3])]
     for theirs, ours in [*compared, (first[1], second[1])] if wants_dgrad else compared:
         assert torch.equal(ours.cpu().view(torch.uint8), theirs.cpu().view(torch.uint8))
+
+
+def test_a_backward_of_two_rules_sums_the_bias_gradient_once(engine):
+    """Its two passes give the bits of launches of their own; the second reads and writes nothing but its operand."""
+    t, c, n = 48, 72, 24
+    rule = {"n": 2, "m": 4, "dtype": "f16", "t": t, "c": c, "row_stride": c, "bias_is_float": True}
+    for_dgrad = engine.kernels.PruneCompress(function="magnitude", **rule, dgrad_k=128, dgrad_words=8)
+    for_wgrad = engine.kernels.PruneCompress(function="rescale_magnitude", **rule, wgrad_k=128)
+    shared = {"padded_k": 128, "sm_count": 4}
+    dgrad = engine.kernels.SparseGemm(GEMM_NAME, m=t, n=n, k=c, **shared)
+    wgrad = engine.kernels.SparseGemm("sdgp_sm80_wgrad_f16_64x128", m=c, n=n, k=t, **shared)
+    sizes = [t * 128, t * 16, 64 * c * 2, 8 * c * 2, 4 * c * engine.kernels.bias_partial_rows(t, c)]
+    places = [sum(sizes[:i]) for i in range(len(sizes))]
+    dy, weight, x = (engine.put(torch.randn(*shape).half()) for shape in ((t, c), (c, n), (t, n)))
+    sweeps = [
+        (for_dgrad, None, tuple(places[:2]), None, places[4], 0, 0),
+        (for_wgrad, None, None, tuple(places[2:4]), places[4], 0, 0),
+    ]
+    backward = engine.kernels.Backward(sweeps, (dgrad, tuple(places[:2]), 0), (wgrad, tuple(places[2:4]), 0))
+
+    results, traffic = [], []
+    for in_one_call in (False, True):
+        block, db = engine.empty(sum(sizes), dtype=torch.uint8), engine.empty(c, dtype=torch.float32)
+        dx, dw = engine.empty(t, n, dtype=torch.float16), engine.empty(c, n, dtype=torch.float16)
+        at = [block.data_ptr() + place for place in places]
+        if engine.name == "sim":
+            engine.traffic()
+        with engine.launching():
+            if in_one_call:
+                operands = (0, 0, 0, 0, weight.data_ptr(), dx.data_ptr(), x.data_ptr(), dw.data_ptr(), 0)
+                backward(dy.data_ptr(), block.data_ptr(), db.data_ptr(), *operands)
+            else:
+                for_dgrad(dy.data_ptr(), *at[:2], bias=db.data_ptr(), bias_partials=at[4])
+                for_wgrad(dy.data_ptr(), wgrad_values=at[2], wgrad_metadata=at[3])
+                dgrad(*at[:2], weight.data_ptr(), dx.data_ptr())
+                wgrad(*at[2:4], x.data_ptr(), dw.data_ptr())
+        results.append([tensor.cpu().view(torch.uint8) for tensor in (block[: places[4]], db, dx, dw)])
+        traffic.append(engine.traffic() if engine.name == "sim" else None)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    assert traffic[0] == traffic[1]
