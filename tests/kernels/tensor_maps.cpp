@@ -72,6 +72,10 @@ int main() {
   CHECK(tensor_map(map, request(0, 64)) == sdgp::sm90::kDriverErrorBase + CUDA_ERROR_INVALID_VALUE);
   CHECK(tensor_map(map, request(0, 64)) != 0 && encoded == 6);  // a failure is not remembered
 
+  // Whatever failed in the slot of a map, that map is right when it is asked for again.
+  for (cuuint64_t i = 1; i <= 40000; ++i) CHECK(tensor_map(map, request(0, 64 + i)) != 0);
+  CHECK(right(request(256, 64)) && right(request(256, 72)) && right(request(512, 64)));
+
   // More requests than slots, from several threads.
   std::atomic<int> wrong{0};
   std::vector<std::thread> threads;

@@ -10,14 +10,14 @@ import torch
 
 from sdgp_accel.config import FUNCTIONS, PruneSpec
 from sdgp_accel.layouts import LAYOUTS
-from sdgp_accel.philox import Rng
+from sdgp_accel.philox import GroupWords, Rng
 from sdgp_accel.pruning import prune_matrix
 from sdgp_accel.semi_structured import SparseOperand, compress_matrix
 from tests.kernels.products import assert_close
 
 DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 PATTERNS = ((2, 4), (1, 4), (2, 8), (1, 8), (2, 16), (1, 16))
-KINDS = ("normal", "many zeros", "ones and zeros", "wide", "ties", "huge", "dwarfed", "not finite")
+KINDS = ("normal", "many zeros", "ones and zeros", "wide", "ties", "huge", "tiny", "dwarfed", "twins", "not finite")
 
 
 class Outputs(NamedTuple):
@@ -43,6 +43,12 @@ def make_gradient(kind, t, c, dtype, pad=0):
         large, tiny = (a + b) * torch.randint_like(a, 1, 4), (a + b) * torch.randint_like(a, 9) * 2.0**-24
         quads = torch.stack((a, b, large, tiny), -1)
         x = quads.gather(-1, torch.rand_like(quads).argsort(-1)).flatten(1)[:, : c + pad] * x.sign()
+    if kind == "twins":  # of four channels, two are the same, the others up to 64 times 2^-24 of them
+        quads = (torch.rand(t, -(-(c + pad) // 4)) + 0.5).unsqueeze(-1).repeat(1, 1, 4)
+        quads[..., 2:] *= torch.randint(64, quads[..., 2:].shape) * 2.0**-24
+        x = quads.gather(-1, torch.rand_like(quads).argsort(-1)).flatten(1)[:, : c + pad] * x.sign()
+    if kind == "tiny":  # where the dtype becomes denormal
+        x *= torch.finfo(dtype).tiny * torch.exp2(torch.randint(-4, 12, (t, 1)).float())
     if kind == "huge":
         x *= torch.finfo(dtype).max
     x = x.to(dtype) + 0  # no -0: which of several zeros is stored is free
@@ -171,6 +177,23 @@ def test_kinds_of_values(engine, function, kind):
         check(engine, make_gradient(kind, 32, 32, dtype), PruneSpec(function, 2, 4))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "group"),
+    [(torch.float16, (0.0, 1.287109375, 1.306640625, 2.59375)), (torch.bfloat16, (1.34375, 0.0, 1.21875, 2.5625))],
+    ids=str,
+)
+@pytest.mark.parametrize(("axis", "offset"), [(1, 1205178), (0, 9698461)])
+def test_mvue_of_the_largest_uniform(engine, dtype, group, axis, offset):
+    """Sums of probabilities that are rounded would let it take these groups' last element twice."""
+    seed = (0, offset)
+    (word,) = GroupWords(Rng(seed, 0, 1 - axis))(torch.zeros(1, dtype=torch.int64), 1)
+    assert word >> 8 == (1 << 24) - 1  # of the first group along this axis
+    x = make_gradient("normal", 16, 8, dtype)
+    (x if axis == 1 else x.t())[0, :4] = torch.tensor(group, dtype=dtype)
+    for operand in run(engine, x, PruneSpec("mvue", 2, 4), seed)[:2]:
+        assert_same(operand, x, PruneSpec("mvue", 2, 4), Rng(seed, 0, 1 - operand.axis))
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (16, 8), (17, 9), (50, 36), (35, 264)])
 @pytest.mark.parametrize("function", ["mvue", "random"])
 def test_any_shape(engine, function, shape):
@@ -179,9 +202,10 @@ def test_any_shape(engine, function, shape):
         check(engine, make_gradient("normal", *shape, torch.bfloat16, pad=pad), PruneSpec(function, 2, 4))
 
 
-@pytest.mark.parametrize("m", [4, 16])
-def test_padding_to_the_gemm_tile(engine, m):
-    check(engine, make_gradient("normal", 20, 24, torch.float16), PruneSpec("mvue", 2, m), k_align=128)
+@pytest.mark.parametrize(("m", "c"), [(4, 24), (16, 24), (4, 256)])
+def test_padding_to_the_gemm_tile(engine, m, c):
+    """Of 256 channels a block has 64 positions: padding has blocks of its own."""
+    check(engine, make_gradient("normal", 20, c, torch.float16), PruneSpec("mvue", 2, m), k_align=128)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -212,11 +236,20 @@ def test_tensor_scope(engine, kind):
         check(engine, make_gradient(kind, 40, 24, dtype), PruneSpec("rescale_magnitude", 2, 4, "tensor"))
 
 
+@pytest.mark.parametrize("channel", [4, 5])
+def test_one_value_makes_its_scope_non_finite(engine, channel):
+    """In either half of a register."""
+    for dtype, scope in zip(DTYPES, ("sample_channel", "tensor"), strict=True):
+        x = make_gradient("normal", 40, 24, dtype)
+        x[7, channel] = float("inf")
+        check(engine, x, PruneSpec("rescale_magnitude", 2, 4, scope), 20)
+
+
 def test_scopes_of_several_parts(engine):
-    """Samples of more rows than one block takes, channels that no vector load takes."""
-    x = make_gradient("many zeros", 520, 9, torch.bfloat16)
+    """Samples of more rows than one block takes, and of an odd number; channels that no vector load takes."""
+    x = make_gradient("many zeros", 522, 9, torch.bfloat16)
     for scope in ("sample_channel", "tensor"):
-        check(engine, x, PruneSpec("rescale_magnitude", 2, 4, scope), 260)
+        check(engine, x, PruneSpec("rescale_magnitude", 2, 4, scope), 261)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (70, 40)])

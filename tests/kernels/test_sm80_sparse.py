@@ -18,12 +18,16 @@ from tests.kernels.products import (
     GemmCase,
     GpuEngine,
     SimulatorEngine,
+    arguments,
+    assert_close,
     check_conv,
     check_gemm,
     check_non_finite_row,
     check_refused,
     check_repeats,
     compile_for_simulator,
+    compressed,
+    gemm_operands,
 )
 from tests.ptxsim import toolchain
 
@@ -62,6 +66,7 @@ CONV_CASES = [
     ConvCase("sm80_conv_dgrad_bf16_128x128", (2, 64, 9, 8), (192, 3, 3), stride=(2, 2)),  # three
     ConvCase("sm80_conv_dgrad_bf16_256x128", (1, 136, 9, 5), (24, 3, 2), (3, 1), (0, 1), (1, 2)),
     ConvCase("sm80_conv_dgrad_f16_256x128", (2, 8, 12, 11), (64, 7, 7), stride=(2, 2), padding=(3, 3)),
+    ConvCase("sm80_conv_dgrad_f16_128x64", (7, 8, 9, 8), (8, 3, 3), stride=(2, 2)),  # of the first class alone 2 tiles
     ConvCase("sm80_conv_dgrad_f16_128x64", (1, 64, 13, 9), (72, 1, 1), stride=(2, 2), padding=(0, 0)),  # gaps: zeros
     ConvCase("sm80_conv_dgrad_f16_128x128", (3, 40, 5, 5), (72, 5, 5), padding=(2, 2), accumulate=True),
     ConvCase("sm80_conv_dgrad_bf16_128x64", (1, 16, 9, 31), (136, 1, 5), (1, 4), (0, 2), (1, 6)),
@@ -134,6 +139,18 @@ def test_nothing_is_shared_with_instances_for_hopper_alone() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_gradient_reaches_its_row_only(engine: Engine, value: float) -> None:
     check_non_finite_row(engine, "sm80_dgrad_bf16_128x128", value)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_an_output_may_begin_anywhere(engine: Engine, splits: int) -> None:
+    """Of instances for rows of any length; also where its elements would fill whole vectors."""
+    case = GemmCase("sm80_wgrad_f16_128x64_any", 10, 12, 130, splits=splits)
+    dy, a, b = gemm_operands(case)
+    out = engine.poisoned((case.m * case.n + 1,), torch.float16)[1:].view(case.m, case.n)
+    operands = arguments(engine, compressed(dy, case), b, out, case)
+    engine.gemm(case.instance, m=case.m, n=case.n, k=case.k, group_n=1, **operands)
+    a, b = a.double(), b.double()
+    assert_close(out, a @ b, a.abs() @ b.abs(), case.k)
 
 
 def test_more_parts_than_tiles_of_k_are_refused(engine: Engine) -> None:
