@@ -194,6 +194,26 @@ def test_activation_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="hooks cannot be asked for"
+)
+def test_activation_checkpointing_saves_the_same_beside_other_graphs() -> None:
+    """Which may keep a layer's weight, cast, during the first forward, and be gone before the second."""
+    layer = sdgp.SDGPLinear(16, 16)
+    x = torch.randn(8, 16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        other = layer(x)
+        y = checkpoint(layer, x, use_reentrant=False)
+    del other
+    torch.manual_seed(3)
+    got = torch.autograd.grad(y.float().square().sum(), (x, layer.weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(y.float().square().sum(), (x, layer.weight))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_gradient_accumulation_adds_the_steps() -> None:
     model = conv_net()
     sdgp.accelerate_(model, RESCALE)

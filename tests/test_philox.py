@@ -65,6 +65,15 @@ def test_group_words(seed: tuple[int, int], rank: int, pass_index: int, groups: 
     ]
 
 
+def test_groups_beyond_32_bits_have_words_of_their_own() -> None:
+    """From the first tensor on that has such groups."""
+    rng, groups = Rng(draw("cpu"), 1, 0), [0, (1 << 32) - 1, 1 << 32]
+    words = GroupWords(rng, (1 << 32) + 1)(torch.tensor(groups), 4, empty)
+    seed = tuple(rng.seed.tolist())
+    expected = [[oracle.group_word(seed, 1, 0, g, i) for g in groups] for i in range(4)]
+    assert [word.tolist() for word in words] == expected
+
+
 def test_draw_follows_the_generator() -> None:
     torch.manual_seed(3)
     state = torch.get_rng_state()

@@ -52,6 +52,8 @@ def test_a_measured_gpu_charges_the_prune_function() -> None:
     cheap, dear = (plan(model, example, "h100-measured", SDGPConfig(prune=name)) for name in ("magnitude", "mvue"))
     assert cheap.saving("two_pass") > dear.saving("two_pass") >= 0
     assert cheap.saving("fused") == dear.saving("fused")
+    both = plan(model, example, "h100-measured", SDGPConfig(prune={"grad_input": "magnitude", "grad_weight": "mvue"}))
+    assert both.saving("two_pass") == dear.saving("two_pass")
     conv, linear = (SDGPConfig(prune="rescale_magnitude", scope=scope) for scope in (None, "group"))
     assert plan(model, example, "h100-measured", conv).saving("two_pass") < plan(
         model, example, "h100-measured", linear

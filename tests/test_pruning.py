@@ -221,6 +221,16 @@ def test_tiny_values_beside_a_large_one_do_not_exceed_n() -> None:
     assert ((pruned != 0).view(-1, 4).sum(1) == 2).all()
 
 
+@pytest.mark.parametrize("n", [15, 16, 17, 24, 31])
+def test_many_tiny_values_beside_a_large_one_do_not_exceed_n(n: int) -> None:
+    """The more are left to keep, the sooner k / sum in units of 2^-24 overflows."""
+    x = torch.full((64, 32), 1e-38)
+    x[torch.arange(64), torch.randint(32, (64,))] = 1
+    pruned = prune(x, SDGPConfig(n=n, m=32))
+    assert ((pruned != 0).sum(1) <= n).all()
+    assert (pruned.amax(1) == 1).all()
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("scope", ["group", "sample_channel", "tensor"])

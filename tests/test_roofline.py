@@ -69,6 +69,8 @@ def test_nothing_to_prune_is_dense() -> None:
     choice = best_backward(work, GPUS["a100"], "fused")
     assert choice.sparse_passes == ()
     assert choice.seconds == dense_seconds(work, GPUS["a100"])
+    empty = Work(0, 64, 64, 0)  # sparse takes as long
+    assert best_backward(empty, GPUS["a100"], "two_pass").sparse_passes == ()
 
 
 def test_figures_can_be_overridden() -> None:

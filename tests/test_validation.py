@@ -196,6 +196,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert [type(m) for m in net] == types
     assert net[3].sdgp_config is config
     assert net[6].weight.grad is gradient
+    assert torch.equal(gradient, torch.ones_like(gradient))
     assert net[0].weight.grad is None
     assert torch.equal(torch.get_rng_state(), random_state)
     for name, value in net.state_dict().items():
@@ -328,6 +329,15 @@ def test_bias_has_the_predicted_noise() -> None:
     biases = [by_pass(sdgp.validate(net, x, draws=4, seed=seed))["1", "dgrad"].bias for seed in range(12)]
     spread = torch.tensor([bias.value for bias in biases]).std()
     assert 0.2 * biases[0].standard_error < spread < 1.5 * biases[0].standard_error
+
+
+def test_small_gradients_do_not_vanish_in_float16() -> None:
+    net, x, signs = nn.Linear(32, 16), torch.randn(64, 32), torch.randint(0, 2, (64, 16)) * 2.0 - 1
+    report = sdgp.validate(
+        net, x, autocast=torch.float16, draws=0, loss_fn=lambda y, _: (y.float() * signs).sum() * 2.0**-26
+    )
+    assert report.checks
+    assert all(check.tolerance > 0 for check in report.checks)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from sdgp_accel.training import Augment, Resolution, load_recipe
+from sdgp_accel.training import Augment, Resolution, augment, load_recipe
 from sdgp_accel.training.data import epoch_order, load_data
 from sdgp_accel.training.distributed import World
 
@@ -109,6 +109,17 @@ def test_cifar10_augments_and_repeats(cifar10):
     assert not batches_equal(data.train(3), data.train(4))
 
 
+def test_every_batch_has_draws_of_its_own(cifar10, monkeypatch):
+    """In every epoch, step and process."""
+    seeds, recipe = [], replace(load_recipe("cifar10/dense"), batch_size=10)
+    monkeypatch.setattr(augment, "random_flip", lambda images, rng: seeds.append(rng.initial_seed()) or images)
+    for rank in range(2):
+        data = load_data(recipe, cifar10, World(rank, 2, torch.device("cpu")))
+        for epoch in range(2):
+            assert len(list(data.train(epoch))) == data.steps_per_epoch == 5
+    assert len(set(seeds)) == len(seeds) == 20
+
+
 def test_cifar10_missing_or_damaged(tmp_path, cifar10):
     with pytest.raises(ValueError, match="data_dir must name the folder"):
         load_data(load_recipe("cifar10/dense"), None, ALONE)
@@ -137,6 +148,11 @@ def test_image_folder_does_not_depend_on_workers_or_global_state(image_folder):
     alone, workers = folder_recipe(), folder_recipe()
     workers = replace(workers, workers=2)
     expected = list(load_data(alone, image_folder, ALONE).train(1))
+    crops = [
+        {image.numpy().tobytes() for images, _ in batches for image in images}
+        for batches in (expected, load_data(alone, image_folder, ALONE).train(0))
+    ]
+    assert crops[0].isdisjoint(crops[1])  # other crops of the same images in the next epoch
     torch.manual_seed(5)
     before = torch.get_rng_state()
     assert batches_equal(load_data(workers, image_folder, ALONE).train(1), expected)

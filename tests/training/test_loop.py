@@ -159,6 +159,16 @@ def test_global_settings_are_put_back(tmp_path):
     )
 
 
+def test_ranks_have_generators_of_their_own():
+    """A model's dropout differs between processes."""
+    drawn = []
+    for rank in (0, 1, 0):
+        with loop.global_state(short(), rank):
+            drawn.append((torch.rand(()).item(), np.random.random(), random.random()))  # noqa: NPY002
+    assert drawn[0] == drawn[2]
+    assert not set(drawn[0]) & set(drawn[1])
+
+
 def test_divergence_stops_the_run(tmp_path):
     with pytest.raises(RuntimeError, match="in epoch 1: training has diverged"):
         train(short(lr=1e30), tmp_path)
@@ -203,6 +213,21 @@ def test_accuracy_with_and_without_mirror_images(flip):
             logits = (logits + model(image.flip(2)[None])[0]) / 2
         correct += int(logits.argmax() == label)
     assert loop.test(short(test_flip=flip), ALONE, model, data) == pytest.approx(100 * correct / 50)
+
+
+def test_every_process_tests_with_the_buffers_of_the_main_one():
+    """BatchNorm's statistics, which differ after the last step: else each tests a model of its own."""
+
+    class Second(World):
+        def share_buffers(self, model):
+            model[2].running_mean.copy_(shared)
+
+    data, model = Fixed(), nn.Sequential(nn.Flatten(), nn.Linear(16, 10), nn.BatchNorm1d(10))
+    shared = 100 * torch.nn.functional.one_hot(torch.tensor(3), 10)  # subtracted: 3 is the last to be chosen
+    data.labels.fill_(3)
+    assert loop.test(short(), Second(0, 1, ALONE.device), model, data) == 0
+    shared = -shared
+    assert loop.test(short(), Second(0, 1, ALONE.device), model, data) == 100
 
 
 def test_only_convolutions_are_swapped_where_the_recipe_says_so():
