@@ -43,9 +43,9 @@ def make_gradient(kind, t, c, dtype, pad=0):
         large, tiny = (a + b) * torch.randint_like(a, 1, 4), (a + b) * torch.randint_like(a, 9) * 2.0**-24
         quads = torch.stack((a, b, large, tiny), -1)
         x = quads.gather(-1, torch.rand_like(quads).argsort(-1)).flatten(1)[:, : c + pad] * x.sign()
-    if kind == "twins":  # of four channels, two are the same, the others up to 64 times 2^-24 of them
-        quads = (torch.rand(t, -(-(c + pad) // 4)) + 0.5).unsqueeze(-1).repeat(1, 1, 4)
-        quads[..., 2:] *= torch.randint(64, quads[..., 2:].shape) * 2.0**-24
+    if kind == "twins":  # of four channels, two are the same, the others about the last bit of their sum
+        quads = (torch.rand(t, -(-(c + pad) // 4)) * 1024 + 512).unsqueeze(-1).repeat(1, 1, 4)
+        quads[..., 2:] *= torch.exp2(-torch.randint(23, 28, quads[..., 2:].shape).float())
         x = quads.gather(-1, torch.rand_like(quads).argsort(-1)).flatten(1)[:, : c + pad] * x.sign()
     if kind == "tiny":  # where the dtype becomes denormal
         x *= torch.finfo(dtype).tiny * torch.exp2(torch.randint(-4, 12, (t, 1)).float())
