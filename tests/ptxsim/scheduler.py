@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from .barriers import ClusterBarriers, NamedBarriers
 from .isa import hopper
+from .memory import Bad
 from .program import Block
 from .ptx import Instr, Reg
 from .wave import Wave
@@ -167,6 +168,8 @@ class Scheduler:
                 self.go(block.successors[1], mask > taken if hits else mask)
         elif opcode in ("ret", "exit"):
             self.wave.exited |= taken
+            if self.wave.cluster > 1:
+                self._exit(terminator)
             if pred is not None and not np.array_equal(taken, mask):
                 self.go(index + 1, mask & ~taken)
             self.barriers.settle()
@@ -184,6 +187,15 @@ class Scheduler:
             self.go(index + 1, mask)
         elif opcode == "brx":
             self._indexed(terminator, block, taken)
+
+    def _exit(self, instr: Instr) -> None:
+        """CTAs none of whose threads is left exit."""
+        shared = self.wave.shared
+        gone = self.wave.exited.reshape(self.wave.ctas, -1).all(axis=1) & ~shared.left
+        try:
+            shared.leave(np.flatnonzero(gone))
+        except Bad as bad:
+            raise self.wave.fault(bad.kind, bad.detail, instr, bad.lane) from None
 
     def _indexed(self, instr: Instr, block: Block, mask: Array) -> None:
         register = instr.operands[0]

@@ -10,6 +10,8 @@ Per granule (the kernel's narrowest shared access) the detector keeps the last w
 way is a race. Bytes that a `cp.async` writes belong to the copy from its issue until its thread has waited for its
 group: any access before is an async-race. Tensor cores and TMA read through the async proxy: what ordinary stores
 wrote must have passed a `fence.proxy.async`, which a second set of vectors (`fenced`) tracks.
+
+What threads of other CTAs do to a CTA's memory has to happen before it exits: its memory is another's from then on.
 """
 
 from __future__ import annotations
@@ -93,6 +95,8 @@ class SharedMemory(Bytes):
         self.read = np.zeros(granules * self.columns, np.int64)
         self.atomic = np.zeros(granules, np.int64)
         self.pending = np.zeros(granules, bool)
+        self.left = np.zeros(ctas, bool)  # CTAs that have exited
+        self.visits = np.zeros((ctas, self.columns), np.int64)  # latest accesses by threads of the cluster's others
         self.reset()
 
     def reset(self) -> None:
@@ -102,7 +106,7 @@ class SharedMemory(Bytes):
         image = self.shadow.reshape(self.ctas, self.stride)
         for offset, count in self.extents:
             image[:, offset : offset + count] = LIVE
-        for history in (self.wrote, self.read, self.atomic, self.pending):
+        for history in (self.wrote, self.read, self.atomic, self.pending, self.left, self.visits):
             history[:] = 0
         total = self.ctas * self.warps
         self.clock = np.ones(total, np.int64)
@@ -158,11 +162,21 @@ class SharedMemory(Bytes):
         self.fenced[warps] = np.maximum(self.fenced[warps], self.known[warps])
         self.clock[warps] += 1
 
+    def leave(self, ctas: Array) -> None:
+        """These CTAs exit; raises Bad with a thread of one where another may still access its memory."""
+        self.left[ctas] = True
+        for cta in ctas:
+            first = cta * self.warps
+            late = np.flatnonzero(self.visits[cta] > self.known[first : first + self.warps].max(axis=0))
+            if late.size:
+                who = self.describe(int(late[0]) << 5)
+                raise Bad("shared-race", int(first * 32), f"exits with no barrier after the access by {who}")
+
     # ---- accesses by threads --------------------------------------------------------------------------------------
 
-    def offsets(self, address: Array, threads: Array, width: int) -> Array:
+    def offsets(self, address: Array, threads: Array, width: int, *, awaited: bool = False) -> Array:
         """Shared addresses (any integer type) to byte offsets in this array, bounds-checked against one CTA's
-        window.
+        window. awaited: of a transfer, whose bytes that CTA waits for.
         """
         inside = address.astype(np.int64)
         cta = self.cta[threads]
@@ -171,7 +185,15 @@ class SharedMemory(Bytes):
             if (rank >= self.cluster).any():
                 lane = int((rank >= self.cluster).argmax())
                 raise Bad("out-of-bounds", lane, f"{width}-byte shared access at address {int(inside[lane]):#x}")
-            cta = np.where(rank < 0, cta, cta // self.cluster * self.cluster + rank)
+            own, cta = cta, np.where(rank < 0, cta, cta // self.cluster * self.cluster + rank)
+            abroad = own != cta
+            if self.left[cta[abroad]].any():
+                raise Bad(
+                    "out-of-bounds", int((abroad & self.left[cta]).argmax()), "the memory of a CTA that has exited"
+                )
+            if not awaited:
+                warps = self.warp[threads][abroad]
+                self.visits[cta[abroad], self.column_of_warp[warps]] = self.clock[warps]
             inside = inside & (1 << RANK_SHIFT) - 1
         inside = inside - SHARED_BASE
         wrong = (inside < 0) | (inside > self.stride - width)

@@ -130,7 +130,11 @@ def test_cluster_shares_its_memory(hopper):
     assert torch.equal(y, x.flip(1) * 1001)
 
 
-@pytest.mark.parametrize(("mistake", "access"), [(1, "write"), (2, "read")], ids=["reads_early", "leaves_early"])
+@pytest.mark.parametrize(
+    ("mistake", "access"),
+    [(1, "write"), (2, "read"), (3, "access")],
+    ids=["reads_early", "leaves_early", "exits_early"],
+)
 def test_missing_cluster_barrier_is_reported(hopper, mistake, access):
     from .faults import SimError
 

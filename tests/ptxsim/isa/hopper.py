@@ -377,9 +377,9 @@ def _tma_load(b: Binder) -> Make:
 def write_transfer(b: Binder, thread: int, cta: int, place: Array, data: Array, barrier_at: int, size: int) -> None:
     """Bytes that the TMA unit of `cta` writes for `thread`, and their count on the mbarrier."""
     wave = b.wave
-    offsets = wave.shared.offsets(place, np.full(place.size, thread), 16)
+    offsets = wave.shared.offsets(place, np.full(place.size, thread), 16, awaited=True)
     wave.shared.agent_write(offsets, 16, data, cta, TMA_LOAD, thread // 32)
-    where = int(wave.shared.offsets(np.array([barrier_at]), np.array([thread]), 8)[0])
+    where = int(wave.shared.offsets(np.array([barrier_at]), np.array([thread]), 8, awaited=True)[0])
     _transfer(wave, _barrier(b, where, thread), size, cta)
     wave.shared.agent_clock[cta, TMA_LOAD] += 1
 
