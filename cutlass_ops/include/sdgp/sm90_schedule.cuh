@@ -119,7 +119,8 @@ struct Schedule {
   }
 
  private:
-  // A helper's piece: of which shared unit, behind how many blocks of others' pieces, and how long.
+  // A helper's piece: of which shared unit, behind how many blocks of others' pieces, and how long. The last unit ends
+  // with the last helper's stretch, or before it.
   struct Piece {
     int unit, skipped, blocks;
   };
@@ -127,7 +128,7 @@ struct Schedule {
   __device__ __forceinline__ Piece piece_at(int index, int position) const {
     const int tail = by_tail.divisor, stretch = by_stretch.divisor, first = (index - whole_units) * stretch;
     const int begin = first + position, unit = by_tail.quotient(begin), skipped = begin - unit * tail;
-    return {unit, skipped, min(tail - skipped, min(first + stretch, helped_blocks) - begin)};
+    return {unit, skipped, min(tail - skipped, first + stretch - begin)};
   }
 
   __device__ __forceinline__ WorkUnit tile(int index, int part, int cta_rank, const KRange& k) const {
