@@ -186,7 +186,7 @@ def mvue(x: Tensor, n: int, words: Words, scratch: Scratch) -> Tensor:
     4. q_i = floor(p_i * 2^24) outside C, 0 in it. R_i = min(q_0 + .. + q_i, k * 2^24), but R_i = k * 2^24 from the
        last non-zero element outside C on. The weight of i is w_i = R_i - R_{i-1} (R_{-1} = 0).
     5. u = word 0 of the group's random block 0, shifted right by 8. Outside C, i is kept where some integer j has
-       R_{i-1} <= j * 2^24 + u < R_i: exactly k elements are.
+       R_{i-1} <= j * 2^24 + u < R_i: k elements are (where S was less than 2^-100 the last one may stand for two).
     6. A kept element outside C becomes x_i / (w_i * 2^-24) (w_i rounded to the computing dtype), saturated at the
        largest finite value of x's dtype, rounded once to it. Elements of C are kept as they are.
     """
