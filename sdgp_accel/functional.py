@@ -194,7 +194,8 @@ class _Linear(torch.autograd.Function):
                 return *_for_batches(dy, x, weight, needs_db, decision), None
         gradients = ops.linear_backward(dy, x, weight, needs_db, plan)
         used = weight if to is None or weight is None else ctx.parameter
-        return *_place(_once(gradients, dy, x, used), needs_dx, needs_dw, needs_db), None
+        dtype = None if to is None else ctx.parameter.dtype
+        return *_place(_once(gradients, dy, x, used), dtype, needs_dx, needs_dw, needs_db), None
 
 
 class _Conv2d(torch.autograd.Function):
@@ -247,7 +248,8 @@ class _Conv2d(torch.autograd.Function):
         absent_shape = () if needs_dx and needs_dw else ctx.absent_shape
         gradients = ops.conv2d_backward(dy, x, weight, needs_db, absent_shape, flat(window), channels_last, plan)
         used = weight if to is None or weight is None else ctx.parameter
-        return *_place(_once(gradients, dy, x, used), needs_dx, needs_dw, needs_db), None
+        dtype = None if to is None else ctx.parameter.dtype
+        return *_place(_once(gradients, dy, x, used), dtype, needs_dx, needs_dw, needs_db), None
 
 
 def _for_batches(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decision: Decision) -> Gradients:
@@ -319,10 +321,13 @@ def _once(gradients: list[Tensor], *inputs: Tensor | None) -> Sequence[Tensor]:
     return result
 
 
-def _place(gradients: Sequence[Tensor], *needs: bool) -> list[Tensor | None]:
-    """Put the gradients that were computed where autograd expects them."""
+def _place(gradients: Sequence[Tensor], dtype: torch.dtype | None, *needs: bool) -> list[Tensor | None]:
+    """Put the gradients that were computed where autograd expects them, those of parameters in their `dtype` where that
+    is given: compiled autograd of torch 2.6 does not cast.
+    """
     position = iter(gradients)
-    return [next(position) if need else None for need in needs]
+    dx, *others = (next(position) if need else None for need in needs)
+    return [dx, *(other if other is None or dtype is None else other.to(dtype) for other in others)]
 
 
 def _check_tensor(input: object, weight: object) -> None:
