@@ -11,6 +11,9 @@ import torch
 import cutlass_ops
 
 HOPPER = (9, 0)
+# Machine code runs on GPUs of the same major capability, but neither way between a Tegra and others (CUDA C++
+# Programming Guide, binary compatibility): a Jetson Orin.
+TEGRA = (8, 7)
 WGMMA_ARCHS = {"90a", "compute_90a"}  # a build for one of these holds the kernels that only Hopper runs
 
 
@@ -44,6 +47,8 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
         return version == capability
     if arch.startswith("compute_"):  # PTX: the driver compiles it for what came later
         return version <= capability
+    if TEGRA in (version, capability):
+        return version == capability
     return version[0] == capability[0] and version <= capability
 
 
