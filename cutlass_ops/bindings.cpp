@@ -8,6 +8,7 @@
 #include <pybind11/stl.h>
 
 #include "sdgp/backward_launch.h"
+#include "sdgp/device_check_api.h"
 
 namespace py = pybind11;
 
@@ -42,6 +43,13 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "has", [](const std::string& name) { return sdgp::find_function(name) != nullptr; }, py::arg("name"),
       "Whether this build holds the kernel instance `name`.");
+  module.def(
+      "device_problem",
+      [] {
+        const int error = sdgp_check_device();
+        return std::string(error == cudaSuccess ? "" : cudaGetErrorString(static_cast<cudaError_t>(error)));
+      },
+      "Why kernels of this build cannot be launched on the current device, in CUDA's words; empty where they can.");
   module.def("bias_partial_rows", &sdgp_bias_partial_rows, py::arg("t"), py::arg("c"),
              "Rows of the workspace bias_partials, float32 [rows, c].");
   module.def("scope_workspace", &sdgp_scope_workspace, py::arg("t"), py::arg("c"), py::arg("positions_per_sample"),

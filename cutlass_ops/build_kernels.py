@@ -233,9 +233,12 @@ def link(toolkit: Toolkit, objects: Sequence[Path], output: Path, text: str = ""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         product = Path(scratch) / output.name
-        # Beside torch the runtime is already loaded; the rpath is for CUDA wheels in the same site-packages.
         command: list[str | Path] = [_host_compiler(), "-shared", "-fPIC", "-o", product, *objects]
-        _run([*command, toolkit.runtime, "-ldl", "-Wl,-rpath,$ORIGIN/../nvidia/cu13/lib"])
+        # A torch for the same CUDA has loaded the runtime already. Otherwise it comes from a wheel: beside the
+        # installed extension, or in this interpreter's site-packages for one in a checkout.
+        for folder in ("$ORIGIN/..", sysconfig.get_path("purelib")):
+            command += [f"-Wl,-rpath,{folder}/nvidia/{name}/lib" for name in ("cu13", "cuda_runtime")]
+        _run([*command, toolkit.runtime, "-ldl"])
         with product.open("ab") as file:
             file.write(text.encode())
         product.replace(output)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ def test_an_extension_of_these_sources_is_current_wherever_it_lies(tmp_path: Pat
     for archs, expected in {("90a",): True, ("80", "90a"): True, ("89",): False, ("90a", "89"): False}.items():
         assert build_kernels.is_current(Path(copy), archs) is expected
     ctypes.CDLL(copy)
+    # Where pip puts the CUDA runtime that torch may not bring.
+    assert f"{sysconfig.get_path('purelib')}/nvidia/cu13/lib".encode() in built.read_bytes()
     cut = tmp_path / "cut.so"  # not the copy itself, which this process has mapped and unloads when it ends
     cut.write_bytes(built.read_bytes()[:-1])
     assert not build_kernels.is_current(cut, ("90a",))

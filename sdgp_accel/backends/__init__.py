@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 import warnings
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 KERNELS = "cutlass"
 CACHED_DECISIONS = 1 << 14  # shapes: generous for sequences of every length
 FIRST_SPARSE_CAPABILITY = (8, 0)  # NVIDIA Ampere
+UPDATE_DRIVER = "update the NVIDIA driver, or rebuild with a CUDA toolkit that it supports (CUDA_HOME)"
 
 
 class Needs(NamedTuple):
@@ -187,6 +189,18 @@ def build_command() -> str:
     """
     is_checkout = (Path(__file__).parents[2] / "setup.py").exists()
     return f"SDGP_CUDA=1 pip install --no-cache-dir {'--editable ' if is_checkout else ''}."
+
+
+def load_command(error: str, rebuild: str) -> str:
+    """What helps where the built extension does not load, with `error`: its CUDA runtime, or else to `rebuild`.
+
+    torch brings the runtime of one CUDA release only. The extension looks for others where this package puts them.
+    """
+    runtime = re.search(r"libcudart\.so\.(\d+)", error)
+    if runtime is None:
+        return rebuild
+    release = int(runtime[1])
+    return f"pip install 'nvidia-cuda-runtime{'-cu12' * (release == 12)}=={release}.*'"
 
 
 def load(name: str) -> Backend | None:

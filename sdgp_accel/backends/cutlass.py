@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 import cutlass_ops
-from sdgp_accel.backends import Call, Decision, Needs, Operands, build_command, check_out, dense, gpu
+from sdgp_accel.backends import (
+    UPDATE_DRIVER,
+    Call,
+    Decision,
+    Needs,
+    Operands,
+    build_command,
+    check_out,
+    dense,
+    gpu,
+    load_command,
+)
 from sdgp_accel.backends.bound import SparseBackward
 from sdgp_accel.backends.products import ALIGNMENT, Launch, plan_product, rank, too_large
 from sdgp_accel.backends.sweep import DTYPE_NAMES, Storage, StoredOperand, plan_sweeps
@@ -30,14 +41,19 @@ class CutlassBackend:
     name = "cutlass"
 
     def unavailable(self, device: torch.device) -> str | None:
-        """None where the extension is built for `device`."""
+        """None where the extension is built for `device` and its driver."""
         if not cutlass_ops.ARCHS:
+            if error := cutlass_ops.load_error():
+                return f"the cutlass kernels do not load: {error}; run: {load_command(error, build_command())}"
             return f"the cutlass kernels are not built; build them with: {build_command()}"
         capability = gpu.device_facts(device).capability
-        if any(gpu.runs_on(arch, capability) for arch in cutlass_ops.ARCHS):
-            return None
-        built, rebuild = ", ".join(cutlass_ops.ARCHS), f"SDGP_CUDA_ARCHS={gpu.own_arch(capability)} {build_command()}"
-        return f"the cutlass kernels are built for {built} only; rebuild with: {rebuild}"
+        rebuild = f"SDGP_CUDA_ARCHS={gpu.own_arch(capability)} {build_command()}"
+        if not any(gpu.runs_on(arch, capability) for arch in cutlass_ops.ARCHS):
+            built = ", ".join(cutlass_ops.ARCHS)
+            return f"the cutlass kernels are built for {built} only; rebuild with: {rebuild}"
+        if problem := gpu.launch_problem(device):
+            return f"the cutlass kernels do not run here: {problem}; {UPDATE_DRIVER}: {rebuild}"
+        return None
 
     def fingerprint(self) -> str:
         """The architectures of the build and a digest of it."""

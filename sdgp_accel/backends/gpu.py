@@ -34,6 +34,17 @@ def device_facts(device: torch.device) -> Device:
     return Device(capability, properties.multi_processor_count, wgmma)
 
 
+@functools.cache
+def launch_problem(device: torch.device) -> str:
+    """What CUDA says where the extension cannot launch on `device`; empty where it can.
+
+    Whatever it is built for: the driver may be older than its CUDA runtime, or than its PTX.
+    """
+    with on_device(device):
+        problem: str = cutlass_ops.kernels().device_problem()
+    return problem
+
+
 def own_arch(capability: tuple[int, int]) -> str:
     """What to build for on a GPU of this compute capability, as in SDGP_CUDA_ARCHS."""
     return "".join(map(str, capability)) + ("a" if capability == HOPPER else "")

@@ -18,7 +18,7 @@ from rich.table import Table
 import cutlass_ops
 import sdgp_accel
 from cutlass_ops import build_kernels
-from sdgp_accel.backends import FIRST_SPARSE_CAPABILITY, build_command, gpu
+from sdgp_accel.backends import FIRST_SPARSE_CAPABILITY, UPDATE_DRIVER, build_command, gpu, load_command
 from sdgp_accel.cli.options import output, size_options
 
 if TYPE_CHECKING:
@@ -59,12 +59,16 @@ def find_extras() -> list[Finding]:
     return findings
 
 
-def sparse_capabilities() -> list[tuple[int, int]]:
-    """The compute capabilities of the GPUs here that multiply 2:4 operands in hardware, each once."""
+def sparse_gpus() -> dict[tuple[int, int], int]:
+    """The compute capabilities of the GPUs here that multiply 2:4 operands in hardware, and the first GPU of each."""
     if not torch.cuda.is_available() or torch.version.cuda is None:
-        return []
-    found = (torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
-    return list(dict.fromkeys(capability for capability in found if capability >= FIRST_SPARSE_CAPABILITY))
+        return {}
+    found: dict[tuple[int, int], int] = {}
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability >= FIRST_SPARSE_CAPABILITY:
+            found.setdefault(capability, index)
+    return found
 
 
 def find_gpus() -> list[Finding]:
@@ -73,17 +77,23 @@ def find_gpus() -> list[Finding]:
     findings = []
     for index in range(torch.cuda.device_count()):
         here = torch.cuda.get_device_properties(index)
-        sparse = "" if (here.major, here.minor) >= FIRST_SPARSE_CAPABILITY else ", no sparse tensor cores"
+        if torch.version.cuda is None:
+            kind, is_sparse = "not NVIDIA's", False
+        else:
+            kind, is_sparse = f"sm_{here.major}{here.minor}", (here.major, here.minor) >= FIRST_SPARSE_CAPABILITY
         memory = f"{here.total_memory / 2**30:.0f} GiB"
-        findings.append(Finding(f"GPU {index}", f"{here.name}, sm_{here.major}{here.minor}, {memory}{sparse}"))
+        sparse = "" if is_sparse else ", no sparse tensor cores"
+        findings.append(Finding(f"GPU {index}", f"{here.name}, {kind}, {memory}{sparse}"))
     return findings
 
 
 def find_extension() -> list[Finding]:
     """Whether the CUDA extension is there, loads, and was built for the GPUs here from the sources beside it."""
     if error := cutlass_ops.load_error():
-        return [Finding("cutlass_ops", f"built, but it does not load: {error}", build_command_here())]
-    archs, gpus = cutlass_ops.ARCHS, sparse_capabilities()
+        # Where nothing would run on it, it is nothing to fix.
+        fix = load_command(error, build_command_here()) if sparse_gpus() else None
+        return [Finding("cutlass_ops", f"built, but it does not load: {error}", fix)]
+    archs, gpus = cutlass_ops.ARCHS, sparse_gpus()
     if not archs:
         # Without a GPU to run it on, an absent extension is nothing to fix.
         return [Finding("cutlass_ops", "not built", build_command_here() if gpus else None)]
@@ -94,6 +104,10 @@ def find_extension() -> list[Finding]:
     unfit = [capability for capability in gpus if not runs(archs, capability)]
     if unfit:
         return [Finding("cutlass_ops", f"{value}, not for {', '.join(map(gpu.own_arch, unfit))}", build_command_here())]
+    problems = filter(None, map(launch_problem, gpus.values()))
+    if problem := next(problems, None):
+        value = f"{value}, but CUDA does not run it: {problem}; {UPDATE_DRIVER}"
+        return [Finding("cutlass_ops", value, build_command_here())]
     if gpu.HOPPER in gpus and gpu.WGMMA_ARCHS.isdisjoint(archs):
         return [Finding("cutlass_ops", f"{value}: without the faster kernels of sm_90a", build_command_here())]
     return [Finding("cutlass_ops", value)]
@@ -104,9 +118,14 @@ def runs(archs: Iterable[str], capability: tuple[int, int]) -> bool:
     return any(gpu.runs_on(arch, capability) for arch in archs)
 
 
+def launch_problem(index: int) -> str:
+    """Of the GPU `index`, which the build is for."""
+    return gpu.launch_problem(torch.device("cuda", index))
+
+
 def build_command_here() -> str:
     """What builds the extension for the GPUs here, in the root of a checkout."""
-    archs = ";".join(map(gpu.own_arch, sparse_capabilities()))
+    archs = ";".join(map(gpu.own_arch, sparse_gpus()))
     return f"SDGP_CUDA_ARCHS={shlex.quote(archs)} {build_command()}" if archs else build_command()
 
 
@@ -117,10 +136,11 @@ def architecture(name: str) -> str:
 
 def find_backend() -> list[Finding]:
     """What ``backend="auto"`` comes down to on this machine."""
-    gpus = sparse_capabilities()
+    gpus = sparse_gpus()
+    built_for = [index for capability, index in gpus.items() if runs(cutlass_ops.ARCHS, capability)]
     if not gpus:
         value = "reference: prunes, then dense ops; the numbers of the method, no speed"
-    elif not any(runs(cutlass_ops.ARCHS, capability) for capability in gpus):
+    elif all(map(launch_problem, built_for)):
         value = "dense: nothing is accelerated without cutlass_ops"
     else:
         value = "cutlass where it is faster than dense, else dense"
@@ -164,7 +184,7 @@ def command(
                 click.echo(f"{'':<{width}}  fix: {finding.fix}")
         if model is not None:
             output().print(_table(layers, f"{model}, batch {batch}, on {where}"))
-    if sparse_capabilities() and any(finding.fix for finding in find_extension()):
+    if sparse_gpus() and any(finding.fix for finding in find_extension()):
         raise SystemExit(1)
 
 
@@ -176,11 +196,10 @@ def _place(
     from sdgp_accel.backends.gpu import HOPPER, Device
 
     gpu = placement.GPUS[arch or "90"]
-    if arch is None and (capabilities := sparse_capabilities()):
-        here = range(torch.cuda.device_count())
-        first = next(index for index in here if torch.cuda.get_device_capability(index) == capabilities[0])
+    if arch is None and (gpus := sparse_gpus()):
+        capability, first = next(iter(gpus.items()))
         multiprocessors = torch.cuda.get_device_properties(first).multi_processor_count
-        gpu = Device(capabilities[0], multiprocessors, wgmma=capabilities[0] == HOPPER)
+        gpu = Device(capability, multiprocessors, wgmma=capability == HOPPER)
     with torch.device("meta"):
         net = models.build(model, image_size=image_size, seq_len=seq_len)
         example = models.example_batch(model, batch, image_size=image_size, seq_len=seq_len, device="meta")

@@ -45,7 +45,7 @@ def no_gpu(gpus):
 def extension(monkeypatch, tmp_path):
     """Makes an extension be built for these architectures, from the sources here or from others; () for none."""
 
-    def be_built(*archs, sources="these", error=""):
+    def be_built(*archs, sources="these", error="", problem=""):
         file = tmp_path / "_C.so"
         if archs:
             text = build_kernels.stamp(archs)
@@ -53,6 +53,7 @@ def extension(monkeypatch, tmp_path):
         monkeypatch.setattr(cutlass_ops, "path", lambda: file if archs else None)
         monkeypatch.setattr(cutlass_ops, "load_error", lambda: error)
         monkeypatch.setattr(cutlass_ops, "ARCHS", () if error else archs)
+        monkeypatch.setattr(gpu, "launch_problem", lambda device: problem)
 
     return be_built
 
@@ -66,7 +67,7 @@ def test_without_gpu_names_the_reference_backend_and_asks_for_nothing(no_gpu, ex
     assert "pip install --no-cache-dir" not in result.output
 
 
-H100, RTX3090 = (9, 0), (8, 6)
+H100, RTX3090, ORIN = (9, 0), (8, 6), (8, 7)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,8 @@ H100, RTX3090 = (9, 0), (8, 6)
         ([H100, RTX3090], ("90a",), {}, "not for 86", "'90a;86'"),
         ([H100], ("80", "90"), {}, "without the faster kernels of sm_90a", "90a"),
         ([H100], ("90a",), {"sources": "others"}, "from other sources", "90a"),
+        ([H100], ("90a",), {"problem": "too old a driver"}, "CUDA does not run it: too old a driver; update", "90a"),
+        ([ORIN], ("80", "86", "89"), {}, "not for 87", "87"),
         ([RTX3090], ("compute_90",), {}, "not for 86", "86"),
     ],
 )
@@ -89,6 +92,17 @@ def test_a_gpu_that_the_build_is_not_for_is_an_error(gpus, extension, here, arch
     assert says in result.output
     # In a checkout, Python finds what lies in it before what is installed.
     assert f"fix: SDGP_CUDA_ARCHS={rebuilt_for} SDGP_CUDA=1 pip install --no-cache-dir --editable ." in result.output
+
+
+def test_a_missing_runtime_is_to_be_installed(gpus, extension):
+    """torch for CUDA 12 does not bring that of 13: building anew would not help."""
+    gpus(H100)
+    extension("90a", error="libcudart.so.13: cannot open shared object file: No such file or directory")
+    result = run()
+    assert result.exit_code == 1
+    assert "fix: pip install 'nvidia-cuda-runtime==13.*'" in result.output
+    gpus()
+    assert "fix: pip install 'nvidia" not in run().output
 
 
 def test_ptx_of_hoppers_own_kernels_is_enough(gpus, extension):
@@ -106,6 +120,8 @@ def test_nothing_runs_on_kernels_of_other_gpus(gpus, extension):
     assert "dense: nothing is accelerated" in run().output
     gpus((9, 0))
     extension("80")
+    assert "dense: nothing is accelerated" in run().output
+    extension("90a", problem="too old a driver")
     assert "dense: nothing is accelerated" in run().output
 
 
@@ -125,7 +141,9 @@ def test_gpus_without_cuda_have_no_sparse_tensor_cores(gpus, extension, monkeypa
     gpus((9, 0))
     monkeypatch.setattr(torch.version, "cuda", None)  # ROCm calls an AMD GPU a CUDA device
     extension()
-    assert run().exit_code == 0
+    result = run()
+    assert result.exit_code == 0
+    assert "GPU 0, not NVIDIA's, 80 GiB, no sparse tensor cores" in result.output
 
 
 def test_missing_extra_names_the_install_command(no_gpu, monkeypatch):

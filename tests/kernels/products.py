@@ -134,6 +134,9 @@ class SimulatedKernels:
         self._engine = engine
         self._extension = extension
 
+    def device_problem(self) -> str:
+        return ""
+
     def bias_partial_rows(self, t: int, c: int) -> int:
         rows: int = self._extension.bias_partial_rows(t, c)
         return rows

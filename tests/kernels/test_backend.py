@@ -31,6 +31,7 @@ needs_gpu = pytest.mark.skipif(not HAS_KERNELS, reason="no GPU with the kernels 
 def hopper(monkeypatch):
     """A GPU to decide for."""
     monkeypatch.setattr(gpu, "device_facts", lambda device: gpu.Device((9, 0), 132, wgmma=True))
+    monkeypatch.setattr(gpu, "launch_problem", lambda device: "")
     monkeypatch.setattr(cutlass_ops, "ARCHS", ("80", "90a"))
 
 
@@ -47,10 +48,14 @@ def test_which_code_runs_where(arch, capability, expected):
 
 def test_unavailable_names_the_command(hopper, monkeypatch):
     assert cutlass.BACKEND.unavailable(CUDA) is None
+    monkeypatch.setattr(gpu, "launch_problem", lambda device: "too old a driver")
+    assert "do not run here: too old a driver; update the NVIDIA driver" in cutlass.BACKEND.unavailable(CUDA)
     monkeypatch.setattr(cutlass_ops, "ARCHS", ("86",))
     assert "SDGP_CUDA_ARCHS=90a SDGP_CUDA=1 pip install" in cutlass.BACKEND.unavailable(CUDA)
     monkeypatch.setattr(cutlass_ops, "ARCHS", ())
     assert "not built" in cutlass.BACKEND.unavailable(CUDA)
+    monkeypatch.setattr(cutlass_ops, "load_error", lambda: "libcudart.so.12: cannot open shared object file")
+    assert "run: pip install 'nvidia-cuda-runtime-cu12==12.*'" in cutlass.BACKEND.unavailable(CUDA)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cutlass_ops import build_kernels
 from sdgp_accel.semi_structured import compress_matrix
-from tests.kernels.products import assert_close, sparse_matrix
+from tests.kernels.products import SimulatorEngine, assert_close, sparse_matrix
 
 pytestmark = pytest.mark.timeout(1800)  # the first test may have to compile the kernels
 
@@ -28,6 +29,20 @@ def test_a_gemm_is_bound_once_and_launched_often(engine):
             launch(*(tensor.data_ptr() for tensor in (*tensors, out)))
         a, b = dy.double(), weight.double()
         assert_close(out, a @ b, a.abs() @ b.abs(), 72)
+
+
+def test_a_device_is_asked_whether_kernels_can_be_launched(engine):
+    assert engine.kernels.device_problem() == ""
+
+
+def test_a_device_that_the_code_is_not_for_says_so_before_a_launch(engine, tmp_path):
+    if engine.name != "sim":
+        pytest.skip("needs a GPU that the code is not for")
+    toolkit = build_kernels.find_toolkit()
+    check = build_kernels.compile_instance(toolkit, build_kernels.INSTANCES / "device_check.cu", ("compute_90a",))
+    build_kernels.link(toolkit, [check], tmp_path / "check.so")
+    assert SimulatorEngine("80").load(tmp_path / "check.so").sdgp_check_device() == 209  # no kernel image
+    assert SimulatorEngine("90a").load(tmp_path / "check.so").sdgp_check_device() == 0
 
 
 def test_a_convolution_takes_its_shape_and_window(engine):

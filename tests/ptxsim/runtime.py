@@ -22,7 +22,7 @@ from .ptx import Kernel, Module, parse
 from .wave import Counters, Device
 
 CUDA_SUCCESS, INVALID_VALUE, MEMORY_ALLOCATION, INVALID_CONFIGURATION = 0, 1, 2, 9
-NO_KERNEL_IMAGE, INVALID_POINTER, LAUNCH_FAILURE = 209, 17, 719
+NO_KERNEL_IMAGE, INVALID_POINTER, INVALID_DEVICE_FUNCTION, LAUNCH_FAILURE = 209, 17, 98, 719
 _NAMES = {
     CUDA_SUCCESS: "no error",
     INVALID_VALUE: "invalid argument",
@@ -30,7 +30,7 @@ _NAMES = {
     INVALID_CONFIGURATION: "invalid configuration argument",
     NO_KERNEL_IMAGE: "no kernel image is available for execution on the device",
     INVALID_POINTER: "invalid device pointer",
-    98: "invalid device function",
+    INVALID_DEVICE_FUNCTION: "invalid device function",
 }
 _MAX_DYNAMIC_SHARED = 8  # cudaFuncAttributeMaxDynamicSharedMemorySize
 _OPTIN = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}
@@ -268,7 +268,9 @@ class Runtime:
     def _get_attribute(self, host: int, what: int) -> int:
         function = self.functions.get(host)
         if function is None:
-            return -1
+            return -INVALID_DEVICE_FUNCTION
+        if function.image.text is None:
+            return -NO_KERNEL_IMAGE
         module, kernel = self._kernel(function)
         program = decode(kernel, module.variables)
         return (program.shared_static, kernel.max_threads or 1024, program.local_size)[what]

@@ -18,7 +18,7 @@ struct callbacks {
   int (*release)(void *pointer);
   void (*written)(void *pointer, size_t size);
   int (*set_attribute)(const void *host, int attribute, int value);
-  int (*get_attribute)(const void *host, int what); /* 0 static shared bytes, 1 max threads, 2 local bytes */
+  int (*get_attribute)(const void *host, int what); /* 0 static shared bytes, 1 max threads, 2 local bytes; or minus an error */
   void *(*symbol)(const void *host);
   const char *(*message)(int error);
 };
@@ -212,7 +212,7 @@ cudaError_t cudaFuncSetAttribute(const void *host, enum cudaFuncAttribute attrib
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *host) {
   memset(a, 0, sizeof *a);
   int shared = cb.get_attribute(host, 0);
-  if (shared < 0) return done(cudaErrorInvalidDeviceFunction);
+  if (shared < 0) return done((cudaError_t)-shared);
   a->sharedSizeBytes = shared;
   a->maxThreadsPerBlock = cb.get_attribute(host, 1);
   a->localSizeBytes = cb.get_attribute(host, 2);
@@ -223,7 +223,7 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *host
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *host, int threads, size_t dynamic, unsigned flags) {
   (void)flags;
   int shared = cb.get_attribute(host, 0);
-  if (shared < 0) return done(cudaErrorInvalidDeviceFunction);
+  if (shared < 0) return done((cudaError_t)-shared);
   size_t bytes = shared + dynamic + 1024;
   int by_threads = 2048 / threads, by_shared = (int)((shared_optin() + 1024) / bytes);
   *blocks = by_threads < by_shared ? by_threads : by_shared;
