@@ -129,6 +129,7 @@ GPUS: dict[str, GPU] = {
 _DEVICE_NAMES = {
     "H100 80GB HBM3": "h100-measured",
     "H100": "h100",
+    "GH200": "h100",
     "H200": "h200-measured",
     "A100-SXM4-40": "a100-40",
     "A100-PCIE-40": "a100-40",
@@ -143,8 +144,8 @@ def known_gpu(device_name: str) -> str | None:
     return next((name for part, name in _DEVICE_NAMES.items() if part in device_name), None)
 
 
-# Compute capability -> the entry nearest to a GPU that `known_gpu` does not know.
-_ARCHITECTURES = {(8, 0): "a100-80", (8, 6): "l40s", (8, 9): "l40s"}
+# Compute capability -> the entry nearest to a GPU that `known_gpu` does not know: one with the same instructions.
+_ARCHITECTURES = {(8, 0): "a100-80"} | dict.fromkeys([(8, 6), (8, 7), (8, 9), (12, 0), (12, 1)], "l40s")
 
 
 def device_figures(name: str, capability: tuple[int, int]) -> GPU:

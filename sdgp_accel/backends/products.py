@@ -35,7 +35,7 @@ def too_large(geometry: Geometry) -> str | None:
     return f"sparse products count rows and columns in 32 bits; got {largest}" if largest > MAX_SIZE else None
 
 
-def _family(geometry: Geometry, device: gpu.Device) -> tiles.Family:
+def choose_family(geometry: Geometry, device: gpu.Device) -> tiles.Family:
     """The kernels that run this product on this GPU."""
     if geometry.in_channels % 8:  # the length of the rows of X, W and their gradients
         return tiles.SM80_ANY
@@ -55,7 +55,7 @@ def rank(
     geometry: Geometry, product: Product, device: gpu.Device, family: tiles.Family | None = None
 ) -> tuple[Tiling, ...]:
     """The tilings that run this product on this GPU, best predicted first. family: default the one that fits."""
-    family = family or _family(geometry, device)
+    family = family or choose_family(geometry, device)
     c_in, gathering, shares = geometry.in_channels, False, True
     if isinstance(geometry, Conv2dGeometry) and not _is_pointwise(geometry):
         gathering = True

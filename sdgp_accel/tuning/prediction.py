@@ -6,6 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from sdgp_accel.backends import gpu as gpus
+from sdgp_accel.backends import tiles
+from sdgp_accel.backends.products import choose_family
 from sdgp_accel.config import PASSES
 from sdgp_accel.geometry import Geometry
 from sdgp_accel.layer_plan import LayerPlan
@@ -15,12 +18,24 @@ from sdgp_accel.tuning.record import Tuned
 COSTS_OF_COMPRESSION = GPUS["h100-measured"].compress_costs  # where a GPU's own are not known
 REQUIRED_GAIN = 0.05  # the roofline errs: tests/tuning/test_prediction.py holds its choices to measured ones
 
+# From Hopper on data-centre GPUs (and Thor) have faster instructions than mma for dense products, wgmma and tcgen05,
+# which leave mma.sp behind: on an H200 its median speed was 0.6 to 0.7 of cuBLAS (bench/results/speed.md).
+# GeForce and RTX PRO still multiply by mma.
+FIRST_BEYOND_MMA, FIRST_BLACKWELL_WITH_MMA = gpus.HOPPER, (12, 0)
+
 CHOICES = ((False, False), (True, False), (False, True), (True, True))  # dgrad, wgrad pruned
 
 
 def predict(plan: LayerPlan, geometry: Geometry, device: torch.device) -> Tuned:
     """The passes that the roofline lets gain on this CUDA device. Depends on nothing but the arguments."""
-    gpu = device_figures(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    facts = gpus.device_facts(device)
+    family = choose_family(geometry, facts)
+    is_beyond_mma = FIRST_BEYOND_MMA <= facts.capability < FIRST_BLACKWELL_WITH_MMA
+    # The roofline is that of kernels that keep up; copying value by value takes several times as long.
+    if family is tiles.SM80_ANY or (is_beyond_mma and family is not tiles.SM90):
+        reason = "deterministic algorithms, nothing is timed; predicted: dense outruns the kernels that take this layer"
+        return Tuned((False, False), reason)
+    gpu = device_figures(torch.cuda.get_device_name(device), facts.capability)
     gpu = replace(gpu, compress_costs={**COSTS_OF_COMPRESSION, **gpu.compress_costs})
     seconds = {passes: _seconds(plan, Work.of(geometry), gpu, passes) for passes in CHOICES}
     possible = {passes: s for passes, s in seconds.items() if s is not None}

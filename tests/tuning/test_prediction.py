@@ -10,6 +10,7 @@ import torch
 from bench.fit_roofline import MEASURED
 from bench.prediction import geometry_of
 from sdgp_accel import SDGPConfig, roofline
+from sdgp_accel.backends import gpu
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.roofline import device_figures
@@ -24,7 +25,7 @@ NARROW = LinearGeometry(50176, 256, 1024)  # memory-bound
 @pytest.fixture(autouse=True)
 def h100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "device_facts", lambda device: gpu.Device((9, 0), 132, wgmma=True))
 
 
 def plan(kind: str = "linear", **options: object):
@@ -64,6 +65,20 @@ def test_a_gpus_own_costs_come_before_those_of_another(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
+    ("capability", "wgmma", "gains"),
+    [((9, 0), True, True), ((9, 0), False, False), ((10, 0), False, False), ((11, 0), False, False),
+     ((8, 0), False, True), ((8, 9), False, True), ((12, 0), False, True)],
+)  # fmt: skip
+def test_only_kernels_that_keep_up_are_expected_to_gain(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], wgmma: bool, gains: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(gpu, "device_facts", lambda device: gpu.Device(capability, 132, wgmma))
+    assert any(predict(plan(prune="magnitude"), WIDE, CUDA).prunes) is gains
+    assert not any(predict(plan(prune="magnitude"), LinearGeometry(8192, 14337, 4096), CUDA).prunes)  # odd rows
+
+
+@pytest.mark.parametrize(
     ("device", "entry"), [("NVIDIA H100 80GB HBM3", "h100-measured"), ("NVIDIA H200", "h200-measured")]
 )
 def test_it_is_near_what_was_measured(device: str, entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +100,9 @@ def test_it_is_near_what_was_measured(device: str, entry: str, monkeypatch: pyte
     [("NVIDIA H100 80GB HBM3", (9, 0), "h100-measured"), ("NVIDIA H200", (9, 0), "h200-measured"),
      ("NVIDIA A100-SXM4-40GB", (8, 0), "a100-40"), ("NVIDIA A100-SXM4-80GB", (8, 0), "a100-80"),
      ("NVIDIA GeForce RTX 4090", (8, 9), "rtx4090"), ("NVIDIA A30", (8, 0), "a100-80"),
-     ("NVIDIA A10", (8, 6), "l40s"), ("NVIDIA B200", (10, 0), "h100-measured")],
+     ("NVIDIA A10", (8, 6), "l40s"), ("NVIDIA B200", (10, 0), "h100-measured"), ("Orin", (8, 7), "l40s"),
+     ("NVIDIA GeForce RTX 5090", (12, 0), "l40s"), ("NVIDIA GB10", (12, 1), "l40s"),
+     ("NVIDIA GH200 480GB", (9, 0), "h100")],
 )  # fmt: skip
 def test_a_gpu_has_the_figures_of_its_kind(name: str, capability: tuple[int, int], figures: str) -> None:
     assert device_figures(name, capability) is roofline.GPUS[figures]
