@@ -9,7 +9,7 @@ Environment:
                      NVIDIA GPU or nvcc is. A build that fails fails the installation.
     SDGP_CUDA_ARCHS  what to build for, separated by ";": "80", "90a", .. for machine code, "compute_80", .. for PTX.
     SDGP_CUDA_CACHE  folder of compiled objects, default ~/.cache/sdgp_accel/objects. Delete it whenever you like.
-    CUDA_HOME        the CUDA toolkit to use, before any other.
+    CUDA_HOME        the CUDA toolkit to use, before any other. One older than CUDA 12.5 is passed over.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ HERE = Path(__file__).resolve().parent
 INSTANCES = HERE / "instances"
 INCLUDE = HERE / "include"
 DEFAULT_ARCHS = "80;86;89;90a;compute_90"
+
+# With PTX ISA 8.5, which has mma.sp::ordered_metadata, and cudaGetDriverEntryPointByVersion.
+OLDEST_CUDA = (12, 5)
 
 # Wheels that together hold nvcc, ptxas and the headers, for machines without a CUDA toolkit.
 CUDA_WHEELS = tuple(f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-cccl", "cuda-runtime"))
@@ -64,6 +67,15 @@ class Toolkit:
         return _run([self.nvcc, "--version"])
 
     @functools.cached_property
+    def release(self) -> tuple[int, int]:
+        """Of CUDA; (0, 0) where nvcc does not run."""
+        try:
+            found = re.search(r"release (\d+)\.(\d+)", self.version)
+        except BuildError:
+            return (0, 0)
+        return (int(found[1]), int(found[2])) if found else (0, 0)
+
+    @functools.cached_property
     def runtime(self) -> Path:
         """The shared CUDA runtime to link with: by its soname, because wheels lack the unversioned link."""
         for folder in ("lib64", "lib", "targets/x86_64-linux/lib"):
@@ -74,7 +86,7 @@ class Toolkit:
 
 
 def find_toolkit() -> Toolkit | None:
-    """$CUDA_HOME, then nvcc on the PATH, /usr/local/cuda*, and the wheels; the first that is complete."""
+    """$CUDA_HOME, then nvcc on the PATH, /usr/local/cuda*, and the wheels; the first complete and new enough one."""
     homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     if found := shutil.which("nvcc"):
         homes.append(Path(found).resolve().parent.parent)
@@ -82,7 +94,8 @@ def find_toolkit() -> Toolkit | None:
     # Not sysconfig: in an isolated build the wheels are on sys.path but not in this interpreter's site-packages.
     homes += [Path(entry) / "nvidia" / "cu13" for entry in sys.path if entry]
     complete = ("bin/nvcc", "include/cuda_runtime_api.h", "include/crt/host_config.h")
-    return next((Toolkit(home) for home in homes if all((home / path).exists() for path in complete)), None)
+    toolkits = (Toolkit(home) for home in homes if all((home / path).exists() for path in complete))
+    return next((toolkit for toolkit in toolkits if toolkit.release >= OLDEST_CUDA), None)
 
 
 def is_wanted() -> bool:
@@ -126,7 +139,8 @@ def build(output: Path, archs: Sequence[str] | None = None, jobs: int | None = N
     """
     toolkit = find_toolkit()
     if toolkit is None:
-        raise BuildError(f"no CUDA toolkit found: set CUDA_HOME, or pip install {' '.join(map(repr, CUDA_WHEELS))}")
+        oldest, wheels = ".".join(map(str, OLDEST_CUDA)), " ".join(map(repr, CUDA_WHEELS))
+        raise BuildError(f"no CUDA toolkit of {oldest} or later found: set CUDA_HOME, or pip install {wheels}")
     archs = selected_archs() if archs is None else tuple(archs)
     text = stamp(archs)  # before anything is compiled: sources that change meanwhile make it stale
     # wide_scope_* take longest, several times the others: they start first.

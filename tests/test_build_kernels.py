@@ -135,6 +135,26 @@ def test_built_when_asked_or_where_nvcc_is(
     assert (build_kernels.CUDA_WHEELS[0] in needed) is (wanted and not toolkit)
 
 
+def test_a_toolkit_that_is_too_old_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def install(name: str, version: str) -> Path:
+        home = tmp_path / name
+        for path in ("bin/nvcc", "include/cuda_runtime_api.h", "include/crt/host_config.h"):
+            (home / path).parent.mkdir(parents=True, exist_ok=True)
+            (home / path).touch()
+        (home / "bin/nvcc").write_text(f"#!/bin/sh\necho '{version}'\n")
+        (home / "bin/nvcc").chmod(0o755)
+        return home
+
+    old = install("old", "Cuda compilation tools, release 12.4, V12.4.131")
+    new = install("new", "Cuda compilation tools, release 12.10, V12.10.1")
+    broken = install("broken", "no version")
+    monkeypatch.setenv("CUDA_HOME", str(old))
+    monkeypatch.setenv("CUDA_PATH", str(new))
+    assert build_kernels.find_toolkit() == build_kernels.Toolkit(new)
+    monkeypatch.setenv("CUDA_HOME", str(broken))
+    assert build_kernels.find_toolkit() == build_kernels.Toolkit(new)
+
+
 def test_neither_asked_for_nor_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SDGP_CUDA", raising=False)
     monkeypatch.setattr(build_kernels, "find_toolkit", lambda: None)

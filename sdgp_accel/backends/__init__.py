@@ -196,7 +196,7 @@ def load_command(error: str, rebuild: str) -> str:
 
     torch brings the runtime of one CUDA release only. The extension looks for others where this package puts them.
     """
-    runtime = re.search(r"libcudart\.so\.(\d+)", error)
+    runtime = re.search(r"libcudart\.so\.(\d+): cannot open", error)
     if runtime is None:
         return rebuild
     release = int(runtime[1])
