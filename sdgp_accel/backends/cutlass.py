@@ -47,7 +47,7 @@ class CutlassBackend:
                 return f"the cutlass kernels do not load: {error}; run: {load_command(error, build_command())}"
             return f"the cutlass kernels are not built; build them with: {build_command()}"
         capability = gpu.device_facts(device).capability
-        rebuild = f"SDGP_CUDA_ARCHS={gpu.own_arch(capability)} {build_command()}"
+        rebuild = gpu.build_command_for(gpu.sparse_gpus() | {capability: device.index})
         if not any(gpu.runs_on(arch, capability) for arch in cutlass_ops.ARCHS):
             built = ", ".join(cutlass_ops.ARCHS)
             return f"the cutlass kernels are built for {built} only; rebuild with: {rebuild}"

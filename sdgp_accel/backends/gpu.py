@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shlex
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 
 import cutlass_ops
+from sdgp_accel.backends import FIRST_SPARSE_CAPABILITY, build_command
 
 HOPPER = (9, 0)
 # Machine code runs on GPUs of the same major capability, but neither way between a Tegra and others (CUDA C++
@@ -48,6 +51,24 @@ def launch_problem(device: torch.device) -> str:
 def own_arch(capability: tuple[int, int]) -> str:
     """What to build for on a GPU of this compute capability, as in SDGP_CUDA_ARCHS."""
     return "".join(map(str, capability)) + ("a" if capability == HOPPER else "")
+
+
+def sparse_gpus() -> dict[tuple[int, int], int]:
+    """The compute capabilities of the GPUs here that multiply 2:4 operands in hardware, and the first GPU of each."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return {}
+    found: dict[tuple[int, int], int] = {}
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability >= FIRST_SPARSE_CAPABILITY:
+            found.setdefault(capability, index)
+    return found
+
+
+def build_command_for(capabilities: Iterable[tuple[int, int]]) -> str:
+    """What builds the kernels for GPUs of these compute capabilities, in the root of a checkout."""
+    archs = ";".join(map(own_arch, capabilities))
+    return f"SDGP_CUDA_ARCHS={shlex.quote(archs)} {build_command()}" if archs else build_command()
 
 
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:

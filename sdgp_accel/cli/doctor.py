@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
-import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ from rich.table import Table
 import cutlass_ops
 import sdgp_accel
 from cutlass_ops import build_kernels
-from sdgp_accel.backends import FIRST_SPARSE_CAPABILITY, UPDATE_DRIVER, build_command, gpu, load_command
+from sdgp_accel.backends import FIRST_SPARSE_CAPABILITY, UPDATE_DRIVER, gpu, load_command
 from sdgp_accel.cli.options import output, size_options
 
 if TYPE_CHECKING:
@@ -59,18 +58,6 @@ def find_extras() -> list[Finding]:
     return findings
 
 
-def sparse_gpus() -> dict[tuple[int, int], int]:
-    """The compute capabilities of the GPUs here that multiply 2:4 operands in hardware, and the first GPU of each."""
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        return {}
-    found: dict[tuple[int, int], int] = {}
-    for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        if capability >= FIRST_SPARSE_CAPABILITY:
-            found.setdefault(capability, index)
-    return found
-
-
 def find_gpus() -> list[Finding]:
     if not torch.cuda.is_available():
         return [Finding("GPU", "none that torch can use")]
@@ -91,9 +78,9 @@ def find_extension() -> list[Finding]:
     """Whether the CUDA extension is there, loads, and was built for the GPUs here from the sources beside it."""
     if error := cutlass_ops.load_error():
         # Where nothing would run on it, it is nothing to fix.
-        fix = load_command(error, build_command_here()) if sparse_gpus() else None
+        fix = load_command(error, build_command_here()) if gpu.sparse_gpus() else None
         return [Finding("cutlass_ops", f"built, but it does not load: {error}", fix)]
-    archs, gpus = cutlass_ops.ARCHS, sparse_gpus()
+    archs, gpus = cutlass_ops.ARCHS, gpu.sparse_gpus()
     if not archs:
         # Without a GPU to run it on, an absent extension is nothing to fix.
         return [Finding("cutlass_ops", "not built", build_command_here() if gpus else None)]
@@ -125,8 +112,7 @@ def launch_problem(index: int) -> str:
 
 def build_command_here() -> str:
     """What builds the extension for the GPUs here, in the root of a checkout."""
-    archs = ";".join(map(gpu.own_arch, sparse_gpus()))
-    return f"SDGP_CUDA_ARCHS={shlex.quote(archs)} {build_command()}" if archs else build_command()
+    return gpu.build_command_for(gpu.sparse_gpus())
 
 
 def architecture(name: str) -> str:
@@ -136,7 +122,7 @@ def architecture(name: str) -> str:
 
 def find_backend() -> list[Finding]:
     """What ``backend="auto"`` comes down to on this machine."""
-    gpus = sparse_gpus()
+    gpus = gpu.sparse_gpus()
     built_for = [index for capability, index in gpus.items() if runs(cutlass_ops.ARCHS, capability)]
     if not gpus:
         value = "reference: prunes, then dense ops; the numbers of the method, no speed"
@@ -184,7 +170,7 @@ def command(
                 click.echo(f"{'':<{width}}  fix: {finding.fix}")
         if model is not None:
             output().print(_table(layers, f"{model}, batch {batch}, on {where}"))
-    if sparse_gpus() and any(finding.fix for finding in find_extension()):
+    if gpu.sparse_gpus() and any(finding.fix for finding in find_extension()):
         raise SystemExit(1)
 
 
@@ -193,17 +179,16 @@ def _place(
 ) -> tuple[str, tuple[Placement, ...]]:
     """The architecture to place the layers on, that of this machine's GPU where none is named, and where they run."""
     from sdgp_accel import models, placement  # not needed for the diagnosis
-    from sdgp_accel.backends.gpu import HOPPER, Device
 
-    gpu = placement.GPUS[arch or "90"]
-    if arch is None and (gpus := sparse_gpus()):
+    device = placement.GPUS[arch or "90"]
+    if arch is None and (gpus := gpu.sparse_gpus()):
         capability, first = next(iter(gpus.items()))
         multiprocessors = torch.cuda.get_device_properties(first).multi_processor_count
-        gpu = Device(capability, multiprocessors, wgmma=capability == HOPPER)
+        device = gpu.Device(capability, multiprocessors, wgmma=capability == gpu.HOPPER)
     with torch.device("meta"):
         net = models.build(model, image_size=image_size, seq_len=seq_len)
         example = models.example_batch(model, batch, image_size=image_size, seq_len=seq_len, device="meta")
-    return "sm_{}{}".format(*gpu.capability), placement.placements(net, example, gpu)
+    return "sm_{}{}".format(*device.capability), placement.placements(net, example, device)
 
 
 def _table(layers: tuple[Placement, ...], title: str) -> Table:

@@ -52,6 +52,8 @@ def test_unavailable_names_the_command(hopper, monkeypatch):
     assert "do not run here: too old a driver; update the NVIDIA driver" in cutlass.BACKEND.unavailable(CUDA)
     monkeypatch.setattr(cutlass_ops, "ARCHS", ("86",))
     assert "SDGP_CUDA_ARCHS=90a SDGP_CUDA=1 pip install" in cutlass.BACKEND.unavailable(CUDA)
+    monkeypatch.setattr(gpu, "sparse_gpus", lambda: {(8, 6): 0, (9, 0): 1})
+    assert "SDGP_CUDA_ARCHS='86;90a' SDGP_CUDA=1 pip install" in cutlass.BACKEND.unavailable(CUDA)
     monkeypatch.setattr(cutlass_ops, "ARCHS", ())
     assert "not built" in cutlass.BACKEND.unavailable(CUDA)
     monkeypatch.setattr(cutlass_ops, "load_error", lambda: "libcudart.so.12: cannot open shared object file")
