@@ -75,13 +75,13 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code built for `arch`, as in SDGP_CUDA_ARCHS, runs on a GPU of this compute capability."""
     number = arch.removeprefix("compute_")
     version = (int(number.rstrip("af")[:-1]), int(number.rstrip("af")[-1]))
-    if number[-1] in "af":  # features of one architecture, which no other has
+    if number.endswith("a"):  # features of one architecture, which no other has
         return version == capability
-    if arch.startswith("compute_"):  # PTX: the driver compiles it for what came later
+    if arch.startswith("compute_") and not number.endswith("f"):  # PTX: the driver compiles it for what came later
         return version <= capability
     if TEGRA in (version, capability):
         return version == capability
-    return version[0] == capability[0] and version <= capability
+    return version[0] == capability[0] and version <= capability  # that of a family ("f"), too
 
 
 def stream_of(device: torch.device) -> int:

@@ -39,7 +39,8 @@ def hopper(monkeypatch):
     ("arch", "capability", "expected"),
     [("80", (8, 0), True), ("80", (8, 9), True), ("86", (8, 0), False), ("80", (9, 0), False), ("90a", (9, 0), True),
      ("90a", (10, 0), False), ("90", (9, 0), True), ("compute_80", (12, 0), True), ("compute_90", (8, 9), False),
-     ("100f", (10, 0), True), ("compute_90a", (10, 0), False), ("80", (8, 7), False), ("86", (8, 7), False),
+     ("100f", (10, 0), True), ("100f", (10, 3), True), ("compute_100f", (12, 0), False),
+     ("compute_90a", (10, 0), False), ("80", (8, 7), False), ("86", (8, 7), False),
      ("87", (8, 7), True), ("87", (8, 9), False), ("compute_80", (8, 7), True), ("120", (12, 1), True)],
 )  # fmt: skip
 def test_which_code_runs_where(arch, capability, expected):
