@@ -13,6 +13,7 @@ from torch import Tensor
 import sdgp_accel as sdgp
 from sdgp_accel import philox
 from sdgp_accel.philox import GroupWords, Rng, draw, next_seed, philox4x32, philox4x32_cpu, round_keys, take
+from sdgp_accel.pruning import prune
 from tests import oracle
 
 ONES = 0xFFFFFFFF
@@ -158,6 +159,7 @@ def test_the_data_parallel_rank_may_be_set(monkeypatch: pytest.MonkeyPatch) -> N
     sdgp.set_data_parallel_rank(2)
     assert philox.data_parallel_rank() == 2
     assert not torch.equal(gradient(), own)
+    assert torch.equal(prune(x, seed=5), prune(x, seed=Rng((5, 0), rank=2)))
     sdgp.set_data_parallel_rank(None)
     assert torch.equal(gradient(), own)
     for rank in (-1, 1 << 31, True, 1.0, "0"):

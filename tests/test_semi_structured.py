@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdgp_accel.config import FUNCTIONS, SDGPConfig
+from sdgp_accel.config import FUNCTIONS, PASSES, SDGPConfig
 from sdgp_accel.layouts import LAYOUTS
 from sdgp_accel.pruning import prune
 from sdgp_accel.semi_structured import compress, compress_matrix
@@ -130,6 +130,19 @@ def test_k_align(axis: int) -> None:
     assert operand.values.shape[axis] == 32
     assert operand.metadata.shape[axis] == 4
     assert torch.equal(operand.decompress(), pruned)
+    tiled = compress_matrix(pruned, axis, k_align=48, layout="sm90_k64")
+    assert tiled.values.shape[axis] == 96, "Kp is a multiple of 48 and of the layout's tile"
+    assert torch.equal(tiled.decompress(), pruned)
+
+
+@pytest.mark.parametrize("prune_function", ["mvue", {"grad_input": "magnitude", "grad_weight": "rescale_magnitude"}])
+def test_each_pass_has_its_function_and_its_random_numbers(prune_function: str | dict[str, str]) -> None:
+    x, config = torch.randn(32, 48), SDGPConfig(prune=prune_function)
+    seed = int(torch.randint(2**62, ()))
+    operands = [compress(x, config, pass_name=name, seed=seed).decompress() for name in PASSES]
+    assert not torch.equal(*operands)
+    for name, dense in zip(PASSES, operands, strict=True):
+        assert same_bits(dense, prune(x, config, pass_name=name, seed=seed))
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 2), (1, 1), (2, 6), (3, 4), (4, 8), (2, 3)])
