@@ -20,6 +20,10 @@ MISTAKES = [  # number in broken_sm90.cu, the fault, a part of its description
     ("accumulator_before_wait", 8, "async-race", "wgmma.wait_group"),
     ("half_a_warpgroup", 7, "divergent-aligned", "of the warpgroup"),
     ("missing_wgmma_fence", 9, "async-race", "no wgmma.fence since the kernel began"),
+    ("missing_copy_wait", 10, "async-race", "a cp.async"),
+    ("load_over_stores", 11, "shared-race", "the write by thread"),
+    ("load_over_copies", 12, "async-race", "a cp.async"),
+    ("load_over_what_is_read", 13, "shared-race", "the read by the tensor cores"),
 ]
 
 

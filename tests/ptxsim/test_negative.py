@@ -30,6 +30,8 @@ CASES = [
     ("last_block", 18, "global-race"),
     ("count_arrivals", 19, "global-race"),
     ("await_flag", 20, "global-race"),
+    ("read_sum", 21, "shared-race"),
+    ("clear_sum", 22, "shared-race"),
 ]
 N = 1024
 

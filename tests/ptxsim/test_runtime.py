@@ -81,6 +81,17 @@ def test_fault_reaches_the_host_as_an_error_with_its_text(sim, library):
     sim.unregister(y)
 
 
+def test_freed_memory_is_out_of_bounds(sim, library):
+    from .engine import pointer
+    from .faults import SimError
+
+    y = sim.empty(100)
+    address = pointer(y)
+    del y
+    with pytest.raises(SimError, match="out-of-bounds"), sim.checked():
+        library.launch(address, 100, 64, 256, 0)
+
+
 def test_chosen_blocks_of_a_launch_on_reserved_memory(sim, library):
     from .engine import pointer
     from .faults import SimError

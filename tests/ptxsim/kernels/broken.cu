@@ -182,6 +182,24 @@ __global__ void await_flag(const float* x, float* y, bool broken) {
   y[kThreads + threadIdx.x] = y[threadIdx.x];
 }
 
+__global__ void read_sum(const float*, float* y, bool broken) {  // of a counter in shared memory that others still change
+  __shared__ unsigned count;
+  if (threadIdx.x == 0) count = 0;
+  __syncthreads();
+  atomicAdd(&count, threadIdx.x);
+  if (!broken) __syncthreads();
+  y[threadIdx.x] = count;
+}
+
+__global__ void clear_sum(const float*, float* y, bool broken) {  // while others add to it
+  __shared__ unsigned count;
+  if (threadIdx.x == 0) count = 0;
+  if (!broken) __syncthreads();
+  atomicAdd(&count, threadIdx.x);
+  __syncthreads();
+  y[threadIdx.x] = count;
+}
+
 extern "C" int run(int which, const float* x, float* y, int n, bool broken) {
   switch (which) {
     case 0: shift_store<<<(n + kThreads) / kThreads, kThreads>>>(x, y, n, broken); break;
@@ -205,6 +223,8 @@ extern "C" int run(int which, const float* x, float* y, int n, bool broken) {
     case 18: last_block<<<n / kThreads, kThreads>>>(x, y, broken); break;
     case 19: count_arrivals<<<n / kThreads, kThreads>>>(x, y, broken); break;
     case 20: await_flag<<<2, kThreads>>>(x, y, broken); break;
+    case 21: read_sum<<<1, kThreads>>>(x, y, broken); break;
+    case 22: clear_sum<<<1, kThreads>>>(x, y, broken); break;
     default: return -1;
   }
   return cudaGetLastError();

@@ -1,12 +1,13 @@
-// One warpgroup computes D[64, 64] = A[64, 64] B[64, 64]^T with wgmma: A stored by the threads, B loaded by TMA, both K-major with a
-// 128-byte swizzle. `mistake` breaks one rule of the asynchronous machinery.
+// One warpgroup computes D[64, 64] = A[64, 64] B[64, 64]^T with wgmma: A stored by the threads, half of it by cp.async, B loaded by
+// TMA, both K-major with a 128-byte swizzle. `mistake` breaks one rule of the asynchronous machinery.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-enum Mistake { kNone, kLostArrive, kWrongBytes, kWrongSwizzle, kNoBarrierWait, kNoProxyFence, kNoWgmmaWait, kHalfWarpgroup, kEarlyRead, kNoFence };
+enum Mistake { kNone, kLostArrive, kWrongBytes, kWrongSwizzle, kNoBarrierWait, kNoProxyFence, kNoWgmmaWait, kHalfWarpgroup, kEarlyRead, kNoFence,
+               kNoCopyWait, kFillOverStore, kFillOverCopy, kEarlyRefill };
 
 constexpr int kN = 64, kTileBytes = kN * kN * 2;
 
@@ -27,6 +28,15 @@ __device__ void multiply(float (&d)[32], uint64_t a, uint64_t b) {
       : "l"(a), "l"(b));
 }
 
+__device__ void load_tile(uint32_t target, const CUtensorMap& map, uint32_t barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %3}], [%2];" ::"r"(target),
+               "l"(&map), "r"(barrier), "r"(0) : "memory");
+}
+
+__device__ void copy(uint4* target, const uint4* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(target))), "l"(source) : "memory");
+}
+
 __global__ void __launch_bounds__(128) product(const __nv_bfloat16* a, const __grid_constant__ CUtensorMap b_map, float* out, int mistake) {
   __shared__ __align__(1024) uint4 a_tile[kTileBytes / 16];
   __shared__ __align__(1024) uint4 b_tile[kTileBytes / 16];
@@ -35,17 +45,21 @@ __global__ void __launch_bounds__(128) product(const __nv_bfloat16* a, const __g
   const uint32_t b_at = static_cast<uint32_t>(__cvta_generic_to_shared(b_tile));
   const uint32_t barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&full));
   const int thread = threadIdx.x;
+  const auto a_units = reinterpret_cast<const uint4*>(a);
 
+  if (mistake == kFillOverStore && thread != 0) b_tile[thread] = make_uint4(0, 0, 0, 0);
+  if (mistake == kFillOverCopy && thread != 0) copy(b_tile + thread, a_units + thread);
+  if (mistake == kFillOverCopy) __syncthreads();
   if (thread == 0) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %3}], [%2];" ::"r"(b_at),
-                 "l"(&b_map), "r"(barrier), "r"(0) : "memory");
+    load_tile(b_at, b_map, barrier);
     const uint32_t bytes = kTileBytes + (mistake == kWrongBytes ? 16 : 0);
     if (mistake != kLostArrive) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
   }
-  for (int unit = thread; unit < kTileBytes / 16; unit += 128)
-    a_tile[unit ^ (unit / 8 & 7)] = reinterpret_cast<const uint4*>(a)[unit];
+  for (int unit = thread; unit < kTileBytes / 32; unit += 128) a_tile[unit ^ (unit / 8 & 7)] = a_units[unit];
+  for (int unit = kTileBytes / 32 + thread; unit < kTileBytes / 16; unit += 128) copy(a_tile + (unit ^ (unit / 8 & 7)), a_units + unit);
+  if (mistake != kNoCopyWait) asm volatile("cp.async.wait_all;" ::: "memory");
   if (mistake != kNoProxyFence) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
   if (mistake != kNoBarrierWait)
@@ -58,10 +72,12 @@ __global__ void __launch_bounds__(128) product(const __nv_bfloat16* a, const __g
       multiply(d, descriptor(a_at + 32 * k, mistake == kWrongSwizzle ? 2 : 1), descriptor(b_at + 32 * k, 1));
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     if (mistake == kEarlyRead) out[thread] = d[0];
+    if (mistake == kEarlyRefill && thread == 0) load_tile(b_at, b_map, barrier);
     if (mistake != kNoWgmmaWait) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   }
   __syncthreads();
   a_tile[thread] = make_uint4(0, 0, 0, 0);  // the next stage's data
+  if (mistake == kNone && thread == 0) load_tile(b_at, b_map, barrier);
 
   const int row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
   for (int i = 0; i < 32; ++i) out[(row + i / 2 % 2 * 8) * kN + column + i / 4 * 8 + i % 2] = d[i];
