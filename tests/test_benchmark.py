@@ -298,8 +298,8 @@ def measured_report(sdgp: tuple[float, ...], dense: tuple[float, ...] = (1.0, 1.
 @pytest.mark.parametrize(
     ("sdgp", "outcome", "words"),
     [
-        ((0.8, 0.81, 0.79), "faster", "faster than dense: +20.0% saved"),
-        ((1.2, 1.21, 1.19), "slower", "slower than dense: -20.0% saved"),
+        ((0.8, 0.81, 0.79), "faster", "faster than dense: +20.0% saved per step, +19.5% to +20.5% in the middle half"),
+        ((1.2, 1.21, 1.19), "slower", "slower than dense: -20.0% saved per step, -20.5% to -19.5% in the middle half"),
         ((0.9, 1.0, 1.1), "even", "equally long"),
     ],
 )
@@ -314,6 +314,16 @@ def test_measured_outcomes(sdgp: tuple[float, ...], outcome: str, words: str) ->
     assert [group["names"] for group in data["layers"]] == [("0",), ("2",)]
     assert sum(group["sdgp"] for group in data["layers"]) == pytest.approx(0.1)
     assert sum(group["dense"] for group in data["layers"]) == pytest.approx(0.2)
+    for key, seconds in (
+        ("predicted_dense", [layer.backward for layer in report.prediction.layers]),
+        ("predicted_sdgp", [layer.two_pass.seconds for layer in report.prediction.layers]),
+    ):
+        assert sum(group[key] for group in data["layers"]) == pytest.approx(sum(seconds))
+    assert [list(contender["parts"])[1:-1] for contender in data["contenders"]] == [
+        ["dense_layers", "other_backward"],
+        ["prune_compress", "dgrad", "wgrad", "other_backward"],
+        ["backward"],
+    ]
     assert "SDGP / this" in str(report)
 
 

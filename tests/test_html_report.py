@@ -10,8 +10,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
+from sdgp_accel import html_report
 from sdgp_accel.html_report import nice_ticks, render
+from sdgp_accel.plan import plan
 from tests.test_benchmark import measured_report
 
 FASTER = (0.8, 0.81, 0.79)
@@ -88,6 +91,18 @@ def test_bars_are_drawn_to_scale() -> None:
     assert sum(widths[10:]) == pytest.approx(100, abs=0.1)
 
 
+def test_memory_and_predictions_are_drawn_to_scale() -> None:
+    peaks = [{"name": name, "peak_bytes": peak << 20} for name, peak in (("dense", 40), ("SDGP", 50))]
+    assert html_report._memory(peaks) == [("dense", 80.0, "40.0 MiB"), ("SDGP", 100.0, "50.0 MiB")]
+    # The first layer's input needs no gradient; the other two are drawn together.
+    model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(3)))
+    prediction = plan(model, torch.empty(64, 256)).to_dict()
+    seconds = [sum(prediction["layers"][index]["backward"] for index in group) for group in prediction["groups"]]
+    assert len(seconds) == 2
+    rows = html_report._predicted_rows(prediction)
+    assert [dict(row.bars)["dense"] for row in rows] == pytest.approx([100 * s / max(seconds) for s in seconds])
+
+
 def test_says_what_is_measured_and_what_predicted() -> None:
     page = render(measured_report(FASTER).to_dict())
     assert 'class="verdict faster"' in page
@@ -95,7 +110,9 @@ def test_says_what_is_measured_and_what_predicted() -> None:
     assert "Layer by layer, measured against the roofline" in page
     assert "50% saved, " in page  # every layer: 0.1 of 0.2 s
     assert re.search(r'<span class="tag">prediction</span>', page)
-    emulated = render(replace(measured_report(FASTER), accelerated=False).to_dict())
+    without = replace(measured_report(FASTER), accelerated=False).to_dict()
+    assert [bar.note for bar in html_report._bars(without, 1.0, "s")] == ["", "emulated", ""]
+    emulated = render(without)
     assert "dense, measured" in emulated
     assert "SDGP, measured" not in emulated
     assert "% saved" not in emulated

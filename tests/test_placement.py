@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from sdgp_accel import SDGPConfig
-from sdgp_accel.placement import GPUS, placements
+from sdgp_accel.backends.tiles import Tiling
+from sdgp_accel.placement import GPUS, _kernel, placements
 
 
 class Net(nn.Module):
@@ -39,6 +40,19 @@ def test_passes_that_stay_dense_are_dense():
     layers = placed("80", grad_input="dense")
     assert layers["body"].dgrad == "dense"
     assert layers["body"].wgrad.startswith("sm80")
+
+
+def test_a_gradient_that_nothing_needs_has_no_kernel():
+    (layer,) = placements(nn.Conv2d(64, 128, 3), torch.empty(16, 64, 32, 32, device="meta"), GPUS["80"])
+    assert layer.dgrad == "dense"
+    assert layer.wgrad.startswith("sm80")
+    assert layer.reason == "its input needs no gradient"
+
+
+def test_a_kernel_says_how_its_reduction_is_divided():
+    tiling = Tiling("sm90", "128x256", cluster_size=2, splits=1, group_n=8)
+    divided = (tiling, tiling._replace(splits=3), tiling._replace(owned_steps=5))
+    assert [_kernel(each) for each in divided] == ["sm90 128x256", "sm90 128x256 ×3", "sm90 128x256 shared"]
 
 
 def test_patterns_that_are_no_operand_have_a_reason():

@@ -32,6 +32,10 @@ CASES = [
     ("await_flag", 20, "global-race"),
     ("read_sum", 21, "shared-race"),
     ("clear_sum", 22, "shared-race"),
+    ("shuffle_from_absent", 23, "divergent-sync"),
+    ("barrier_crowded", 24, "deadlock"),
+    ("load_matrix_divergent", 25, "divergent-aligned"),
+    ("copy_too_much", 26, "out-of-bounds"),
 ]
 N = 1024
 
@@ -44,7 +48,7 @@ def broken(sim):
 def _launch(sim, broken, number: int, mistake: bool) -> None:
     from .engine import pointer
 
-    x, y = sim.put(torch.randn(N)), sim.empty(N)
+    y, x = sim.empty(N), sim.put(torch.randn(N))  # a store beyond y must not reach x
     with sim.checked(), sim.following_global_memory():
         broken.run(number, pointer(x), pointer(y), N, mistake)
 

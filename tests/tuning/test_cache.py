@@ -34,6 +34,7 @@ def test_what_was_added_is_there_the_next_time(tmp_path: Path) -> None:
     again = TuningCache(tmp_path / "new" / "folder", ENVIRONMENT)
     assert again.get("layer") == first.get("layer") == TUNED
     assert again.get("other") == DENSE
+    assert TuningCache(again.path.parent, dict(reversed(ENVIRONMENT.items()))).get("layer") == TUNED
     assert [path.suffix for path in sorted(again.path.parent.iterdir())] == [".json", ".lock"]
 
 

@@ -200,6 +200,38 @@ __global__ void clear_sum(const float*, float* y, bool broken) {  // while other
   y[threadIdx.x] = count;
 }
 
+__global__ void shuffle_from_absent(const float* x, float* y, bool broken) {  // all lanes of the mask come; the source is no such lane
+  float v = x[threadIdx.x];
+  if (threadIdx.x % 32 < 16) v = __shfl_sync(0xffffu, v, broken ? 20 : 3);
+  y[threadIdx.x] = v;
+}
+
+__global__ void barrier_crowded(const float* x, float* y, bool broken) {  // more threads than the barrier expects
+  asm volatile("barrier.sync 1, %0;" ::"r"(broken ? kThreads / 2 : kThreads) : "memory");
+  y[threadIdx.x] = x[threadIdx.x];
+}
+
+__global__ void load_matrix_divergent(const float* x, float* y, bool broken) {
+  __shared__ __align__(16) float tile[kThreads];
+  tile[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  unsigned v = 0;
+  if (!broken || threadIdx.x % 32 < 16)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                 : "=r"(v)
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(tile + threadIdx.x % 8 * 4)))
+                 : "memory");
+  y[threadIdx.x] = v;
+}
+
+__global__ void copy_too_much(const float* x, float* y, bool broken) {  // a source larger than the copy
+  __shared__ __align__(16) float tile[kThreads * 4];
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(tile + threadIdx.x * 4))),
+               "l"(x + threadIdx.x * 4), "r"(broken ? 32 : 16) : "memory");
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  y[threadIdx.x] = tile[threadIdx.x * 4];
+}
+
 extern "C" int run(int which, const float* x, float* y, int n, bool broken) {
   switch (which) {
     case 0: shift_store<<<(n + kThreads) / kThreads, kThreads>>>(x, y, n, broken); break;
@@ -225,6 +257,10 @@ extern "C" int run(int which, const float* x, float* y, int n, bool broken) {
     case 20: await_flag<<<2, kThreads>>>(x, y, broken); break;
     case 21: read_sum<<<1, kThreads>>>(x, y, broken); break;
     case 22: clear_sum<<<1, kThreads>>>(x, y, broken); break;
+    case 23: shuffle_from_absent<<<1, kThreads>>>(x, y, broken); break;
+    case 24: barrier_crowded<<<1, kThreads>>>(x, y, broken); break;
+    case 25: load_matrix_divergent<<<1, kThreads>>>(x, y, broken); break;
+    case 26: copy_too_much<<<1, kThreads>>>(x, y, broken); break;
     default: return -1;
   }
   return cudaGetLastError();

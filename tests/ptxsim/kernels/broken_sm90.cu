@@ -7,7 +7,7 @@
 #include <cstdint>
 
 enum Mistake { kNone, kLostArrive, kWrongBytes, kWrongSwizzle, kNoBarrierWait, kNoProxyFence, kNoWgmmaWait, kHalfWarpgroup, kEarlyRead, kNoFence,
-               kNoCopyWait, kFillOverStore, kFillOverCopy, kEarlyRefill };
+               kNoCopyWait, kFillOverStore, kFillOverCopy, kEarlyRefill, kMisplaced };
 
 constexpr int kN = 64, kTileBytes = kN * kN * 2;
 
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(128) product(const __nv_bfloat16* a, const __g
   if (thread == 0) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    load_tile(b_at, b_map, barrier);
+    load_tile(b_at + (mistake == kMisplaced ? 64 : 0), b_map, barrier);
     const uint32_t bytes = kTileBytes + (mistake == kWrongBytes ? 16 : 0);
     if (mistake != kLostArrive) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
   }
