@@ -350,13 +350,35 @@ def test_bad_pointers_of_wider_scopes_are_named(engine, argument, value):
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"), [("dgrad_scale", 0), ("dgrad_scale", 2), ("bias", 1), ("bias_partials", 0)]
+    ("argument", "value"), [("dgrad_scale", 0), ("dgrad_scale", 2), ("bias", 1), ("bias", 2), ("bias_partials", 0)]
 )
 def test_bad_pointers_beside_the_operands_are_named(engine, argument, value):
-    shape = SHAPE | {"function": "rescale_magnitude", "positions_per_sample": 0}
+    shape = SHAPE | {"function": "rescale_magnitude", "positions_per_sample": 0, "bias_is_float": argument == "bias"}
     pointers = ADDRESSES | dict.fromkeys(("dgrad_scale", "bias", "bias_partials"), 1 << 20) | {argument: value}
     with pytest.raises(ValueError, match=f"{argument} must be"):
         engine.kernels.PruneCompress(**shape)(**pointers)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("wgrad_k", 24), ("wgrad_k", -16), ("wgrad_k", 1 << 61), ("wgrad_pitch", 7), ("wgrad_pitch", 16),
+     ("wgrad_values", 2), ("wgrad_metadata", 0), ("wgrad_scale", 0), ("wgrad_scale", 2)],
+)  # fmt: skip
+def test_bad_arguments_of_the_operand_along_positions_are_named(engine, argument, value):
+    operand = {"dgrad_k": 0, "wgrad_k": 16, "wgrad_pitch": 8}
+    shape = SHAPE | operand | {"function": "rescale_magnitude", "positions_per_sample": 0}
+    pointers = dict.fromkeys(("dy", "wgrad_values", "wgrad_metadata", "wgrad_scale"), 1 << 20)
+    (pointers if argument in pointers else shape)[argument] = value
+    with pytest.raises(ValueError, match=argument):
+        engine.kernels.PruneCompress(**shape)(**pointers)
+
+
+def test_an_operand_fills_the_tiles_of_its_layout(engine):
+    for name in ("dgrad_k", "wgrad_k"):
+        shape = SHAPE | {"dgrad_k": 0, "metadata_layout": "sm90_k64"}
+        engine.kernels.PruneCompress(**shape | {name: 64})
+        with pytest.raises(ValueError, match=f"{name} must be a multiple of 64"):
+            engine.kernels.PruneCompress(**shape | {name: 32})
 
 
 def test_failed_launch_names_the_kernel_and_leaves_no_error(engine):
