@@ -131,3 +131,11 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ModuleNotFoundError, match=r"torchvision and timm are not installed.*sdgp_accel\[vision\]"):
         models.build("resnet50")
+
+
+def test_gpt_starts_with_smaller_weights_where_a_block_writes() -> None:
+    """GPT-2's scheme: two layers of each block write to the residual stream."""
+    for name, parameter in models.build("gpt", layers=8).named_parameters():
+        if parameter.dim() > 1:
+            std = 0.02 / 4 if name.endswith(("attention_out.weight", "mlp_out.weight")) else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.05)

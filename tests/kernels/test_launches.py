@@ -92,7 +92,7 @@ def test_bad_arguments_of_a_gemm_are_named(engine, argument, value):
      ({"shape": (1, 1 << 10, 1 << 10, 1 << 12, 1, 1, 24, 1 << 10, 1 << 10), "window": (1, 1, 0, 0, 1, 1)}, "c_in"),
      ({"window": (0, 1, 1, 1, 1, 1)}, "stride"), ({"window": (1, 1, 1, 1, 1, 0)}, "dilation"),
      ({"window": (1, 1, -1, 1, 1, 1)}, "padding"), ({"window": (1, 1, 1, 1, 1, 1 << 31)}, "dilation"),
-     ({"padded_k": 32}, "padded_k"), ({"splits": 2}, "workspace")],
+     ({"padded_k": 32}, "padded_k"), ({"splits": 2}, "workspace"), ({"owned_blocks": 2}, "workspace")],
 )  # fmt: skip
 def test_bad_arguments_of_a_convolution_are_named(engine, change, message):
     with pytest.raises(ValueError, match=message):
