@@ -47,13 +47,14 @@ class CutlassBackend:
                 return f"the cutlass kernels do not load: {error}; run: {load_command(error, build_command())}"
             return f"the cutlass kernels are not built; build them with: {build_command()}"
         capability = gpu.device_facts(device).capability
-        rebuild = gpu.build_command_for(gpu.sparse_gpus() | {capability: device.index})
         if not any(gpu.runs_on(arch, capability) for arch in cutlass_ops.ARCHS):
-            built = ", ".join(cutlass_ops.ARCHS)
-            return f"the cutlass kernels are built for {built} only; rebuild with: {rebuild}"
-        if problem := gpu.launch_problem(device):
-            return f"the cutlass kernels do not run here: {problem}; {UPDATE_DRIVER}: {rebuild}"
-        return None
+            problem = f"are built for {', '.join(cutlass_ops.ARCHS)} only; rebuild with"
+        elif refusal := gpu.launch_problem(device):
+            problem = f"do not run here: {refusal}; {UPDATE_DRIVER}"
+        else:
+            return None
+        rebuild = gpu.build_command_for(gpu.sparse_gpus() | {capability: device.index})
+        return f"the cutlass kernels {problem}: {rebuild}"
 
     def fingerprint(self) -> str:
         """The architectures of the build and a digest of it."""
