@@ -8,6 +8,7 @@ A sparse pass runs at `sparse_speedup` times the rate and moves 9/16 of the grad
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import combinations
@@ -92,7 +93,8 @@ class GPU:
 #   Ampere: 0.80 of peak and 1.6x from 302 dense and 484 sparse TFLOP/s at 16384^3 (NVIDIA/cutlass issue 408).
 #   Hopper: 0.68 of peak under its power limit; 1.25x from cuSPARSELt's 1.20-1.22x at 8192^3
 #           (NVIDIA/CUDALibrarySamples issue 203).
-#   Ada:    same mma.sp instructions as Ampere, so Ampere's figures are assumed.
+#   Ada, GeForce Blackwell: same mma.sp instructions as Ampere, so Ampere's figures are assumed.
+# GeForce cards accumulate in float32 at half the rate of other cards with the same chip.
 GPUS: dict[str, GPU] = {
     gpu.name: gpu
     for gpu in (
@@ -102,7 +104,9 @@ GPUS: dict[str, GPU] = {
         GPU("a100-40", tflops=312, bandwidth=1.555),
         GPU("a100-80", tflops=312, bandwidth=2.039),
         # H100 SXM data sheet: 1,979 TFLOP/s with sparsity, 3.35 TB/s. H200 SXM: the same chip, 4.8 TB/s.
+        # H100 PCIe: 1,513 TFLOP/s with sparsity, 2 TB/s.
         GPU("h100", 989, 3.35, compute_efficiency=0.68, memory_efficiency=0.88, sparse_speedup=1.25),
+        GPU("h100-pcie", 756.5, 2.0, compute_efficiency=0.68, memory_efficiency=0.88, sparse_speedup=1.25),
         # An H100 80GB HBM3 and an H200 with this package's own kernels: `python -m bench.fit_roofline` makes these
         # entries from the files that it lists, and a test holds them to those.
         GPU(
@@ -117,40 +121,63 @@ GPUS: dict[str, GPU] = {
             "h200-measured", tflops=989, bandwidth=4.8, compute_efficiency=0.71, memory_efficiency=0.88,
             sparse_speedup=1.39, compress_costs={"mvue": 3.37, "rescale_magnitude": 1.86},
         ),
-        # L40S data sheet: 362.05 TFLOP/s, 864 GB/s.
+        # Data sheets, A10G: of AWS's instances.
+        GPU("a30", tflops=165, bandwidth=0.933),
+        GPU("a10", tflops=125, bandwidth=0.6),
+        GPU("a10g", tflops=70, bandwidth=0.6),
+        GPU("a40", tflops=149.7, bandwidth=0.696),
+        GPU("l4", tflops=121, bandwidth=0.3),
+        GPU("l40", tflops=181.05, bandwidth=0.864),
         GPU("l40s", tflops=362.05, bandwidth=0.864),
-        # Ada GPU architecture white paper, appendix A: 165.2 TFLOP/s with fp32 accumulation, 1,008 GB/s.
+        # The architectures' white papers, appendix A, with float32 accumulation: GA102, Ada, RTX Blackwell.
+        GPU("rtx-a6000", tflops=154.8, bandwidth=0.768),
+        GPU("rtx3090", tflops=71, bandwidth=0.936),
+        GPU("rtx6000-ada", tflops=364.2, bandwidth=0.96),
         GPU("rtx4090", tflops=165.2, bandwidth=1.008),
+        GPU("rtx5090", tflops=209.5, bandwidth=1.792),
     )
 }  # fmt: skip
 
 
-# What torch calls a GPU holds -> its entry. Measured entries hold for the very product that was measured.
+# Words of what torch calls a GPU -> its entry. Measured entries hold for the very product that was measured.
 _DEVICE_NAMES = {
     "H100 80GB HBM3": "h100-measured",
+    "H100 PCIe": "h100-pcie",
     "H100": "h100",
     "GH200": "h100",
     "H200": "h200-measured",
-    "A100-SXM4-40": "a100-40",
-    "A100-PCIE-40": "a100-40",
+    "A100-SXM4-40GB": "a100-40",
+    "A100-PCIE-40GB": "a100-40",
     "A100": "a100-80",
+    "A30": "a30",
+    "A10": "a10",
+    "A10G": "a10g",
+    "A40": "a40",
+    "L4": "l4",
+    "L40": "l40",
     "L40S": "l40s",
+    "RTX A6000": "rtx-a6000",
+    "RTX 3090": "rtx3090",
+    "RTX 6000 Ada": "rtx6000-ada",
     "RTX 4090": "rtx4090",
+    "RTX 5090": "rtx5090",
 }
 
 
 def known_gpu(device_name: str) -> str | None:
     """The name in `GPUS` of the GPU that torch calls `device_name`; None for others."""
-    return next((name for part, name in _DEVICE_NAMES.items() if part in device_name), None)
+    return next((name for part, name in _DEVICE_NAMES.items() if re.search(rf"\b{part}\b", device_name)), None)
 
 
 # Compute capability -> the entry nearest to a GPU that `known_gpu` does not know: one with the same instructions.
-_ARCHITECTURES = {(8, 0): "a100-80"} | dict.fromkeys([(8, 6), (8, 7), (8, 9), (12, 0), (12, 1)], "l40s")
+_ARCHITECTURES = {(8, 0): "a100-80", (8, 6): "rtx-a6000"} | dict.fromkeys([(8, 7), (8, 9), (12, 0), (12, 1)], "l40s")
+_GEFORCES = {(8, 6): "rtx3090", (8, 9): "rtx4090", (12, 0): "rtx5090"}
 
 
 def device_figures(name: str, capability: tuple[int, int]) -> GPU:
     """The figures of the GPU that torch calls `name`, or of one of its kind where it is not known."""
-    return GPUS[known_gpu(name) or _ARCHITECTURES.get(capability, "h100-measured")]
+    kind = (_GEFORCES if "GeForce" in name else _ARCHITECTURES).get(capability, "h100-measured")
+    return GPUS[known_gpu(name) or kind]
 
 
 def gpu_figures(gpu: str | GPU, **overrides: float | None) -> GPU:

@@ -102,13 +102,18 @@ def test_unknown_names_are_refused() -> None:
         gpu_figures("a100", flops=3.0)
 
 
-def test_known_gpus() -> None:
-    assert known_gpu("NVIDIA H100 80GB HBM3") == "h100-measured"
-    assert known_gpu("NVIDIA H100 PCIe") == "h100"
-    assert known_gpu("NVIDIA A100-SXM4-40GB") == "a100-40"
-    assert known_gpu("NVIDIA A100 80GB PCIe") == "a100-80"
-    assert known_gpu("NVIDIA GeForce RTX 4090") == "rtx4090"
-    assert known_gpu("") is None
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [("NVIDIA H100 80GB HBM3", "h100-measured"), ("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA H100 NVL", "h100"),
+     ("NVIDIA A100-SXM4-40GB", "a100-40"), ("NVIDIA A100-SXM4-80GB", "a100-80"), ("NVIDIA A100 80GB PCIe", "a100-80"),
+     ("NVIDIA A10", "a10"), ("NVIDIA A10G", "a10g"), ("NVIDIA A40", "a40"), ("NVIDIA L4", "l4"), ("NVIDIA L40", "l40"),
+     ("NVIDIA L40S", "l40s"), ("NVIDIA RTX A6000", "rtx-a6000"), ("NVIDIA RTX A4000", None),
+     ("NVIDIA RTX 6000 Ada Generation", "rtx6000-ada"), ("NVIDIA GeForce RTX 3090 Ti", "rtx3090"),
+     ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA GeForce RTX 5090", "rtx5090"), ("", None)],
+)  # fmt: skip
+def test_known_gpus(name: str, entry: str | None) -> None:
+    assert known_gpu(name) == entry
+    assert entry is None or entry in GPUS
 
 
 def test_a_costly_prune_function_costs_its_own_pass_only() -> None:

@@ -99,9 +99,10 @@ def test_it_is_near_what_was_measured(device: str, entry: str, monkeypatch: pyte
     ("name", "capability", "figures"),
     [("NVIDIA H100 80GB HBM3", (9, 0), "h100-measured"), ("NVIDIA H200", (9, 0), "h200-measured"),
      ("NVIDIA A100-SXM4-40GB", (8, 0), "a100-40"), ("NVIDIA A100-SXM4-80GB", (8, 0), "a100-80"),
-     ("NVIDIA GeForce RTX 4090", (8, 9), "rtx4090"), ("NVIDIA A30", (8, 0), "a100-80"),
-     ("NVIDIA A10", (8, 6), "l40s"), ("NVIDIA B200", (10, 0), "h100-measured"), ("Orin", (8, 7), "l40s"),
-     ("NVIDIA GeForce RTX 5090", (12, 0), "l40s"), ("NVIDIA GB10", (12, 1), "l40s"),
+     ("NVIDIA GeForce RTX 4090", (8, 9), "rtx4090"), ("NVIDIA A30", (8, 0), "a30"), ("NVIDIA A10", (8, 6), "a10"),
+     ("NVIDIA RTX A5000", (8, 6), "rtx-a6000"), ("NVIDIA GeForce RTX 3080", (8, 6), "rtx3090"),
+     ("NVIDIA GeForce RTX 4080", (8, 9), "rtx4090"), ("NVIDIA GeForce RTX 5080", (12, 0), "rtx5090"),
+     ("NVIDIA B200", (10, 0), "h100-measured"), ("Orin", (8, 7), "l40s"), ("NVIDIA GB10", (12, 1), "l40s"),
      ("NVIDIA GH200 480GB", (9, 0), "h100")],
 )  # fmt: skip
 def test_a_gpu_has_the_figures_of_its_kind(name: str, capability: tuple[int, int], figures: str) -> None:
