@@ -137,8 +137,8 @@ def test_cluster_shares_its_memory(hopper):
 
 @pytest.mark.parametrize(
     ("mistake", "access"),
-    [(1, "write"), (2, "read"), (3, "access")],
-    ids=["reads_early", "leaves_early", "exits_early"],
+    [(1, "write"), (2, "read"), (3, "access"), (4, "write")],
+    ids=["reads_early", "leaves_early", "exits_early", "relaxed"],
 )
 def test_missing_cluster_barrier_is_reported(hopper, mistake, access):
     from .faults import SimError

@@ -468,12 +468,12 @@ def setmaxnreg(b: Binder) -> Make:
 @op("fence")
 def fence(b: Binder) -> Make:
     """Memory fences order nothing here that the interpreter does not order anyway, but the async proxy needs to
-    be told.
+    be told, and relaxed arrivals at a cluster's barrier pass on what fence.mbarrier_init releases.
     """
-    if b.mods[:2] != ("proxy", "async"):
+    if b.has("mbarrier_init"):
+        tell = b.wave.shared.fence_initialisation
+    elif b.mods[:2] == ("proxy", "async"):
+        tell = b.wave.shared.proxy_fence
+    else:
         return lambda mask: lambda: None
-
-    def run(threads: Array) -> None:
-        b.wave.shared.proxy_fence(np.unique(threads // 32))
-
-    return b.lanes(run)
+    return b.lanes(lambda threads: tell(np.unique(threads // 32)))
