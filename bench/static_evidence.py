@@ -10,6 +10,8 @@ longest way through it, or an earlier one with at least half of that (rare ways 
 instructions on the shortest way through that loop past all its loads and stores of 8 or 16 bytes, which is what an
 iteration takes that meets no rare case (an inner loop counts once); the columns after it say on which pipe they run.
 
+A kernel whose wgmma the compiler serialises or waits for is an error.
+
 Needs nvcc and nvdisasm (wheel nvidia-cuda-nvdisasm where the toolkit has none).
 """
 
@@ -110,6 +112,8 @@ PIPES = {
     "control": r"BRA|BRX|BSSY|BSYNC|CALL|RET|EXIT|WARPSYNC|YIELD|NOP|BAR|DEPBAR|BREAK|NANOSLEEP|ELECT|WARPGROUP",
     "ALU": r"",
 }
+# What ptxas prints where wgmma or setmaxnreg do not run as they are written: serialised, waited for, or ignored.
+ADVICE = re.compile(r"\(C75\d\d\) .*")
 WIDE_ACCESS = re.compile(r"(LDG|STG|LDGSTS)\b.*\.(64|128)\b")
 SPARSE_PRODUCT = re.compile(r"(HMMA|HGMMA)\.SP")
 
@@ -144,6 +148,8 @@ def examine(source: Path, arch: str, flags: Sequence[str] = ()) -> list[Evidence
         report = subprocess.run([*command, source, "-o", cubin], capture_output=True, text=True, check=False)  # type: ignore[arg-type]
         if report.returncode != 0:
             raise click.ClickException(f"{source.name}: {report.stderr.strip()[-2000:]}")
+        if advice := ADVICE.search(report.stderr):
+            raise click.ClickException(f"{source.name}: {advice[0]}")
         listing = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
         ptx = "".join(path.read_text() for path in Path(folder).glob("*.ptx"))
     threads, kernels = block_sizes(ptx), parse_listing(listing)

@@ -26,6 +26,7 @@ class Device(NamedTuple):
     capability: tuple[int, int]
     multiprocessors: int
     wgmma: bool = False  # a Hopper, and the build holds the kernels for it
+    shared_bytes: int | None = None  # that a thread block may have; None: known by the compute capability
 
 
 @functools.cache
@@ -34,7 +35,13 @@ def device_facts(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
     wgmma = capability == HOPPER and not WGMMA_ARCHS.isdisjoint(cutlass_ops.ARCHS)
-    return Device(capability, properties.multi_processor_count, wgmma)
+    return Device(capability, properties.multi_processor_count, wgmma, shared_bytes(properties))
+
+
+def shared_bytes(properties: Any) -> int | None:
+    """`Device.shared_bytes`, as torch tells it from 2.7 on. properties: of a CUDA device."""
+    found: int | None = getattr(properties, "shared_memory_per_block_optin", None)
+    return found
 
 
 @functools.cache

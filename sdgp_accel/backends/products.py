@@ -41,7 +41,11 @@ def choose_family(geometry: Geometry, device: gpu.Device) -> tiles.Family:
         return tiles.SM80_ANY
     if device.wgmma and _tma_can_reach(geometry):
         return tiles.SM90
-    return tiles.SM80_SMALL if device.capability in tiles.SMALL_SHARED_MEMORY else tiles.SM80
+    if device.shared_bytes is None:
+        fits = device.capability not in tiles.SMALL_SHARED_MEMORY
+    else:
+        fits = device.shared_bytes >= tiles.LARGEST_SHARED_BYTES
+    return tiles.SM80 if fits else tiles.SM80_SMALL
 
 
 def _tma_can_reach(geometry: Geometry) -> bool:

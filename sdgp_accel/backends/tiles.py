@@ -100,8 +100,9 @@ SM80 = Family(
     # 0.8 x 2048 multiply-adds per cycle beside 0.85 x 1555 GB/s at 1.41 GHz for 108 multiprocessors (A100 40 GB).
     multiply_adds_per_byte=190.0,
 )  # fmt: skip
-# The largest tile of SM80 needs 136 KB of shared memory; GPUs of these compute capabilities have 99 KB (CUDA C++
+# The largest tile of SM80 needs this much shared memory; GPUs of these compute capabilities have 99 KB (CUDA C++
 # Programming Guide, technical specifications per compute capability) and run the others.
+LARGEST_SHARED_BYTES = 136 << 10
 SMALL_SHARED_MEMORY = {(8, 6), (8, 9), (12, 0), (12, 1)}
 _LARGEST = Tile(256, 128, 1)
 _SM80_SMALL_WGRAD = {tile: cost for tile, cost in _SM80_WGRAD.items() if tile != _LARGEST}

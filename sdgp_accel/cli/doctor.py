@@ -183,8 +183,9 @@ def _place(
     device = placement.GPUS[arch or "90"]
     if arch is None and (gpus := gpu.sparse_gpus()):
         capability, first = next(iter(gpus.items()))
-        multiprocessors = torch.cuda.get_device_properties(first).multi_processor_count
-        device = gpu.Device(capability, multiprocessors, wgmma=capability == gpu.HOPPER)
+        properties = torch.cuda.get_device_properties(first)
+        multiprocessors, is_hopper = properties.multi_processor_count, capability == gpu.HOPPER
+        device = gpu.Device(capability, multiprocessors, is_hopper, gpu.shared_bytes(properties))
     with torch.device("meta"):
         net = models.build(model, image_size=image_size, seq_len=seq_len)
         example = models.example_batch(model, batch, image_size=image_size, seq_len=seq_len, device="meta")

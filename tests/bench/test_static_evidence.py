@@ -108,6 +108,30 @@ def test_an_instance() -> None:
     assert all(kernel.loop is not None for kernel in found)
 
 
+def test_a_wgmma_that_the_compiler_waits_for_is_an_error(tmp_path: Path) -> None:
+    """Here because of a call between two of them."""
+    if build_kernels.find_toolkit() is None:
+        pytest.skip("no CUDA toolkit")
+    source = tmp_path / "interrupted.cu"
+    source.write_text("""
+        #include "sdgp/sm90_ptx.cuh"
+        using namespace sdgp::sm90;
+        __device__ __noinline__ float call(float x) { return 3 * x; }
+        __global__ void __launch_bounds__(128) interrupted(float* out, uint64_t a, uint64_t b, uint32_t e) {
+          float d[32];
+          wgmma_fence();
+          sparse_wgmma<__half, 64, Major::K, 0>(d, a, b, e, false);
+          out[0] = call(out[0]);
+          sparse_wgmma<__half, 64, Major::K, 0>(d, a, b, e, true);
+          wgmma_commit_group();
+          wgmma_wait_group<0>();
+          for (int i = 0; i < 32; ++i) out[i * 128 + threadIdx.x] = d[i];
+        }
+    """)
+    with pytest.raises(click.ClickException, match=r"^interrupted\.cu: \(C75\d\d\) .*_Z11interrupted\w*'$"):
+        static_evidence.examine(source, "90a")
+
+
 def test_launch_facts_are_read_from_the_ptx():
     ptx = ".const .align 4 .b8 sdgp_sm80_dgrad_bf16_128x64_facts[8] = {0, 16, 1, 0, 4};"
     assert static_evidence.find_pipeline(ptx) == static_evidence.Pipeline(69632, 4)

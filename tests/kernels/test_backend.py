@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,9 +165,18 @@ def test_what_hopper_cannot_take_runs_on_the_other_kernels(hopper, geometry, fam
         assert tiling.family + ("_any" if tiling.tile.endswith("_any") else "") == family
 
 
-@pytest.mark.parametrize(("capability", "largest"), [((8, 0), 256), ((8, 9), 128), ((9, 0), 256), ((12, 0), 128)])
-def test_tiles_fit_the_shared_memory(monkeypatch, capability, largest):
-    monkeypatch.setattr(gpu, "device_facts", lambda device: gpu.Device(capability, 100))
+@pytest.mark.parametrize(
+    ("capability", "kilobytes", "largest"),
+    [((8, 0), 163, 256), ((8, 0), None, 256), ((8, 9), None, 128), ((9, 0), None, 256), ((12, 0), None, 128),
+     ((12, 1), 99, 128), ((13, 1), 99, 128), ((13, 0), 227, 256)],
+)  # fmt: skip
+def test_tiles_fit_the_shared_memory(monkeypatch, capability, kilobytes, largest):
+    """Of GPUs that came later as well, where torch tells how much they have."""
+    properties = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=100)
+    if kilobytes is not None:
+        properties.shared_memory_per_block_optin = kilobytes << 10
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(gpu, "device_facts", gpu.device_facts.__wrapped__)
     monkeypatch.setattr(cutlass_ops, "ARCHS", ("80", "compute_80"))
     tilings = cutlass.BACKEND.tilings(LinearGeometry(50000, 1024, 1024), "grad_input", torch.float16, CUDA)
     assert max(int(tiling.tile.split("x")[0]) for tiling in tilings) == largest

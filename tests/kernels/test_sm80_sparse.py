@@ -44,6 +44,7 @@ GEMM_CASES = [
     GemmCase("sm80_dgrad_f16_256x128", 520, 136, 72, group_n=1),
     GemmCase("sm80_dgrad_bf16_128x128", 300, 72, 1100),
     GemmCase("sm80_dgrad_f16_128x128", 260, 520, 136, group_n=3, accumulate=True),
+    GemmCase("sm80_dgrad_f16_128x128", 500, 136, 72, group_n=1 << 30),  # rows of tiles times that: beyond 32 bits
     GemmCase("sm80_dgrad_bf16_128x64", 127, 136, 577, float_out=True, accumulate=True),
     GemmCase("sm80_dgrad_f16_128x64", 64, 56, 320),
     GemmCase("sm80_dgrad_bf16_128x64_any", 130, 67, 101),

@@ -91,6 +91,9 @@ CONV_CASES = [
     ConvCase("sm90_conv_wgrad_bf16_256x128", (2, 24, 9, 8), (264, 3, 3), splits=2, cluster_size=2),
     ConvCase("sm90_conv_wgrad_bf16_128x192", (2, 40, 9, 8), (200, 5, 3), (2, 1), (2, 0), float_out=True),
     ConvCase("sm90_conv_wgrad_f16_128x128", (3, 72, 7, 9), (136, 3, 3), cluster_size=2, accumulate=True),
+    # Several images of an output pixel or two in a k tile.
+    ConvCase("sm90_conv_wgrad_f16_128x128", (150, 8, 3, 4), (16, 3, 3), padding=(0, 0), cluster_size=2),
+    ConvCase("sm90_conv_wgrad_f16_128x128", (139, 8, 3, 2), (16, 3, 2), padding=(0, 0)),
     ConvCase("sm90_conv_wgrad_bf16_128x256", (2, 24, 9, 8), (131, 3, 3), splits=2),
     ConvCase("sm90_conv_wgrad_bf16_128x256", (2, 72, 9, 8), (136, 3, 3), splits=2, cluster_size=2),
     ConvCase("sm90_conv_wgrad_bf16_128x256", (3, 8, 11, 6), (8, 2, 3), stride=(2, 1), padding=(1, 0), dilation=(2, 1)),

@@ -151,7 +151,8 @@ class ClusterBarriers:
         if "arrive" in instr.mods:
             for number in np.unique(cluster[mask]):
                 warps = np.unique(np.flatnonzero(mask & (cluster == number)) // 32)
-                joined = wave.shared.release(warps)
+                relaxed = "relaxed" in instr.mods
+                joined = wave.shared.release_initialised(warps) if relaxed else wave.shared.release(warps)
                 self.passing[number] = tuple(
                     np.maximum(a, b) for a, b in zip(self.passing[number], joined, strict=True)
                 )

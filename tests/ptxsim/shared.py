@@ -113,6 +113,7 @@ class SharedMemory(Bytes):
         self.agent_clock = np.ones((self.ctas, max(self.agents, 1)), np.int64)
         self.known = np.zeros((total, self.columns), np.int64)
         self.fenced = np.zeros((total, self.columns), np.int64)
+        self.initialised = np.zeros((total, self.columns), np.int64)
         self.copies = Copies(self.warp.size)
         self.has_atomics = False
 
@@ -125,6 +126,16 @@ class SharedMemory(Bytes):
         joined[columns] = np.maximum(joined[columns], self.clock[warps])
         self.clock[warps] += 1
         return joined, fenced
+
+    def fence_initialisation(self, warps: Array) -> None:
+        """fence.mbarrier_init: what `release_initialised` passes on of each of `warps`."""
+        self.initialised[warps] = self.known[warps]
+        self.initialised[warps, self.column_of_warp[warps]] = self.clock[warps]
+        self.clock[warps] += 1
+
+    def release_initialised(self, warps: Array) -> tuple[Array, Array]:
+        """What `warps` pass on with a relaxed arrival: `release` as of their latest fence.mbarrier_init."""
+        return self.initialised[warps].max(axis=0), np.zeros(self.columns, np.int64)
 
     def acquire(self, warps: Array, joined: Array, fenced: Array) -> None:
         self.known[warps] = np.maximum(self.known[warps], joined)

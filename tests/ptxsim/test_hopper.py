@@ -25,6 +25,7 @@ MISTAKES = [  # number in broken_sm90.cu, the fault, a part of its description
     ("load_over_copies", 12, "async-race", "a cp.async"),
     ("load_over_what_is_read", 13, "shared-race", "the read by the tensor cores"),
     ("misplaced_load", 14, "misaligned", "is not a multiple of 128"),
+    ("wait_before_initialisation", 15, "shared-race", "its initialisation by thread 0"),
 ]
 
 
@@ -137,8 +138,8 @@ def test_cluster_shares_its_memory(hopper):
 
 @pytest.mark.parametrize(
     ("mistake", "access"),
-    [(1, "write"), (2, "read"), (3, "access")],
-    ids=["reads_early", "leaves_early", "exits_early"],
+    [(1, "write"), (2, "read"), (3, "access"), (4, "write")],
+    ids=["reads_early", "leaves_early", "exits_early", "relaxed"],
 )
 def test_missing_cluster_barrier_is_reported(hopper, mistake, access):
     from .faults import SimError

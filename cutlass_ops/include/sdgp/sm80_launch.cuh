@@ -1,6 +1,7 @@
 // Host side of sm80_sparse_gemm.cuh: gathers of the C interface's structs, launch, the entry points of instances.
 #pragma once
 
+#include <algorithm>
 #include <numeric>
 #include <type_traits>
 
@@ -33,7 +34,7 @@ int launch(const typename Config::Gather& gather, const Arguments& arguments, in
                         static_cast<int>(rows),
                         static_cast<int>(row_length),
                         arguments.splits,
-                        arguments.group_n,
+                        std::min(arguments.group_n, static_cast<int>(n_tiles)),
                         split ? arguments.workspace : arguments.out,
                         split      ? Output::kPartial
                         : is_float ? Output::kFloat

@@ -147,6 +147,16 @@ struct PixelStart {
   int n, h, w;
 };
 
+// From one pixel of a grid to the one `pixels` further on: images, lines of one, pixels of one.
+struct PixelStep {
+  int images, lines, pixels;
+
+  PixelStep(const PixelGrid& grid, int pixels)
+      : images(pixels / (int64_t{grid.height} * grid.width)),
+        lines(pixels / grid.width - images * grid.height),
+        pixels(pixels % grid.width) {}
+};
+
 __device__ __forceinline__ PixelStart pixel_start(const PixelGrid& grid, int pixel) {
   const int line = grid.by_width.quotient(pixel), n = grid.by_height.quotient(line);
   return {n, grid.lower_h + (line - n * grid.height) * grid.step_h,
@@ -270,6 +280,7 @@ struct WgradGather {
   int m;
   SplitRange split;
   int channels, taps, taps_w, blocks_per_tap, dilation_h, dilation_w;
+  PixelStep step;  // from one k tile to the next
 
   __device__ __forceinline__ KRange k_range(int part) const { return split(part); }
   __device__ __forceinline__ int segment_tiles() const { return INT_MAX; }
@@ -287,7 +298,7 @@ struct WgradGather {
     const WgradGather& gather;
     const TensorMaps& maps;
     PixelStart start;
-    int row, k_tile, step_lines, step_pixels;
+    int row, k_tile;
     int channel[kColumnBlocks], offsets[kColumnBlocks];  // of the column blocks; offset_w | offset_h << 16
 
     __device__ __forceinline__ Producer(const WgradGather& gather, const TensorMaps& maps, int, int row, int column,
@@ -296,9 +307,7 @@ struct WgradGather {
           maps(maps),
           start(pixel_start(gather.grid, k_tile * kStageK + first_b_row)),
           row(row),
-          k_tile(k_tile),
-          step_lines(kStageK / gather.grid.width) {
-      step_pixels = kStageK - step_lines * gather.grid.width;
+          k_tile(k_tile) {
 #pragma unroll
       for (int i = 0; i < kColumnBlocks; ++i) {
         const int block = column / kSwizzleElements + i, tap = block / gather.blocks_per_tap;
@@ -311,13 +320,14 @@ struct WgradGather {
     __device__ __forceinline__ void advance() {
       const PixelGrid& grid = gather.grid;
       ++k_tile;
-      start.w += step_pixels * grid.step_w;
-      start.h += step_lines * grid.step_h;
+      start.n += gather.step.images;
+      start.w += gather.step.pixels * grid.step_w;
+      start.h += gather.step.lines * grid.step_h;
       if (start.w >= grid.lower_w + grid.width * grid.step_w) {
         start.w -= grid.width * grid.step_w;
         start.h += grid.step_h;
       }
-      while (start.h >= grid.lower_h + grid.height * grid.step_h) {
+      if (start.h >= grid.lower_h + grid.height * grid.step_h) {
         start.h -= grid.height * grid.step_h;
         ++start.n;
       }

@@ -111,8 +111,10 @@ __device__ __forceinline__ int cluster_count() {
   return count;
 }
 
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// All threads of the cluster meet. Of what they did before, only what fence_mbarrier_init released is visible to the
+// others: the qualifier .release would be a membar of the whole GPU for every warp.
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // ---- TMA -----------------------------------------------------------------------------------------------

@@ -153,7 +153,8 @@ int launch_sparse_wgrad(const SdgpSparseConv& conv) {
                            conv.s,
                            blocks_per_tap,
                            conv.dilation_h,
-                           conv.dilation_w};
+                           conv.dilation_w,
+                           PixelStep(grid, kStageK)};
   const int64_t columns = int64_t{taps} * blocks_per_tap * kSwizzleElements;
   return launch<Config>(maps, gather, target, conv.c_out, columns, k_tiles, target.splits, conv.c_out,
                         int64_t{taps} * conv.c_in);

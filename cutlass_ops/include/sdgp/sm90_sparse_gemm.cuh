@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     fence_mbarrier_init();
   }
   if (cluster_size > 1) {
-    cluster_sync();
+    cluster_meet();
   } else {
     __syncthreads();
   }
@@ -306,6 +306,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
             producer.load_b(full, b_tile + block * kColumnBlockBytes, block, cluster_size);
           b_ring.advance();
         }
+      }
+      // A CTA must not leave while its peer may still arrive on its barriers, so their last arrivals are waited for.
+      // (What its peer multicasts into its tiles, its consumers have waited for.) A barrier of the cluster would come
+      // behind the stores of D.
+      if (cluster_size > 1) {
+#pragma unroll 1
+        for (int stage = 0; stage < kStages; ++stage, b_ring.advance())
+          mbarrier_wait(empty_b + 8 * b_ring.slot, b_ring.parity ^ 1);
       }
     }
   } else {
@@ -436,10 +444,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
     }
   }
-
-  // A CTA must not leave while its peer may still arrive on its barriers or multicast into its tiles.
-  __syncwarp();
-  if (cluster_size > 1) cluster_sync();
 }
 
 }  // namespace sdgp::sm90

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 class Mbarrier:
     """State of one mbarrier and what its completed phases pass on to those who wait.
 
-    before: what the phase before the last completed one passed on.
+    before: what the phase before the last completed one passed on. initialised: the thread that did, and the clock of
+    its warp then.
     """
 
+    initialised: tuple[int, int]
     count: int
     pending: int
     arrived: Array
@@ -63,10 +65,21 @@ def _barrier(b: Binder, offset: int, thread: int) -> Mbarrier:
     return found
 
 
+def _check_initialised(b: Binder, barrier: Mbarrier, warps: Array) -> None:
+    shared, (thread, clock) = b.wave.shared, barrier.initialised
+    column = shared.column_of_warp[thread // 32]
+    late = (shared.known[warps, column] < clock) & (shared.column_of_warp[warps] != column)
+    if late.any():
+        who = shared.describe(int(column) << 5 | thread % 32)
+        detail = f"mbarrier: no barrier after its initialisation by {who}, or no fence.mbarrier_init before that"
+        raise b.wave.fault("shared-race", detail, b.instr, int(warps[late][0]) * 32)
+
+
 def _arrive(b: Binder, offset: int, threads: Array, count: int) -> int:
     """`threads` arrive, `count` times each; returns the phase they arrived in."""
     barrier = _barrier(b, offset, int(threads[0]))
     warps = np.unique(threads // 32)
+    _check_initialised(b, barrier, warps)
     joined, fenced = b.wave.shared.release(warps)
     barrier.arrived = np.maximum(barrier.arrived, joined)
     barrier.arrived_fenced = np.maximum(barrier.arrived_fenced, fenced)
@@ -116,7 +129,8 @@ def _init(b: Binder) -> Make:
                 raise wave.fault("misaligned", "mbarrier", b.instr, int(thread))
             expected = int(np.broadcast_to(count, (wave.size,))[thread])
             zeros = [np.zeros(wave.shared.columns, np.int64) for _ in range(5)]
-            wave.mbarriers[int(offset)] = Mbarrier(expected, expected, *zeros)
+            initialised = int(thread), int(wave.shared.clock[thread // 32])
+            wave.mbarriers[int(offset)] = Mbarrier(initialised, expected, expected, *zeros)
 
     return b.lanes(run)
 
@@ -236,6 +250,7 @@ def _wait(b: Binder) -> Make:
         for offset in np.unique(offsets[result]):
             barrier = _barrier(b, int(offset), int(threads[0]))
             warps = np.unique(threads[result & (offsets == offset)] // 32)
+            _check_initialised(b, barrier, warps)
             if by_parity and not wave.shared.knows(warps, barrier.before):
                 # A parity stands for every second phase: the same wait would have passed two phases earlier.
                 detail = f"wait for the parity of phase {barrier.phase - 1} by a warp that has not seen phase "
@@ -468,12 +483,12 @@ def setmaxnreg(b: Binder) -> Make:
 @op("fence")
 def fence(b: Binder) -> Make:
     """Memory fences order nothing here that the interpreter does not order anyway, but the async proxy needs to
-    be told.
+    be told, and relaxed arrivals at a cluster's barrier pass on what fence.mbarrier_init releases.
     """
-    if b.mods[:2] != ("proxy", "async"):
+    if b.has("mbarrier_init"):
+        tell = b.wave.shared.fence_initialisation
+    elif b.mods[:2] == ("proxy", "async"):
+        tell = b.wave.shared.proxy_fence
+    else:
         return lambda mask: lambda: None
-
-    def run(threads: Array) -> None:
-        b.wave.shared.proxy_fence(np.unique(threads // 32))
-
-    return b.lanes(run)
+    return b.lanes(lambda threads: tell(np.unique(threads // 32)))

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 enum Mistake { kNone, kLostArrive, kWrongBytes, kWrongSwizzle, kNoBarrierWait, kNoProxyFence, kNoWgmmaWait, kHalfWarpgroup, kEarlyRead, kNoFence,
-               kNoCopyWait, kFillOverStore, kFillOverCopy, kEarlyRefill, kMisplaced };
+               kNoCopyWait, kFillOverStore, kFillOverCopy, kEarlyRefill, kMisplaced, kEarlyWait };
 
 constexpr int kN = 64, kTileBytes = kN * kN * 2;
 
@@ -61,9 +61,10 @@ __global__ void __launch_bounds__(128) product(const __nv_bfloat16* a, const __g
   for (int unit = kTileBytes / 32 + thread; unit < kTileBytes / 16; unit += 128) copy(a_tile + (unit ^ (unit / 8 & 7)), a_units + unit);
   if (mistake != kNoCopyWait) asm volatile("cp.async.wait_all;" ::: "memory");
   if (mistake != kNoProxyFence) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  __syncthreads();
+  if (mistake != kEarlyWait) __syncthreads();
   if (mistake != kNoBarrierWait)
     asm volatile("{ .reg .pred p; retry: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0; @!p bra retry; }" ::"r"(barrier) : "memory");
+  if (mistake == kEarlyWait) __syncthreads();
 
   float d[32] = {};
   if (mistake != kHalfWarpgroup || thread < 64) {

@@ -1,9 +1,10 @@
-// Two blocks of a cluster swap their numbers through each other's shared memory. `mistake`: the one or the other does not wait.
+// Two blocks of a cluster swap their numbers through each other's shared memory. `mistake`: the one or the other does not
+// wait, or waits for an arrival that orders nothing.
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-enum Mistake { kNone, kReadsEarly, kLeavesEarly, kExitsEarly };
+enum Mistake { kNone, kReadsEarly, kLeavesEarly, kExitsEarly, kRelaxed };
 
 constexpr int kThreads = 64;
 
@@ -14,7 +15,14 @@ __device__ uint32_t at_other(const void* mine) {
   return address;
 }
 
-__device__ void meet() { asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory"); }
+__device__ void meet(bool relaxed = false) {
+  if (relaxed) {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  } else {
+    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+  }
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
 
 __global__ void swap(const int* x, int* y, int mistake) {
   __shared__ int pushed[kThreads], pulled[kThreads];
@@ -22,7 +30,7 @@ __global__ void swap(const int* x, int* y, int mistake) {
   const int i = threadIdx.x, here = blockIdx.x * kThreads + i;
   pulled[i] = x[here];
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(at_other(&pushed[i])), "r"(x[here]) : "memory");
-  if (mistake != kReadsEarly) meet();
+  if (mistake != kReadsEarly) meet(mistake == kRelaxed);
   int theirs;
   asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(theirs) : "r"(at_other(&pulled[i])) : "memory");
   y[here] = theirs + 1000 * pushed[i];
