@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +29,22 @@ class Device(NamedTuple):
     shared_bytes: int | None = None  # that a thread block may have; None: known by the compute capability
 
 
-@functools.cache
+# How many multiprocessors torch is told to leave to others, None for none; not to be asked for before torch 2.7.
+_carveout: Callable[[], int | None] = getattr(torch._C, "_get_sm_carveout_experimental", lambda: None)
+
+
 def device_facts(device: torch.device) -> Device:
-    """Of a CUDA device; asked once."""
+    """Of a CUDA device, without the multiprocessors that ``torch._C._set_sm_carveout_experimental`` takes from matrix
+    products. The Hopper kernels have as many thread blocks as there are: those that find theirs taken, by NCCL say,
+    would begin when the first ones are done, and a product take twice as long.
+    """
+    facts, carveout = hardware(device), _carveout()
+    return facts._replace(multiprocessors=max(facts.multiprocessors - carveout, 1)) if carveout else facts
+
+
+@functools.cache
+def hardware(device: torch.device) -> Device:
+    """All there is of a CUDA device; asked once."""
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
     wgmma = capability == HOPPER and not WGMMA_ARCHS.isdisjoint(cutlass_ops.ARCHS)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import sdgp_accel
-from sdgp_accel.backends import Backend, Tilings, warn_once
+from sdgp_accel.backends import Backend, Tilings, gpu, warn_once
 from sdgp_accel.config import Pass
 from sdgp_accel.geometry import Conv2dGeometry, Geometry
 from sdgp_accel.layer_plan import LayerPlan, encode
@@ -153,8 +153,8 @@ def environment(backend: Backend, device: torch.device) -> dict[str, str]:
         "device": device.type,
     }
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        values["device"] = f"{properties.name}, {properties.multi_processor_count} multiprocessors"
+        multiprocessors = gpu.device_facts(device).multiprocessors
+        values["device"] = f"{torch.cuda.get_device_name(device)}, {multiprocessors} multiprocessors"
         values["driver"] = _driver()
         values["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
     return values

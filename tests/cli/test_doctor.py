@@ -109,9 +109,9 @@ def test_ptx_of_hoppers_own_kernels_is_enough(gpus, extension):
     gpus(H100)
     extension("compute_90a")
     assert "without the faster kernels" not in run().output
-    gpu.device_facts.cache_clear()
+    gpu.hardware.cache_clear()
     assert gpu.device_facts(0).wgmma
-    gpu.device_facts.cache_clear()
+    gpu.hardware.cache_clear()
 
 
 def test_nothing_runs_on_kernels_of_other_gpus(gpus, extension):

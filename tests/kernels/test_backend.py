@@ -176,10 +176,32 @@ def test_tiles_fit_the_shared_memory(monkeypatch, capability, kilobytes, largest
     if kilobytes is not None:
         properties.shared_memory_per_block_optin = kilobytes << 10
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(gpu, "device_facts", gpu.device_facts.__wrapped__)
+    monkeypatch.setattr(gpu, "hardware", gpu.hardware.__wrapped__)
     monkeypatch.setattr(cutlass_ops, "ARCHS", ("80", "compute_80"))
     tilings = cutlass.BACKEND.tilings(LinearGeometry(50000, 1024, 1024), "grad_input", torch.float16, CUDA)
     assert max(int(tiling.tile.split("x")[0]) for tiling in tilings) == largest
+
+
+@pytest.mark.parametrize(("carveout", "left"), [(None, 132), (0, 132), (16, 116), (500, 1)])
+def test_products_leave_the_multiprocessors_that_torch_is_told_to_leave(monkeypatch, carveout, left):
+    monkeypatch.setattr(gpu, "hardware", lambda device: gpu.Device((9, 0), 132, wgmma=True))
+    monkeypatch.setattr(gpu, "_carveout", lambda: carveout)
+    assert gpu.device_facts(CUDA) == gpu.Device((9, 0), left, wgmma=True)
+    launches = []
+    kernels = SimpleNamespace(SparseGemm=lambda name, sm_count, **others: launches.append(sm_count))
+    plan = sparse_products.plan_product.__wrapped__
+    plan(kernels, LinearGeometry(512, 256, 256), "dgrad", torch.float16, CUDA, None, torch.float16)
+    assert launches == [left]
+
+
+def test_torch_tells_how_many_multiprocessors_to_leave():
+    if not hasattr(torch._C, "_set_sm_carveout_experimental"):
+        pytest.skip("not before torch 2.7")
+    try:
+        torch._C._set_sm_carveout_experimental(5)
+        assert gpu._carveout() == 5
+    finally:
+        torch._C._set_sm_carveout_experimental(None)
 
 
 @pytest.fixture(params=["90a", "80"])

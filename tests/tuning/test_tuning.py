@@ -12,7 +12,7 @@ import torch
 
 from sdgp_accel import SDGPConfig, accelerate_, backends, functional, prune, tuning
 from sdgp_accel import tune as sdgp_tune
-from sdgp_accel.backends import Decision, Tilings
+from sdgp_accel.backends import Decision, Tilings, gpu
 from sdgp_accel.backends.reference import ReferenceBackend
 from sdgp_accel.layer_plan import plan_string
 from sdgp_accel.tuning import BackwardTimes, Measurement, Tuned, cache, choose, measurement
@@ -301,21 +301,28 @@ def test_another_build_measures_for_itself(
 
 
 def test_times_depend_on_what_they_were_measured_with(kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, versions = types.SimpleNamespace(name="NVIDIA H100", multi_processor_count=132), {"driver": "580", "cudnn": 91}
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    device = types.SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132)
+    versions, carveout = {"driver": "580", "cudnn": 91}, [None, 0, 16]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    monkeypatch.setattr(gpu, "hardware", gpu.hardware.__wrapped__)
+    monkeypatch.setattr(gpu, "_carveout", lambda: carveout[0])
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: versions["cudnn"])
     monkeypatch.setattr(tuning, "_driver", lambda: versions["driver"])
     seen = [tuning.environment(kernels, torch.device("cuda", 0))]
     assert tuning.environment(kernels, torch.device("cuda", 1)) == seen[0]  # another of the same kind
-    gpu.multi_processor_count = 114
+    del carveout[0]
+    assert tuning.environment(kernels, torch.device("cuda", 0)) == seen[0]
+    del carveout[0]
     seen.append(tuning.environment(kernels, torch.device("cuda", 0)))
-    gpu.name = "NVIDIA H200"
+    device.multi_processor_count = 114
+    seen.append(tuning.environment(kernels, torch.device("cuda", 0)))
+    device.name = "NVIDIA H200"
     seen.append(tuning.environment(kernels, torch.device("cuda", 0)))
     versions["driver"] = "590"
     seen.append(tuning.environment(kernels, torch.device("cuda", 0)))
     versions["cudnn"] = 92
     seen.append(tuning.environment(kernels, torch.device("cuda", 0)))
-    assert len({tuple(environment.items()) for environment in seen}) == 5
+    assert len({tuple(environment.items()) for environment in seen}) == 6
 
 
 def test_the_driver_is_found_where_the_kernel_module_tells_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
