@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from sdgp_accel import ops
 from sdgp_accel.backends import Decision, Gradients, check_floating, decide_conv2d, decide_linear, warn_once
 from sdgp_accel.config import SDGPConfig
-from sdgp_accel.geometry import Window, flat
+from sdgp_accel.geometry import Window, flat, pair
 from sdgp_accel.layer_plan import LayerKind, plan_string, prunes
 
 _DEFAULT = SDGPConfig()
@@ -91,12 +91,12 @@ def conv2d(
     # Where names are to be resolved: torch.jit.trace has no ints for that, and compares the line of both its calls.
     if is_dense or (isinstance(padding, str) and _is_foreign(input, torch.compiler.is_compiling())):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    stride, dilation = pair("stride", stride), pair("dilation", dilation)
     if isinstance(padding, str):
         if _is_autocast(input):
             input = input.to(_autocast_dtype(input))
         input, padding = resolve_padding(input, weight, padding, stride, dilation)
-    window = (stride, _pair("padding", padding), dilation, groups)
+    window = (stride, pair("padding", padding), dilation, groups)
     return convolve(input, weight, bias, window, plan if isinstance(plan, str) else _encoded(plan, "conv2d"))
 
 
@@ -410,16 +410,6 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype:
     if dtype == torch.float64 or not dtype.is_floating_point:
         return dtype
     return torch.get_autocast_dtype(ops.device_type(tensor))
-
-
-def _pair(argument: str, value: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    if not isinstance(value, Sequence) or not all(isinstance(item, int) for item in value):
-        raise TypeError(f"{argument} must be an int or two of them; got {value!r}")
-    if len(value) not in (1, 2):
-        raise ValueError(f"{argument} must be an int or two of them; got {value!r}")
-    return value[0], value[-1]
 
 
 def is_channels_last(tensor: Tensor) -> bool:
