@@ -161,12 +161,17 @@ class _Linear(torch.autograd.Function):
             kept = _kept(ctx.parameter, weight) if needs_dx else weight
         ctx.save_for_backward(input if needs_dw else None, kept if needs_dx else None)
         ctx.call = call
-        if call[1] is None:  # traced
-            return _product(input, weight, bias)
-        ctx.set_materialize_grads(False)
+        traced = call[1] is None
+        if not traced:
+            ctx.set_materialize_grads(False)
         if input.dim() == 2:
             return F.linear(input, weight, bias)
         # A view of the product, which as a Function's output could not be changed in place: not to be known as one.
+        if traced or torch._C._len_torch_dispatch_stack():
+            # Selective checkpointing and the like look for the product itself, which the other way hides from them.
+            view = F.linear(input, weight, bias)
+            result: Tensor = torch.ops.aten._unsafe_view.default(view, view.shape)
+            return result
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return F.linear(input, weight, bias)
 
@@ -261,16 +266,6 @@ def _for_batches(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool
         raise
     warn_once("layers run the ordinary dense backward for batches of gradients (is_grads_batched)")
     return ops.run(dy, x, weight, bias, decision._replace(backend=None, bound=None))
-
-
-def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` whose result is no view for other than 2-D inputs: see `_Linear`."""
-    if input.dim() == 2:
-        return F.linear(input, weight, bias)
-    rows = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
-    shape = (*input.shape[:-1], weight.shape[0])
-    result: Tensor = torch.ops.aten._unsafe_view.default(F.linear(rows, weight, bias), shape)
-    return result
 
 
 # The hooks of now; not to be asked for before torch 2.8, and taken for none there.
