@@ -181,18 +181,21 @@ class _Linear(torch.autograd.Function):
             return None, None, None, None
         x, weight = ctx.saved_tensors
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
-        if not (needs_dx or needs_dw):
-            return None, None, dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy, None
         plan, decision, to = ctx.call
-        if to is not None and needs_dx and weight.dtype != to:
-            weight = weight.to(to)
-        if (
+        is_ordinary = (
             decision is not None
             and type(dy) is Tensor
             and not torch.is_grad_enabled()
             and not dy.is_meta  # which Dynamo of torch 2.6 cannot ask for, but it comes without a decision
             and not _is_dynamo_compiling()
-        ):
+        )
+        if is_ordinary:
+            x, weight = _asked_for(ctx, x, weight)
+        if x is None and weight is None:
+            return None, None, dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy, None
+        if to is not None and weight is not None and weight.dtype != to:
+            weight = weight.to(to)
+        if is_ordinary:
             try:
                 return *ops.run(dy, x, weight, needs_db, decision), None
             except RuntimeError:
@@ -234,18 +237,21 @@ class _Conv2d(torch.autograd.Function):
             return None, None, None, None
         x, weight = ctx.saved_tensors
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
-        if not (needs_dx or needs_dw):
-            return None, None, dy.sum((0, 2, 3)), None
         plan, decision, to, window, channels_last = ctx.call
-        if to is not None and needs_dx and weight.dtype != to:
-            weight = weight.to(to)
-        if (
+        is_ordinary = (
             decision is not None
             and type(dy) is Tensor
             and not torch.is_grad_enabled()
             and not dy.is_meta  # which Dynamo of torch 2.6 cannot ask for, but it comes without a decision
             and not _is_dynamo_compiling()
-        ):
+        )
+        if is_ordinary:
+            x, weight = _asked_for(ctx, x, weight)
+        if x is None and weight is None:
+            return None, None, dy.sum((0, 2, 3)), None
+        if to is not None and weight is not None and weight.dtype != to:
+            weight = weight.to(to)
+        if is_ordinary:
             try:
                 return *ops.run(dy, x, weight, needs_db, decision), None
             except RuntimeError:
@@ -255,6 +261,25 @@ class _Conv2d(torch.autograd.Function):
         used = weight if to is None or weight is None else ctx.parameter
         dtype = None if to is None else ctx.parameter.dtype
         return *_place(_once(gradients, dy, x, used), dtype, needs_dx, needs_dw, needs_db), None
+
+
+def _asked_for(ctx: Any, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """`x` and `weight`, None where this backward is not to deliver what they take part in: ``torch.autograd.grad`` may
+    want some gradients only, as for adversarial examples, and `needs_input_grad` was made before, in forward.
+    """
+    (to_input, _), (to_weight, _) = ctx.next_functions[:2]
+    if x is not None and not _is_executed(to_weight):
+        x = None
+    if weight is not None and not _is_executed(to_input):
+        weight = None
+    return x, weight
+
+
+def _is_executed(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch's way to say of a leaf that autograd.grad was given it
+        return True
 
 
 def _for_batches(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decision: Decision) -> Gradients:
