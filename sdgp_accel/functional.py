@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from sdgp_accel import ops
 from sdgp_accel.backends import Decision, Gradients, check_floating, decide_conv2d, decide_linear, warn_once
 from sdgp_accel.config import SDGPConfig
-from sdgp_accel.geometry import Window, flat
+from sdgp_accel.geometry import Window, flat, pair
 from sdgp_accel.layer_plan import LayerKind, plan_string, prunes
 
 _DEFAULT = SDGPConfig()
@@ -91,12 +91,12 @@ def conv2d(
     # Where names are to be resolved: torch.jit.trace has no ints for that, and compares the line of both its calls.
     if is_dense or (isinstance(padding, str) and _is_foreign(input, torch.compiler.is_compiling())):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    stride, dilation = pair("stride", stride), pair("dilation", dilation)
     if isinstance(padding, str):
         if _is_autocast(input):
             input = input.to(_autocast_dtype(input))
         input, padding = resolve_padding(input, weight, padding, stride, dilation)
-    window = (stride, _pair("padding", padding), dilation, groups)
+    window = (stride, pair("padding", padding), dilation, groups)
     return convolve(input, weight, bias, window, plan if isinstance(plan, str) else _encoded(plan, "conv2d"))
 
 
@@ -161,12 +161,17 @@ class _Linear(torch.autograd.Function):
             kept = _kept(ctx.parameter, weight) if needs_dx else weight
         ctx.save_for_backward(input if needs_dw else None, kept if needs_dx else None)
         ctx.call = call
-        if call[1] is None:  # traced
-            return _product(input, weight, bias)
-        ctx.set_materialize_grads(False)
+        traced = call[1] is None
+        if not traced:
+            ctx.set_materialize_grads(False)
         if input.dim() == 2:
             return F.linear(input, weight, bias)
         # A view of the product, which as a Function's output could not be changed in place: not to be known as one.
+        if traced or torch._C._len_torch_dispatch_stack():
+            # Selective checkpointing and the like look for the product itself, which the other way hides from them.
+            view = F.linear(input, weight, bias)
+            result: Tensor = torch.ops.aten._unsafe_view.default(view, view.shape)
+            return result
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return F.linear(input, weight, bias)
 
@@ -176,18 +181,21 @@ class _Linear(torch.autograd.Function):
             return None, None, None, None
         x, weight = ctx.saved_tensors
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
-        if not (needs_dx or needs_dw):
-            return None, None, dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy, None
         plan, decision, to = ctx.call
-        if to is not None and needs_dx and weight.dtype != to:
-            weight = weight.to(to)
-        if (
+        is_ordinary = (
             decision is not None
             and type(dy) is Tensor
             and not torch.is_grad_enabled()
             and not dy.is_meta  # which Dynamo of torch 2.6 cannot ask for, but it comes without a decision
             and not _is_dynamo_compiling()
-        ):
+        )
+        if is_ordinary:
+            x, weight = _asked_for(ctx, x, weight)
+        if x is None and weight is None:
+            return None, None, dy.sum(tuple(range(dy.dim() - 1))) if dy.dim() > 1 else dy, None
+        if to is not None and weight is not None and weight.dtype != to:
+            weight = weight.to(to)
+        if is_ordinary:
             try:
                 return *ops.run(dy, x, weight, needs_db, decision), None
             except RuntimeError:
@@ -229,18 +237,21 @@ class _Conv2d(torch.autograd.Function):
             return None, None, None, None
         x, weight = ctx.saved_tensors
         needs_dx, needs_dw, needs_db, _ = ctx.needs_input_grad
-        if not (needs_dx or needs_dw):
-            return None, None, dy.sum((0, 2, 3)), None
         plan, decision, to, window, channels_last = ctx.call
-        if to is not None and needs_dx and weight.dtype != to:
-            weight = weight.to(to)
-        if (
+        is_ordinary = (
             decision is not None
             and type(dy) is Tensor
             and not torch.is_grad_enabled()
             and not dy.is_meta  # which Dynamo of torch 2.6 cannot ask for, but it comes without a decision
             and not _is_dynamo_compiling()
-        ):
+        )
+        if is_ordinary:
+            x, weight = _asked_for(ctx, x, weight)
+        if x is None and weight is None:
+            return None, None, dy.sum((0, 2, 3)), None
+        if to is not None and weight is not None and weight.dtype != to:
+            weight = weight.to(to)
+        if is_ordinary:
             try:
                 return *ops.run(dy, x, weight, needs_db, decision), None
             except RuntimeError:
@@ -252,6 +263,25 @@ class _Conv2d(torch.autograd.Function):
         return *_place(_once(gradients, dy, x, used), dtype, needs_dx, needs_dw, needs_db), None
 
 
+def _asked_for(ctx: Any, x: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """`x` and `weight`, None where this backward is not to deliver what they take part in: ``torch.autograd.grad`` may
+    want some gradients only, as for adversarial examples, and `needs_input_grad` was made before, in forward.
+    """
+    (to_input, _), (to_weight, _) = ctx.next_functions[:2]
+    if x is not None and not _is_executed(to_weight):
+        x = None
+    if weight is not None and not _is_executed(to_input):
+        weight = None
+    return x, weight
+
+
+def _is_executed(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch's way to say of a leaf that autograd.grad was given it
+        return True
+
+
 def _for_batches(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decision: Decision) -> Gradients:
     """The dense backward where `ops.run` has just failed for a batch of gradients (``is_grads_batched``,
     ``jacobian(vectorize=True)``); for any other `dy` its error goes on. To ask beforehand would cost every backward
@@ -261,16 +291,6 @@ def _for_batches(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool
         raise
     warn_once("layers run the ordinary dense backward for batches of gradients (is_grads_batched)")
     return ops.run(dy, x, weight, bias, decision._replace(backend=None, bound=None))
-
-
-def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` whose result is no view for other than 2-D inputs: see `_Linear`."""
-    if input.dim() == 2:
-        return F.linear(input, weight, bias)
-    rows = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
-    shape = (*input.shape[:-1], weight.shape[0])
-    result: Tensor = torch.ops.aten._unsafe_view.default(F.linear(rows, weight, bias), shape)
-    return result
 
 
 # The hooks of now; not to be asked for before torch 2.8, and taken for none there.
@@ -410,16 +430,6 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype:
     if dtype == torch.float64 or not dtype.is_floating_point:
         return dtype
     return torch.get_autocast_dtype(ops.device_type(tensor))
-
-
-def _pair(argument: str, value: int | Sequence[int]) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    if not isinstance(value, Sequence) or not all(isinstance(item, int) for item in value):
-        raise TypeError(f"{argument} must be an int or two of them; got {value!r}")
-    if len(value) not in (1, 2):
-        raise ValueError(f"{argument} must be an int or two of them; got {value!r}")
-    return value[0], value[-1]
 
 
 def is_channels_last(tensor: Tensor) -> bool:

@@ -53,6 +53,17 @@ def flat(window: Window) -> tuple[int, ...]:
     return *stride, *padding, *dilation, window[3]
 
 
+def pair(argument: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """(vertical, horizontal) of what torch takes as one number or two; TypeError or ValueError naming `argument`."""
+    if isinstance(value, int):
+        return value, value
+    if not isinstance(value, Sequence) or not all(isinstance(item, int) for item in value):
+        raise TypeError(f"{argument} must be an int or two of them; got {value!r}")
+    if len(value) not in (1, 2):
+        raise ValueError(f"{argument} must be an int or two of them; got {value!r}")
+    return value[0], value[-1]
+
+
 class Conv2dGeometry(NamedTuple):
     """A 2-D convolution: x [batch, in_channels, height, width] → y [batch, out_channels, out_height, out_width].
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sdgp_accel.backends import Decision, decide_conv2d, decide_linear, warn_once
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.functional import conv2d, convolve, is_channels_last, linear, resolve_padding
+from sdgp_accel.geometry import pair
 from sdgp_accel.layer_plan import INACTIVE, LayerKind, plan_string
 
 # torch.fx (torchvision's feature extraction) traces into layers that are not torch's own: these stay calls there.
@@ -114,14 +115,16 @@ class SDGPConv2d(SDGPLayer, nn.Conv2d):
         super().__init__(in_channels, out_channels, *window, bias, padding_mode, device, dtype, config=config)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding: Any = self.padding
+        stride, padding, dilation = self.stride, self.padding, self.dilation
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
         elif isinstance(padding, str):
-            return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups, self._sdgp_plan)
-        window = (self.stride, padding, self.dilation, self.groups)
-        return convolve(input, weight, bias, window, self._sdgp_plan)
+            return conv2d(input, weight, bias, stride, padding, dilation, self.groups, self._sdgp_plan)
+        # Numbers and lists have been assigned since the layer was made: torch takes them, too.
+        if not (type(stride) is type(padding) is type(dilation) is tuple):
+            stride, padding, dilation = pair("stride", stride), pair("padding", padding), pair("dilation", dilation)
+        return convolve(input, weight, bias, (stride, padding, dilation, self.groups), self._sdgp_plan)
 
 
 def warn_of_scope(kind: LayerKind, config: SDGPConfig) -> None:
@@ -149,21 +152,17 @@ def decide_layer(module: nn.Linear | nn.Conv2d, input: Tensor, config: SDGPConfi
             plan, input.shape, module.out_features, input.dtype, input.device, deterministic, module.weight.dtype
         )
     x = input.unsqueeze(0) if input.dim() == 3 else input
-    stride, dilation = _pair(module.stride), _pair(module.dilation)
+    stride, dilation = pair("stride", module.stride), pair("dilation", module.dilation)
     if module.padding_mode != "zeros":
         padded = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         x, padding = padded.to(x.dtype), (0, 0)  # autocast pads in float32 on a CPU
     elif isinstance(module.padding, str):
         x, padding = resolve_padding(x, module.weight, module.padding, stride, dilation)
     else:
-        padding = _pair(module.padding)
+        padding = pair("padding", module.padding)
     window = (stride, padding, dilation, module.groups)
     channels_last = is_channels_last(x) or is_channels_last(module.weight)
     plan, weight = plan_string("conv2d", config), module.weight
     return x, decide_conv2d(
         plan, x.shape, weight.shape, window, channels_last, x.dtype, x.device, deterministic, weight.dtype
     )
-
-
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    return values[0], values[1]

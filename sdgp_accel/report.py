@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from sdgp_accel.backends import Decision, decide
 from sdgp_accel.config import PruneSpec, SDGPConfig
-from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
+from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry, pair
 from sdgp_accel.layer_plan import INACTIVE, plan_string
 from sdgp_accel.nn import SDGPConv2d, SDGPLayer, SDGPLinear, layer_kind
 
@@ -224,12 +224,13 @@ def _preview(plan_text: str, module: nn.Linear | nn.Conv2d) -> tuple[Decision, s
 def _smallest_geometry(module: nn.Linear | nn.Conv2d) -> Geometry:
     if isinstance(module, nn.Linear):
         return LinearGeometry(2, module.in_features, module.out_features, 2)
-    dilation, kernel = module.dilation, module.kernel_size
+    stride, dilation = pair("stride", module.stride), pair("dilation", module.dilation)
+    kernel = module.kernel_size
     height, width = (d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
     return Conv2dGeometry.of(
         (1, module.in_channels, height, width),
         (module.out_channels, module.in_channels // module.groups, *kernel),
-        (*module.stride, 0, 0, *dilation, module.groups),
+        (*stride, 0, 0, *dilation, module.groups),
         # A 1x1 filter is both, and goes with its input.
         channels_last=module.weight.is_contiguous(memory_format=torch.channels_last),
     )
@@ -252,9 +253,10 @@ def _shape(module: nn.Module) -> str:
         return f"{module.in_features}→{module.out_features}"
     if isinstance(module, _ConvNd):
         text = f"{module.in_channels}→{module.out_channels} {'x'.join(map(str, module.kernel_size))}"
-        strides = set(module.stride)
+        stride = [module.stride] if isinstance(module.stride, int) else module.stride
+        strides = set(stride)
         if strides != {1}:
-            text += f" /{'x'.join(map(str, strides if len(strides) == 1 else module.stride))}"
+            text += f" /{'x'.join(map(str, strides if len(strides) == 1 else stride))}"
         return text + (f" groups {module.groups}" if module.groups > 1 else "")
     weights = [parameter for name, parameter in module.named_parameters(recurse=False) if "weight" in name]
     lazy = nn.parameter.UninitializedParameter

@@ -137,6 +137,43 @@ def test_only_what_is_asked_for_is_computed_and_saved(
     assert {t.data_ptr() for t in saved} == {t.data_ptr() for t, need in ((weight, needed[0]), (x, needed[1])) if need}
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("are_leaves", [False, True])
+@pytest.mark.parametrize("asked", list(itertools.product([False, True], repeat=3))[1:])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_only_what_this_backward_asks_for_is_computed(
+    kind: str, asked: tuple[bool, bool, bool], are_leaves: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for adversarial examples, which take the gradient of the images alone."""
+    from sdgp_accel.backends import reference
+
+    called: list[str] = []
+    for name in ("dgrad", "wgrad"):
+        original = getattr(reference.ReferenceBackend, name)
+        monkeypatch.setattr(
+            reference.ReferenceBackend, name, lambda *a, n=name, f=original, **k: (called.append(n), f(*a, **k))[1]
+        )
+    function, shapes = {
+        "linear": (sdgp.functional.linear, [(6, 8), (8, 8), (8,)]),
+        "conv2d": (sdgp.functional.conv2d, [(2, 8, 5, 5), (8, 8, 3, 3), (8,)]),
+    }[kind]
+    leaves = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    inputs = leaves if are_leaves else [leaf * 1 for leaf in leaves]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = function(*inputs, plan=sdgp.SDGPConfig(prune="magnitude")).float().square().sum()
+    expected = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert called == ["dgrad", "wgrad"]
+    called.clear()
+    wanted = [leaf for leaf, ask in zip(leaves, asked, strict=True) if ask]
+    got = torch.autograd.grad(loss, wanted, retain_graph=True)
+    assert called == [name for name, ask in zip(("dgrad", "wgrad"), asked[:2], strict=True) if ask]
+    for gradient, whole in zip(got, [g for g, ask in zip(expected, asked, strict=True) if ask], strict=True):
+        torch.testing.assert_close(gradient, whole)
+    called.clear()
+    loss.backward()
+    assert called == ["dgrad", "wgrad"]
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_saves_no_more_than_dense(kind: str) -> None:
     x, weight = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 from datetime import timedelta
 from typing import Any
@@ -18,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import sdgp_accel as sdgp
 
@@ -212,6 +213,29 @@ def test_activation_checkpointing_saves_the_same_beside_other_graphs() -> None:
     torch.manual_seed(3)
     expected = torch.autograd.grad(y.float().square().sum(), (x, layer.weight))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5, 12), (3, 4, 12), (2, 3, 4, 12)])
+def test_selective_checkpointing_meets_the_operations_of_the_dense_layer(shape: tuple[int, ...], bias: bool) -> None:
+    dense = nn.Linear(12, 8, bias=bias)
+    layer = copy.deepcopy(dense)
+    sdgp.accelerate_(layer)
+
+    def operations(module: nn.Module) -> list[Any]:
+        met = []
+
+        def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            met.append(operation)
+            return CheckpointPolicy.MUST_SAVE
+
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        checkpoint(module, torch.randn(shape), use_reentrant=False, context_fn=contexts).sum().backward()
+        return [operation for operation in met if operation is not torch.ops.aten._unsafe_view.default]
+
+    met = operations(layer)
+    assert torch.ops.aten.linear.default not in met
+    assert met == operations(dense)
 
 
 def test_gradient_accumulation_adds_the_steps() -> None:

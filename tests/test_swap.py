@@ -384,6 +384,24 @@ def test_padding_modes_match_the_dense_layer(padding: Any, padding_mode: str) ->
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(2, 1, 1), ([2, 1], [1, 1], [1, 2]), ((2,), (1,), (1,))])
+def test_a_layers_window_may_be_assigned_as_torch_takes_it(
+    stride: Any, padding: Any, dilation: Any, padding_mode: str
+) -> None:
+    """As code does that turns a classifier into a backbone for dense predictions."""
+    dense = nn.Conv2d(4, 8, 3, padding=1, padding_mode=padding_mode)
+    dense.stride, dense.padding, dense.dilation = stride, padding, dilation
+    layer = copy.deepcopy(dense)
+    report = sdgp.accelerate_(layer, sdgp.SDGPConfig(grad_input="dense"))
+    assert report.swapped[0].shape.startswith("4→8 3x3 /2")
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    assert torch.equal(layer(x), dense(x))
+    got, expected = (torch.autograd.grad(module(x).sum(), x) for module in (layer, dense))
+    torch.testing.assert_close(got, expected)
+    assert len(sdgp.tune(layer, x.detach()).swapped) == 1
+
+
 def test_a_users_subclass_keeps_its_class() -> None:
     class Scaled(sdgp.SDGPLinear):
         def forward(self, input: Tensor) -> Tensor:
