@@ -76,7 +76,7 @@ CONV_CASES = [
     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 72, 7, 7), (77, 3, 3)),
     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 64, 9, 8), (192, 3, 3), stride=(2, 2), cluster_size=2),  # three
     ConvCase("sm90_conv_dgrad_bf16_128x128", (1, 16, 10, 9), (24, 3, 2), (3, 1), (0, 1), (1, 2)),
-    ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 16, 9, 12), (72, 1, 1), (2, 3), (0, 0)),  # some pixels without a tap
+    ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 16, 9, 12), (72, 2, 1), (2, 3), (0, 0)),  # some pixels without a tap
     ConvCase("sm90_conv_dgrad_bf16_128x128", (1, 16, 9, 12), (72, 1, 1), (2, 3), (0, 0), accumulate=True),
     ConvCase("sm90_conv_dgrad_bf16_128x128", (3, 8, 1, 2), (8, 1, 1), (3, 3), accumulate=True),  # none has one
     ConvCase("sm90_conv_dgrad_bf16_128x256", (2, 264, 7, 9), (72, 3, 3), cluster_size=2),
