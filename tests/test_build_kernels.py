@@ -153,7 +153,7 @@ def test_a_build_by_hand_leaves_alone_what_is_current(tmp_path: Path) -> None:
     extension.write_bytes(b"\0" + build_kernels.stamp(("80", "90a")).encode())
     before = extension.read_bytes()
     command = [sys.executable, "cutlass_ops/build_kernels.py"]
-    environment = os.environ | {"SDGP_CUDA_ARCHS": "90a"}
+    environment = os.environ | {"SDGP_CUDA_ARCHS": "90a", "CXX": "/no/such/compiler"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert result.stdout == f"{extension} was built from these sources already\n"
     assert extension.read_bytes() == before
