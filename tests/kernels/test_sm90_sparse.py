@@ -6,6 +6,7 @@ import contextlib
 import random
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +160,11 @@ def test_more_parts_than_blocks_of_k_are_refused(engine: Engine) -> None:
 )  # fmt: skip
 def test_products_that_cannot_be_shared_are_refused(engine: Engine, case: Case) -> None:
     check_refused(engine, case)
+
+
+@pytest.mark.parametrize("change", [{"stride": (9, 1)}, {"stride": (1, 9)}, {"splits": 2}], ids=str)
+def test_strides_and_parts_that_a_dgrad_does_not_have_are_refused(engine: Engine, change: dict[str, Any]) -> None:
+    check_refused(engine, ConvCase("sm90_conv_dgrad_bf16_128x128", (1, 8, 10, 10), (512, 1, 1))._replace(**change))
 
 
 def test_strided_dgrad_is_one_launch(engine: Engine) -> None:
