@@ -109,6 +109,87 @@ def test_same_seed_means_same_start_and_same_batches_for_every_cell():
         assert torch.equal(a, b)
 
 
+def test_the_rate_rises_in_a_line_and_falls_in_half_a_cosine_to_a_tenth():
+    rates = convergence.training.learning_rates(replace(TINY["digits"], steps=104, warmup=4, lr=2.0))
+    assert rates[:5].tolist() == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert rates[[29, 54, 79]].tolist() == pytest.approx([0.2 + 0.9 * (1 + 0.5**0.5), 1.1, 0.2 + 0.9 * (1 - 0.5**0.5)])
+    assert rates[-1].item() == pytest.approx(0.2, abs=1e-3)
+    assert (rates[4:].diff() < 0).all()
+
+
+def test_text_is_predicted_from_what_stands_before_and_validated_on_other_text():
+    data = TINY["transformer"].data(torch.device("cpu"))
+    last = len(data.train) - 33
+    inputs, targets = data.gather(torch.tensor([0, last]))
+    assert torch.equal(inputs[1], data.train[last : last + 32].long())
+    assert torch.equal(targets[1], data.train[-32:].long())
+    starts = data.draw(2000, 500, 0)
+    assert 0 <= starts.min() < 100
+    assert last - 100 < starts.max() <= last
+    batches = data.validation()
+    assert sum(len(batch.inputs) for batch in batches) == 512
+    assert torch.equal(batches[0].inputs[0], data.held_out[:32].long())
+    assert torch.equal(batches[-1].targets[-1], data.held_out[-32:].long())
+
+
+def test_every_digit_is_drawn_once_an_epoch_and_a_fifth_of_them_never():
+    data = TINY["digits"].data(torch.device("cpu"))
+    (held_out,) = data.validation()
+    count = len(data.labels) - len(held_out.targets)
+    assert len(held_out.targets) == -(-len(data.labels) // 5)
+    drawn = data.draw(2 * count, 1, 3).flatten()
+    for epoch in drawn.split(count):
+        assert torch.equal(epoch.sort().values, torch.arange(count))
+    assert torch.equal(held_out.inputs, data.images[count:])
+    assert data.images.max() == 1
+
+
+def test_a_model_is_evaluated_as_it_is_used():
+    class Always(torch.nn.Module):
+        """Is sure that it sees a 3."""
+
+        def forward(self, images):
+            assert not self.training
+            return 100.0 * torch.nn.functional.one_hot(torch.full((len(images),), 3), 10)
+
+    data = TINY["digits"].data(torch.device("cpu"))
+    run = convergence.training.Run(TINY["digits"], DENSE, 0, data, torch.device("cpu"))
+    run.model = Always()
+    (batch,) = data.validation()
+    halves = [type(batch)(*parts) for parts in zip(*(tensor.tensor_split(2) for tensor in batch), strict=True)]
+    share = (batch.targets == 3).double().mean().item()
+    found = run.evaluate(halves)
+    assert found["accuracy"] == pytest.approx(100 * share, abs=0.1)
+    assert found["loss"] == pytest.approx(100 * (1 - share), abs=0.1)
+    assert run.model.training
+
+
+def test_scores_are_those_of_seeds_that_have_a_dense_run_on_the_device_with_most_of_them():
+    task, pruned = TINY["digits"], Cell("mvue", "both", 2, 4)
+
+    def line(cell, device, seed, score):
+        curve = [{"step": 2, "accuracy": score / 2, "loss": 0.0}, {"step": 4, "accuracy": score, "loss": 0.0}]
+        shared = {"task": "digits", "setup": task.setup(), "data_sha256": "0", "cell": vars(cell), "seed": seed}
+        return shared | {"environment": {"device": device}, "final": curve[-1], "curve": curve}
+
+    lines = [line(DENSE, "a", 0, 90.0), line(DENSE, "a", 1, 94.0), line(pruned, "a", 0, 89.0)]
+    lines += [
+        line(pruned, "a", 1, 91.0),
+        line(pruned, "a", 2, 0.0),
+        line(DENSE, "b", 0, 0.0),
+        line(pruned, "b", 0, 1.0),
+    ]
+    lines += [line(DENSE, "c", 5, 50.0), line(pruned, "c", 6, 50.0)]
+    entry = summary.summarise(task, lines)[pruned]
+    assert (entry.device, entry.seeds, entry.mean, entry.delta) == ("a", 2, 90.0, -2.0)
+    assert (entry.std, entry.delta_std) == pytest.approx((2**0.5, 2**0.5))
+    assert entry.curve == [(2, 45.0), (4, 90.0)]
+    one = summary.summarise(task, [line for line in lines if line["seed"] == 0])[pruned]
+    assert (one.std, one.delta_std) == (0.0, 0.0)
+    other = line(pruned, "a", 0, 0.0) | {"setup": "of other steps"}
+    assert summary.summarise(task, [*lines, other])[pruned] == entry
+
+
 def test_dense_head_is_left_alone():
     task = TINY["conv_lm"]
     cell = Cell("magnitude", "both", 2, 4, dense_head=True)

@@ -76,6 +76,9 @@ int main() {
   for (cuuint64_t i = 1; i <= 40000; ++i) CHECK(tensor_map(map, request(0, 64 + i)) != 0);
   CHECK(right(request(256, 64)) && right(request(256, 72)) && right(request(512, 64)));
 
+  // More requests than slots, for one address.
+  for (cuuint64_t i = 1; i <= 10000; ++i) CHECK(right(request(256, 64 + i)));
+
   // More requests than slots, from several threads.
   std::atomic<int> wrong{0};
   std::vector<std::thread> threads;

@@ -21,7 +21,10 @@ from tests.kernels.products import assert_close
 from tests.kernels.test_far_products import ends, only, span
 from tests.kernels.test_prune_compress import DTYPES, make_gradient, new_seed
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for the simulator")
+pytestmark = [
+    pytest.mark.timeout(1800),  # the first test may have to compile the kernels
+    pytest.mark.skipif(torch.cuda.is_available(), reason="for the simulator"),
+]
 
 ROWS, CHANNELS = 64, 256  # of a block, for layers as wide as these
 T, C = (1 << 22) + 21, 60008
@@ -256,8 +259,8 @@ def test_tensor_scope(engine, memory):
 
 
 def test_bias_gradient(engine, memory):
-    """Partial sums [21, c] of more than 2^31 values."""
-    t, c, dtype = 1300, (1 << 27) + 24, torch.bfloat16
+    """Partial sums [46, c] of more than 2^31 values: more rows than a block has."""
+    t, c, dtype = 2900, (1 << 27) + 24, torch.bfloat16
     gradient = Gradient.reserve(memory, t, c, c, dtype)
     rows = -(-t // ROWS)
     assert engine.kernels.bias_partial_rows(t, c) == rows

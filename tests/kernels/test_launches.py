@@ -19,16 +19,20 @@ GEMM_NAME, CONV_NAME = "sdgp_sm80_dgrad_f16_128x64", "sdgp_sm80_conv_wgrad_bf16_
 ADDRESSES = dict.fromkeys(("values", "metadata", "b", "out"), 1 << 20)
 
 
+def launch_gemm(engine, launch):
+    dy, weight = sparse_matrix(40, 72, 1, torch.float16), torch.randn(72, 24).half()
+    operand, out = compress_matrix(dy, 1, k_align=128), engine.empty(40, 24, dtype=torch.float16)
+    tensors = [engine.put(tensor) for tensor in (operand.values, operand.metadata, weight)]
+    with engine.launching():
+        launch(*(tensor.data_ptr() for tensor in (*tensors, out)))
+    a, b = dy.double(), weight.double()
+    assert_close(out, a @ b, a.abs() @ b.abs(), 72)
+
+
 def test_a_gemm_is_bound_once_and_launched_often(engine):
     launch = engine.kernels.SparseGemm(GEMM_NAME, **GEMM)
     for _ in range(2):
-        dy, weight = sparse_matrix(40, 72, 1, torch.float16), torch.randn(72, 24).half()
-        operand, out = compress_matrix(dy, 1, k_align=128), engine.empty(40, 24, dtype=torch.float16)
-        tensors = [engine.put(tensor) for tensor in (operand.values, operand.metadata, weight)]
-        with engine.launching():
-            launch(*(tensor.data_ptr() for tensor in (*tensors, out)))
-        a, b = dy.double(), weight.double()
-        assert_close(out, a @ b, a.abs() @ b.abs(), 72)
+        launch_gemm(engine, launch)
 
 
 def test_a_device_is_asked_whether_kernels_can_be_launched(engine):
@@ -42,6 +46,7 @@ def test_a_device_that_the_code_is_not_for_says_so_before_a_launch(engine, tmp_p
     check = build_kernels.compile_instance(toolkit, build_kernels.INSTANCES / "device_check.cu", ("compute_90a",))
     build_kernels.link(toolkit, [check], tmp_path / "check.so")
     assert SimulatorEngine("80").load(tmp_path / "check.so").sdgp_check_device() == 209  # no kernel image
+    launch_gemm(engine, engine.kernels.SparseGemm(GEMM_NAME, **GEMM))  # which is not told of that
     assert SimulatorEngine("90a").load(tmp_path / "check.so").sdgp_check_device() == 0
 
 
@@ -114,22 +119,26 @@ def test_products_that_do_not_exist_are_named(engine, name):
 
 @pytest.mark.parametrize(("wants_dgrad", "scope"), [(True, 12), (True, None), (False, None), (False, 12)])
 def test_a_backward_is_its_launches_one_after_another(engine, wants_dgrad, scope):
-    """The same bits, in a block of the same layout."""
-    t, c, n = 48, 72, 24
+    """The same bits, in a block of the same layout; random numbers by address or, without dgrad, by value."""
+    t, c, n = 96, 72, 24
     rule = {"n": 2, "m": 4, "eps": 1e-8, "dtype": "f16", "t": t, "c": c, "row_stride": c, "positions_per_sample": scope}
     lengths = {"dgrad_k": 128 * wants_dgrad, "wgrad_k": 128}
     prune_compress = engine.kernels.PruneCompress(
-        function="rescale_magnitude", **rule, **lengths, dgrad_words=8 * wants_dgrad, bias_is_float=True
-    )
+        function="mvue" if scope is None else "rescale_magnitude", **rule, **lengths, dgrad_words=8 * wants_dgrad,
+        bias_is_float=True,
+    )  # fmt: skip
     scope_scales = None if scope is None else engine.kernels.ScopeScales(**rule)
-    shared = {"padded_k": 128, "sm_count": 4, "out_is_float": True}
+    shared = {"padded_k": 128, "splits": 2, "sm_count": 4, "out_is_float": True}
     dgrad = engine.kernels.SparseGemm(GEMM_NAME, m=t, n=n, k=c, **shared | {"out_is_float": False})
     wgrad = engine.kernels.SparseGemm("sdgp_sm80_wgrad_f16_64x128", m=c, n=n, k=t, **shared)
     sizes = [t * 128, t * 16, 64 * c * 2, 8 * c * 2]  # values and metadata of both operands
     partials = 8 * engine.kernels.scope_workspace(t, c, 12) + 4 * c * engine.kernels.bias_partial_rows(t, c)
-    sizes += [-(-partials // 16) * 16, 4 * 4 * c, 4 * 4 * c]  # the workspace, a factor for each sample and channel
+    sizes += [-(-partials // 16) * 16, 4 * 8 * c, 4 * 8 * c]  # the workspace, a factor for each sample and channel
+    sizes += [2 * t * n * 4, 2 * c * n * 4]  # partial sums of the products
     places = [sum(sizes[:i]) for i in range(len(sizes))]
     dy, weight, x = (engine.put(torch.randn(*shape).half()) for shape in ((t, c), (c, n), (t, n)))
+    seed = engine.put(torch.tensor([5, -7]))
+    numbers = (seed.data_ptr(), 0, 0, 3) if wants_dgrad else (0, 5, -7, 3)
 
     def outputs() -> tuple[torch.Tensor, ...]:
         dx, dw = engine.empty(t, n, dtype=torch.float16), engine.empty(c, n, dtype=torch.float32)
@@ -142,23 +151,28 @@ def test_a_backward_is_its_launches_one_after_another(engine, wants_dgrad, scope
     with engine.launching():
         if scope_scales is not None:
             scope_scales(dy=dy.data_ptr(), sums=at[4], **scales)
-        prune_compress(dy=dy.data_ptr(), **operands, bias=db.data_ptr(), bias_partials=at[4], **scales)
+        random = dict(zip(("seed", "key", "offset", "rank"), numbers, strict=True))
+        prune_compress(dy=dy.data_ptr(), **operands, bias=db.data_ptr(), bias_partials=at[4], **random, **scales)
         if wants_dgrad:
-            dgrad(at[0], at[1], weight.data_ptr(), dx.data_ptr())
-        wgrad(at[2], at[3], x.data_ptr(), dw.data_ptr())
+            dgrad(at[0], at[1], weight.data_ptr(), dx.data_ptr(), at[7])
+        wgrad(at[2], at[3], x.data_ptr(), dw.data_ptr(), at[8])
 
-    sweep = (prune_compress, scope_scales, tuple(places[:2]) if wants_dgrad else None, tuple(places[2:4]), *places[4:])
+    sweep = (prune_compress, scope_scales, tuple(places[:2]) if wants_dgrad else None, tuple(places[2:4]), *places[4:7])
     backward = engine.kernels.Backward(
-        [sweep], (dgrad, tuple(places[:2]), 0) if wants_dgrad else None, (wgrad, tuple(places[2:4]), 0)
+        [sweep],
+        (dgrad, tuple(places[:2]), places[7]) if wants_dgrad else None,
+        (wgrad, tuple(places[2:4]), places[8]),
     )
     block, dx, dw, db = second = outputs()
     with engine.launching():
         backward(
-            dy.data_ptr(), block.data_ptr(), db.data_ptr(), 0, 0, 0, 0, weight.data_ptr(), dx.data_ptr(), x.data_ptr(),
+            dy.data_ptr(), block.data_ptr(), db.data_ptr(), *numbers, weight.data_ptr(), dx.data_ptr(), x.data_ptr(),
             dw.data_ptr(), 0,
         )  # fmt: skip
     operands = slice(0 if wants_dgrad else places[2], places[4])
-    compared = [(first[0][operands], second[0][operands]), (first[2], second[2]), (first[3], second[3])]
+    partials = slice(places[7] if wants_dgrad else places[8], None)
+    compared = [(first[0][part], second[0][part]) for part in (operands, partials)]
+    compared += [(first[2], second[2]), (first[3], second[3])]
     for theirs, ours in [*compared, (first[1], second[1])] if wants_dgrad else compared:
         assert torch.equal(ours.cpu().view(torch.uint8), theirs.cpu().view(torch.uint8))
 

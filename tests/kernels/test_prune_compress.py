@@ -15,6 +15,8 @@ from sdgp_accel.pruning import prune_matrix
 from sdgp_accel.semi_structured import SparseOperand, compress_matrix
 from tests.kernels.products import assert_close
 
+pytestmark = pytest.mark.timeout(1800)  # the first test may have to compile the kernels
+
 DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 PATTERNS = ((2, 4), (1, 4), (2, 8), (1, 8), (2, 16), (1, 16))
 KINDS = ("normal", "many zeros", "ones and zeros", "wide", "ties", "huge", "tiny", "dwarfed", "twins", "not finite")
@@ -53,8 +55,8 @@ def make_gradient(kind, t, c, dtype, pad=0):
         x *= torch.finfo(dtype).max
     x = x.to(dtype) + 0  # no -0: which of several zeros is stored is free
     if kind == "not finite":
-        for value in (float("nan"), float("inf"), -float("inf")):
-            x[torch.rand_like(x, dtype=torch.float32) < 0.04] = value
+        for value in (torch.finfo(dtype).max, float("nan"), float("inf"), -float("inf")):
+            x[torch.rand_like(x, dtype=torch.float32) < 0.08] = value
     return x[:, :c]
 
 
@@ -177,6 +179,13 @@ def test_kinds_of_values(engine, function, kind):
         check(engine, make_gradient(kind, 32, 32, dtype), PruneSpec(function, 2, 4))
 
 
+@pytest.mark.parametrize("kind", ["huge", "tiny", "not finite"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_kinds_of_values_in_longer_groups(engine, function, kind):
+    for dtype in DTYPES:
+        check(engine, make_gradient(kind, 32, 16, dtype), PruneSpec(function, 2, 8))
+
+
 @pytest.mark.parametrize(
     ("dtype", "group"),
     [(torch.float16, (0.0, 1.287109375, 1.306640625, 2.59375)), (torch.bfloat16, (1.34375, 0.0, 1.21875, 2.5625))],
@@ -208,10 +217,11 @@ def test_padding_to_the_gemm_tile(engine, m, c):
     check(engine, make_gradient("normal", 20, c, torch.float16), PruneSpec("mvue", 2, m), k_align=128)
 
 
+@pytest.mark.parametrize(("t", "c"), [(70, 40), (64, 64)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_cutlass(engine, layout):
-    """Tiles that the operand's rows do not fill, too."""
-    t, c, k_align = 70, 40, LAYOUTS[layout].tile_words * 16
+def test_layouts_of_cutlass(engine, layout, t, c):
+    """Tiles that the operand's rows fill, and that they do not."""
+    k_align = LAYOUTS[layout].tile_words * 16
     x, spec, seed = make_gradient("normal", t, c, torch.float16), PruneSpec("mvue", 2, 4), new_seed()
     row_major = run(engine, x, spec, seed, k_align=k_align)
     tiled = run(engine, x, spec, seed, k_align=k_align, layout=layout)
@@ -321,6 +331,12 @@ def test_bad_arguments_are_named(engine, argument, value):
         shape[argument] = value
     with pytest.raises(ValueError, match=argument):
         engine.kernels.PruneCompress(**shape)(**addresses)
+
+
+@pytest.mark.parametrize(("t", "other"), [(1 << 58, "dgrad_k"), (1 << 59, "row_stride"), (1 << 61, "row_stride")])
+def test_gradients_whose_bytes_cannot_be_counted_are_refused(engine, t, other):
+    with pytest.raises(ValueError, match=rf"t and {other} must have a product below 2\^62; got {t} and"):
+        engine.kernels.PruneCompress(**SHAPE | {"t": t})
 
 
 @pytest.mark.parametrize(

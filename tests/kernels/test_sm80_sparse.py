@@ -142,12 +142,12 @@ def test_non_finite_gradient_reaches_its_row_only(engine: Engine, value: float) 
     check_non_finite_row(engine, "sm80_dgrad_bf16_128x128", value)
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-def test_an_output_may_begin_anywhere(engine: Engine, splits: int) -> None:
+@pytest.mark.parametrize(("splits", "offset"), [(1, 1), (2, 1), (2, 2)])
+def test_an_output_may_begin_anywhere(engine: Engine, splits: int, offset: int) -> None:
     """Of instances for rows of any length; also where its elements would fill whole vectors."""
     case = GemmCase("sm80_wgrad_f16_128x64_any", 10, 12, 130, splits=splits)
     dy, a, b = gemm_operands(case)
-    out = engine.poisoned((case.m * case.n + 1,), torch.float16)[1:].view(case.m, case.n)
+    out = engine.poisoned((case.m * case.n + offset,), torch.float16)[offset:].view(case.m, case.n)
     operands = arguments(engine, compressed(dy, case), b, out, case)
     engine.gemm(case.instance, m=case.m, n=case.n, k=case.k, group_n=1, **operands)
     a, b = a.double(), b.double()

@@ -6,6 +6,7 @@ import contextlib
 import random
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ CONV_CASES = [
     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 72, 7, 7), (77, 3, 3)),
     ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 64, 9, 8), (192, 3, 3), stride=(2, 2), cluster_size=2),  # three
     ConvCase("sm90_conv_dgrad_bf16_128x128", (1, 16, 10, 9), (24, 3, 2), (3, 1), (0, 1), (1, 2)),
-    ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 16, 9, 12), (72, 1, 1), (2, 3), (0, 0)),  # some pixels without a tap
+    ConvCase("sm90_conv_dgrad_bf16_128x128", (2, 16, 9, 12), (72, 2, 1), (2, 3), (0, 0)),  # some pixels without a tap
     ConvCase("sm90_conv_dgrad_bf16_128x128", (1, 16, 9, 12), (72, 1, 1), (2, 3), (0, 0), accumulate=True),
     ConvCase("sm90_conv_dgrad_bf16_128x128", (3, 8, 1, 2), (8, 1, 1), (3, 3), accumulate=True),  # none has one
     ConvCase("sm90_conv_dgrad_bf16_128x256", (2, 264, 7, 9), (72, 3, 3), cluster_size=2),
@@ -162,6 +163,11 @@ def test_more_parts_than_blocks_of_k_are_refused(engine: Engine) -> None:
 )  # fmt: skip
 def test_products_that_cannot_be_shared_are_refused(engine: Engine, case: Case) -> None:
     check_refused(engine, case)
+
+
+@pytest.mark.parametrize("change", [{"stride": (9, 1)}, {"stride": (1, 9)}, {"splits": 2}], ids=str)
+def test_strides_and_parts_that_a_dgrad_does_not_have_are_refused(engine: Engine, change: dict[str, Any]) -> None:
+    check_refused(engine, ConvCase("sm90_conv_dgrad_bf16_128x128", (1, 8, 10, 10), (512, 1, 1))._replace(**change))
 
 
 def test_strided_dgrad_is_one_launch(engine: Engine) -> None:

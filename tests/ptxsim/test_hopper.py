@@ -25,7 +25,10 @@ MISTAKES = [  # number in broken_sm90.cu, the fault, a part of its description
     ("load_over_copies", 12, "async-race", "a cp.async"),
     ("load_over_what_is_read", 13, "shared-race", "the read by the tensor cores"),
     ("misplaced_load", 14, "misaligned", "is not a multiple of 128"),
-    ("wait_before_initialisation", 15, "shared-race", "its initialisation by thread 0"),
+    ("map_of_another_rank", 15, "launch", "does not fit the instruction"),
+    ("im2col_map_for_tiles", 16, "launch", "does not fit the instruction"),
+    ("no_map", 17, "launch", "not a tiled tensor map"),
+    ("wait_before_initialisation", 18, "shared-race", "its initialisation by thread 0"),
 ]
 
 
@@ -78,6 +81,83 @@ def test_wait_for_a_phase_beyond_the_next_is_reported(hopper, library):
     with pytest.raises(SimError, match="has not seen phase 0") as caught, hopper.checked():
         library.run_twice(1)
     assert caught.value.kind == "mbarrier"
+
+
+def _copy_bytes(hopper, library, size: int, source: int = 0, target: int = 0, barrier: int = 8) -> bool:
+    """Whether a bulk copy of `size` bytes between these offsets is right."""
+    from .engine import pointer
+
+    data = torch.randint(256, (80,), dtype=torch.uint8)
+    x, y = hopper.put(data), hopper.empty(size, dtype=torch.uint8)
+    with hopper.checked():
+        assert library.run_bulk_copy(pointer(x[source:]), pointer(y), size, target, barrier) == 0
+    return torch.equal(y, data[source : source + size])
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_bulk_copy_is_right(hopper, library, size):
+    assert _copy_bytes(hopper, library, size, source=16, target=16)
+
+
+@pytest.mark.parametrize("wrong", [{"size": 56}, {"size": 1}, {"source": 8}, {"target": 4}, {"barrier": 4}], ids=str)
+def test_misaligned_bulk_copy_or_barrier_is_reported(hopper, library, wrong):
+    from .faults import SimError
+
+    with pytest.raises(SimError, match="mbarrier" if "barrier" in wrong else "multiples of 16 bytes") as caught:
+        _copy_bytes(hopper, library, **{"size": 64} | wrong)
+    assert caught.value.kind == "misaligned"
+
+
+TILED = {  # what a map of bfloat16 [4, 8, 64] is made of; innermost first
+    "type": 9, "rank": 3, "address": 1 << 20, "extents": (64, 8, 4), "strides": (128, 1024), "box": (64, 8, 2),
+    "steps": (1, 1, 1), "interleave": 0, "swizzle": 3, "fill": 0,
+}  # fmt: skip
+IM2COL = {
+    **TILED, "rank": 4, "extents": (64, 8, 8, 4), "strides": (128, 1024, 8192), "box": (64, 32), "steps": (1, 1, 1, 1),
+    "lower": (-1, -1), "upper": (-1, -1),
+}  # fmt: skip
+
+
+def _encode(library, of: dict[str, object]) -> int:
+    """What cuTensorMapEncodeTiled or, where there are corners, cuTensorMapEncodeIm2col returns."""
+    types = {"extents": ctypes.c_uint64, "strides": ctypes.c_uint64, "box": ctypes.c_uint32, "steps": ctypes.c_uint32}
+    arguments = [
+        (types.get(name, ctypes.c_int) * 6)(*value) if isinstance(value, tuple) else value for name, value in of.items()
+    ]
+    arguments[2] = ctypes.c_void_p(of["address"])
+    status: int = library.encode(*arguments, *[None] * (12 - len(arguments)))
+    return status
+
+
+@pytest.mark.parametrize(
+    ("of", "change"),
+    [(TILED, {}), (TILED, {"extents": (64, (1 << 32) - 1, 4)}), (TILED, {"strides": (128, (1 << 40) - 16)}),
+     (TILED, {"swizzle": 0, "box": (256, 256, 1)}), (TILED, {"swizzle": 2, "box": (32, 8, 2)}),
+     (IM2COL, {}), (IM2COL, {"swizzle": 0, "box": (256, 32)}), (IM2COL, {"box": (64, 1024)}),
+     (IM2COL, {"steps": (1, 8, 8, 1)}),
+     (IM2COL, {"lower": (-128, 127), "upper": (127, -128)})],
+)  # fmt: skip
+def test_tensor_map_that_the_driver_takes(hopper, library, of, change):
+    assert _encode(library, of | change) == 0
+
+
+@pytest.mark.parametrize(
+    ("of", "change"),
+    [(TILED, {"rank": 0}), (TILED, {"address": (1 << 20) + 8}), (TILED, {"type": 13, "box": (32, 8, 2)}),
+     (TILED, {"rank": 6, "extents": (64,) * 6, "strides": (128,) * 6, "box": (64, 1, 1, 1, 1, 1), "steps": (1,) * 6}),
+     (TILED, {"interleave": 1}), (TILED, {"swizzle": 4}), (TILED, {"fill": 1}), (TILED, {"extents": (64, 0, 4)}),
+     (TILED, {"extents": (64, 8, 1 << 32)}), (TILED, {"strides": (136, 1024)}), (TILED, {"strides": (128, 1 << 40)}),
+     (TILED, {"steps": (1, 0, 1)}), (TILED, {"steps": (1, 1, 2)}), (TILED, {"box": (60, 8, 2)}),
+     (TILED, {"box": (72, 8, 2)}), (TILED, {"swizzle": 2}), (TILED, {"swizzle": 1, "box": (32, 8, 2)}),
+     (TILED, {"box": (64, 0, 2)}), (TILED, {"box": (64, 8, 257)}), (TILED, {"swizzle": 0, "box": (264, 8, 2)}),
+     (IM2COL, {"rank": 2}), (IM2COL, {"box": (0, 32)}), (IM2COL, {"swizzle": 0, "box": (264, 32)}),
+     (IM2COL, {"box": (64, 0)}), (IM2COL, {"box": (64, 1025)}), (IM2COL, {"box": (72, 32)}),
+     (IM2COL, {"lower": (-129, -1)}), (IM2COL, {"lower": (-1, 128)}), (IM2COL, {"upper": (-1, -129)}),
+     (IM2COL, {"upper": (128, -1)}), (IM2COL, {"steps": (1, 9, 1, 1)}),
+     (IM2COL, {"steps": (1, 1, 0, 1)}), (IM2COL, {"address": (1 << 20) + 8})],
+)  # fmt: skip
+def test_tensor_map_that_the_driver_refuses(hopper, library, of, change):
+    assert _encode(library, of | change) in (1, 801)  # invalid value, not supported
 
 
 WIDTHS = [(16, False), (16, True), (32, False), (64, False), (64, True), (128, False), (128, True)]

@@ -12,7 +12,7 @@ struct PackedQuads {
   uint32_t low, high, nibbles;
 };
 
-// x[i]: element i of both quads; keep[i]: masks with exactly two elements set per quad.
+// x[i]: element i of both quads; keep[i]: masks with exactly two elements set per quad, or 0 alone, which 1 completes.
 __device__ __forceinline__ PackedQuads pack_kept(const uint32_t (&x)[4], const uint32_t (&keep)[4]) {
   PackedQuads packed;
   packed.low = select(keep[0], x[0], select(keep[1], x[1], x[2]));
@@ -30,7 +30,6 @@ __device__ __forceinline__ PackedQuads pack_pruned(const uint32_t (&x)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) keep[i] = nonzero_mask(x[i]);
   keep[0] |= ~majority(keep[1], keep[2], keep[3]);
-  keep[1] |= ~(keep[2] | keep[3]);
   return pack_kept(x, keep);
 }
 

@@ -125,8 +125,8 @@ int launch_sparse_dgrad(const SdgpSparseConv& conv) {
                        gather.grid, kBlockK / 16, Config::kBlockM, CU_TENSOR_MAP_SWIZZLE_NONE);
   if (error == 0) error = filter_map<Config>(maps.b, conv);
   if (error != 0) return error;
-  // The k tiles of the one part, which clusters may share where blocks of A do not end within a tap.
-  const int k_tiles = parts == 1 && tiles_per_tap % kBlockTiles == 0 ? taps(gather.parts[0]) * tiles_per_tap : 0;
+  // The k tiles of the first part, which clusters may share if it is the only one and blocks of A end with its taps.
+  const int k_tiles = tiles_per_tap % kBlockTiles == 0 ? taps(gather.parts[0]) * tiles_per_tap : 0;
   return launch<Config>(maps, gather, Target(conv), gather.pixels, conv.c_in, k_tiles, parts, pixels, conv.c_in);
 }
 

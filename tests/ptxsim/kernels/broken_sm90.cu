@@ -7,7 +7,8 @@
 #include <cstdint>
 
 enum Mistake { kNone, kLostArrive, kWrongBytes, kWrongSwizzle, kNoBarrierWait, kNoProxyFence, kNoWgmmaWait, kHalfWarpgroup, kEarlyRead, kNoFence,
-               kNoCopyWait, kFillOverStore, kFillOverCopy, kEarlyRefill, kMisplaced, kEarlyWait };
+               kNoCopyWait, kFillOverStore, kFillOverCopy, kEarlyRefill, kMisplaced, kOtherRank, kIm2col,
+               kNoMap, kEarlyWait };
 
 constexpr int kN = 64, kTileBytes = kN * kN * 2;
 
@@ -33,6 +34,11 @@ __device__ void load_tile(uint32_t target, const CUtensorMap& map, uint32_t barr
                "l"(&map), "r"(barrier), "r"(0) : "memory");
 }
 
+__device__ void load_3d_tile(uint32_t target, const CUtensorMap& map, uint32_t barrier) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %3, %3}], [%2];" ::"r"(target),
+               "l"(&map), "r"(barrier), "r"(0) : "memory");
+}
+
 __device__ void copy(uint4* target, const uint4* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(target))), "l"(source) : "memory");
 }
@@ -53,7 +59,8 @@ __global__ void __launch_bounds__(128) product(const __nv_bfloat16* a, const __g
   if (thread == 0) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    load_tile(b_at + (mistake == kMisplaced ? 64 : 0), b_map, barrier);
+    if (mistake == kIm2col) load_3d_tile(b_at, b_map, barrier);
+    else load_tile(b_at + (mistake == kMisplaced ? 64 : 0), b_map, barrier);
     const uint32_t bytes = kTileBytes + (mistake == kWrongBytes ? 16 : 0);
     if (mistake != kLostArrive) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
   }
@@ -119,17 +126,66 @@ extern "C" int run_twice(int mistake) {
   return cudaGetLastError();
 }
 
-extern "C" int run(const void* a, void* b, float* out, int mistake) {
+// A thread copies kN bytes through shared memory at `target` bytes from a whole unit of 16, with a barrier at `barrier` bytes.
+__global__ void bulk_copy(const char* from, char* to, int size, int target, int barrier) {
+  __shared__ __align__(16) char bytes[kN + 16];
+  __shared__ __align__(16) char barriers[16];
+  const uint32_t bytes_at = static_cast<uint32_t>(__cvta_generic_to_shared(bytes)) + target;
+  const uint32_t full = static_cast<uint32_t>(__cvta_generic_to_shared(barriers)) + barrier;
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(bytes_at), "l"(from),
+               "r"(size), "r"(full) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(size) : "memory");
+  wait(full, 0);
+  for (int i = 0; i < size; ++i) to[i] = bytes[target + i];
+}
+
+extern "C" int run_bulk_copy(const char* from, char* to, int size, int target, int barrier) {
+  bulk_copy<<<1, 1>>>(from, to, size, target, barrier);
+  return cudaGetLastError();
+}
+
+template <typename Function>
+static Function driver_function(const char* name) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult status;
-  cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &status);
+  cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &status);
+  return reinterpret_cast<Function>(function);
+}
+
+static CUresult encode_tiled(CUtensorMap* map, int type, int rank, void* address, const cuuint64_t* extents, const cuuint64_t* strides,
+                             const cuuint32_t* box, const cuuint32_t* steps, int interleave, int swizzle, int fill) {
+  return driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled")(
+      map, CUtensorMapDataType(type), rank, address, extents, strides, box, steps, CUtensorMapInterleave(interleave),
+      CUtensorMapSwizzle(swizzle), CU_TENSOR_MAP_L2_PROMOTION_NONE, CUtensorMapFloatOOBfill(fill));
+}
+
+static CUresult encode_im2col(CUtensorMap* map, int type, int rank, void* address, const cuuint64_t* extents, const cuuint64_t* strides,
+                              const cuuint32_t* box, const cuuint32_t* steps, int interleave, int swizzle, int fill, const int* lower,
+                              const int* upper) {
+  return driver_function<decltype(&cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col")(
+      map, CUtensorMapDataType(type), rank, address, extents, strides, lower, upper, box[0], box[1], steps,
+      CUtensorMapInterleave(interleave), CUtensorMapSwizzle(swizzle), CU_TENSOR_MAP_L2_PROMOTION_NONE, CUtensorMapFloatOOBfill(fill));
+}
+
+// lower: of an im2col map, else null.
+extern "C" int encode(int type, int rank, void* address, const cuuint64_t* extents, const cuuint64_t* strides, const cuuint32_t* box,
+                      const cuuint32_t* steps, int interleave, int swizzle, int fill, const int* lower, const int* upper) {
   CUtensorMap map;
-  const cuuint64_t extents[] = {kN, kN}, strides[] = {kN * 2};
-  const cuuint32_t box[] = {kN, kN}, steps[] = {1, 1};
-  auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, b, extents, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE))
-    return -1;
+  return lower == nullptr ? encode_tiled(&map, type, rank, address, extents, strides, box, steps, interleave, swizzle, fill)
+                          : encode_im2col(&map, type, rank, address, extents, strides, box, steps, interleave, swizzle, fill, lower, upper);
+}
+
+extern "C" int run(const void* a, void* b, float* out, int mistake) {
+  CUtensorMap map = {};
+  const cuuint64_t extents[] = {kN, kN, 1}, strides[] = {kN * 2, kN * kN * 2};
+  const cuuint32_t box[] = {kN, kN, 1}, steps[] = {1, 1, 1};
+  const int corner[] = {0};
+  const int type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, swizzle = CU_TENSOR_MAP_SWIZZLE_128B, rank = mistake == kOtherRank || mistake == kIm2col ? 3 : 2;
+  const CUresult error = mistake == kNoMap    ? CUDA_SUCCESS
+                         : mistake == kIm2col ? encode_im2col(&map, type, rank, b, extents, strides, box, steps, 0, swizzle, 0, corner, corner)
+                                              : encode_tiled(&map, type, rank, b, extents, strides, box, steps, 0, swizzle, 0);
+  if (error) return -1;
   product<<<1, 128>>>(static_cast<const __nv_bfloat16*>(a), map, out, mistake);
   return cudaGetLastError();
 }
