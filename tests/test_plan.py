@@ -89,6 +89,14 @@ def test_model_is_left_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_neither_compilation_nor_no_grad_changes_the_plan() -> None:
+    model, batch = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), torch.randn(8, 16)
+    with torch.no_grad():
+        report = plan(torch.compile(model), batch)
+    assert report == plan(model, batch)
+    assert [layer.name for layer in report.layers] == ["0", "1"]
+
+
 class WithCache(nn.Module):
     """Keeps what its forward has computed, as modules do with masks and positions."""
 
