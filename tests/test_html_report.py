@@ -121,6 +121,14 @@ def test_memory_and_predictions_are_drawn_to_scale() -> None:
     assert [dict(row.bars)["dense"] for row in rows] == pytest.approx([100 * s / max(seconds) for s in seconds])
 
 
+def test_measured_layers_are_drawn_beside_what_was_predicted() -> None:
+    seconds = {"predicted_dense": 2e-3, "predicted_sdgp": 1.5e-3, "dense": 4e-3, "sdgp": 1e-3}
+    (row,) = html_report._measured_rows([{"names": ["a", "b"], "shape": "10×20→30000", **seconds}])
+    assert (row.name, row.shape) == ("2 × a", "10 × 20 → 30,000")
+    assert row.bars == (("predicted", 50.0), ("dense", 100.0), ("fused", 25.0))
+    assert (row.headline, row.detail) == ("75% saved, 25% predicted", "2.00 / 4.00 / 1.00 ms")
+
+
 @pytest.mark.parametrize(
     ("tokens", "saves", "unit", "scale"), [(4096, (True, True), "ms", 1e3), (16, (False, True), "µs", 1e6)]
 )
@@ -154,8 +162,11 @@ def test_predictions_say_what_stays_dense_and_leave_out_what_has_no_backward() -
 
 
 def test_settings_and_origin_are_listed_by_their_dotted_names() -> None:
-    page = " ".join(re.sub(r"<[^>]*>", " ", render(measured_report(FASTER).to_dict())).split())
-    assert "versions.torch 2 gpu.name NVIDIA H100" in page
+    report = measured_report(FASTER)
+    gpu = {"name": "NVIDIA H100", "state": {"pstate": "P0"}}
+    report = replace(report, provenance={**report.provenance, "gpu": gpu})
+    page = " ".join(re.sub(r"<[^>]*>", " ", render(report.to_dict())).split())
+    assert "versions.torch 2 gpu.name NVIDIA H100 gpu.state.pstate P0" in page
     assert "git_revision" not in page.split("Where these numbers come from")[1].split("This page")[0]  # there is none
 
 
