@@ -92,6 +92,8 @@ def test_options_reach_the_constructor() -> None:
     assert len(models.build("gpt", layers=3, width=32, heads=2).blocks) == 3
     assert models.build("gpt", num_classes=99, seq_len=7).config.context == 7
     assert models.build("digits", num_classes=3)(torch.randn(2, 1, 8, 8)).shape == (2, 3)
+    assert models.build("resnet9", num_classes=3).head.out_features == 3
+    assert models.build("conv_lm", num_classes=99, width=16)(torch.zeros(2, 5, dtype=torch.int64)).shape == (2, 5, 99)
     assert models.build("resnet18", num_classes=5).fc.out_features == 5
     with torch.device("meta"):
         assert models.build("vit_small_patch16_224", image_size=96).pos_embed.shape[1] == 37
@@ -116,6 +118,14 @@ def test_batches_are_reproducible() -> None:
     assert torch.equal(first.targets, second.targets)
     text = models.example_batch("gpt", 2, seq_len=9)
     assert torch.equal(text.inputs[:, 1:], text.targets[:, :-1])
+
+
+def test_the_loss_may_be_smoothed() -> None:
+    logits, targets = torch.randn(2, 3, 5), torch.randint(5, (2, 3))
+    everywhere = -logits.log_softmax(-1).mean()
+    right = -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
+    torch.testing.assert_close(models.loss(logits, targets), right)
+    torch.testing.assert_close(models.loss(logits, targets, label_smoothing=0.25), 0.75 * right + 0.25 * everywhere)
 
 
 def test_errors_name_the_argument() -> None:
