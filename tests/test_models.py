@@ -166,18 +166,18 @@ def test_gpt_starts_with_smaller_weights_where_a_block_writes() -> None:
 
 def test_conv_lm_sees_as_far_back_as_its_dilations_add_up_to() -> None:
     torch.manual_seed(0)
-    model = models.build("conv_lm", layers=3, stacks=2, kernel=4, width=16).eval()
+    model = models.build("conv_lm", layers=3, stacks=2, kernel=4, width=16).double().eval()
     tokens = torch.randint(255, (64,))
     changed = model(tokens + torch.eye(64, dtype=torch.int64))[:, -1]  # row i: with another token at position i
-    seen = (changed != model(tokens[None])[0, -1]).any(1)
+    seen = ((changed - model(tokens[None])[0, -1]).abs() > 1e-12).any(1)
     assert seen.tolist() == [position >= 63 - 2 * (4 - 1) * (1 + 2 + 4) for position in range(64)]
 
 
 def test_gpt_computes_what_gpt2_does() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 64, "n_positions": 16}
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
-    ours = models.build("gpt2", num_classes=64, layers=2, heads=4, width=32, seq_len=16).eval()
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).double().eval()
+    ours = models.build("gpt2", num_classes=64, layers=2, heads=4, width=32, seq_len=16).double().eval()
     names = {
         "token_embedding": "wte", "position_embedding": "wpe", "blocks": "h", "norm1": "ln_1", "qkv": "attn.c_attn",
         "attention_out": "attn.c_proj", "norm2": "ln_2", "mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj", "norm": "ln_f",
