@@ -221,6 +221,7 @@ def test_bad_values_are_named(override, message):
         ("a: [\n", "not YAML"),
         ("extends: mine.yaml\n", "extends itself"),
         ("extends: imagenet/resnet50-dense\naugment: {cutout: 4}\n", "must be 0 for image folders"),
+        ("extends: imagenet/resnet50-dense\naugment: {pad_crop: 2}\n", "must be 0 for image folders"),
         ("extends: imagenet/resnet50-dense\nresolution: {test: 250}\n", "resolution.test must be a positive multiple"),
         ("extends: imagenet/resnet50-dense\nresolution: {ramp_end: 65}\n", "ramp_start must be below ramp_end"),
     ],
