@@ -55,14 +55,19 @@ class LayerReport:
         if decision is None:
             return self
         pruned = decision.backend is not None
+        specs = (decision.plan.grad_input, decision.plan.grad_weight) if pruned else (None, None)
         return replace(
             self,
-            dgrad=_describe(decision.plan.grad_input if pruned else None),
-            wgrad=_describe(decision.plan.grad_weight if pruned else None),
+            dgrad=_describe(specs[0]),
+            wgrad=_describe(specs[1]),
             backend=decision.name,
             reason=decision.reason,
             times=decision.times,
-            tilings=tuple(str(tiling) for tiling in decision.tilings if tiling is not None),
+            tilings=tuple(
+                str(tiling)
+                for spec, tiling in zip(specs, decision.tilings, strict=True)
+                if spec is not None and tiling is not None
+            ),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -39,6 +41,25 @@ def test_each_thread_has_its_scratch_and_one_torch_thread() -> None:
     for_each(range(1000), work, torch.empty(1))
     assert 1 <= len(scratches) <= 3
     assert threads == {1}
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, 1), (2, 2), (4, 2), (16, 2), (24, 3), (99, 3)])
+def test_there_are_threads_for_the_pieces_and_all_write_where_the_caller_may(count: int, expected: int) -> None:
+    seen: set[int] = set()
+    together = threading.Barrier(expected, timeout=10)
+    with torch.inference_mode():
+        x = torch.zeros(count)
+
+        def work(item: int, scratch: Scratch) -> None:
+            if threading.get_ident() not in seen:
+                seen.add(threading.get_ident())
+                together.wait()  # so that each thread gets a piece
+            time.sleep(0.001)
+            x[item].add_(1)  # of a tensor that only inference mode may change
+
+        for_each(range(count), work, x)
+    assert len(seen) == expected
+    assert x.tolist() == [1.0] * count
 
 
 def test_an_error_comes_out() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdgp_accel.config import FUNCTIONS, SCOPES, SDGPConfig
-from sdgp_accel.layer_plan import decode, encode, plan_string
+from sdgp_accel.layer_plan import decode, encode, plan_string, prunes
 
 CONFIGS = st.builds(
     lambda nm, **fields: SDGPConfig(n=min(nm), m=max(nm), **fields),
@@ -33,6 +33,7 @@ def test_round_trip(config: SDGPConfig, kind: str) -> None:
     assert plan.grad_weight == config.spec("grad_weight", default)
     assert (plan.backend, plan.fallback) == (config.backend, config.fallback)
     assert plan.prunes == (config.n < config.m and "sparse" in (config.grad_input, config.grad_weight))
+    assert prunes(text) == plan.prunes
 
 
 def test_draws_only_where_a_pruned_pass_is_random() -> None:

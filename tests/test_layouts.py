@@ -92,5 +92,9 @@ def test_bad_arguments() -> None:
     layout = LAYOUTS["sm80"]
     with pytest.raises(ValueError, match=r"int16 of 2 dimensions; got torch.int32"):
         layout.encode(torch.zeros(4, 4, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"int16 of 2 dimensions; got torch.int16 of shape \(4,\)"):
+        layout.encode(torch.zeros(4, dtype=torch.int16))
     with pytest.raises(ValueError, match=r"must hold 128 int16 words .*; got 64"):
         layout.decode(torch.zeros(64, dtype=torch.int16), 33, 2)
+    with pytest.raises(ValueError, match=r"got 128 of torch.int32"):
+        layout.decode(torch.zeros(128, dtype=torch.int32), 33, 2)

@@ -47,6 +47,17 @@ def test_a_gradient_that_nothing_needs_has_no_kernel():
     assert layer.dgrad == "dense"
     assert layer.wgrad.startswith("sm80")
     assert layer.reason == "its input needs no gradient"
+    assert layer.shape == "14400×576→128"
+
+
+def test_what_the_layers_compute_in_decides():
+    model, batch = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), torch.empty(8192, 64)
+    (_, half), (_, single) = (placements(model, batch, GPUS["80"], dtype=dtype) for dtype in (torch.half, torch.float))
+    assert half.dgrad.startswith("sm80")
+    assert "×" not in half.dgrad.split()[-1]
+    assert half.wgrad.split()[-1].startswith("×"), "few tiles that reduce over many positions: in parts"
+    assert single.dgrad == single.wgrad == "dense"
+    assert "float32" in single.reason
 
 
 def test_a_kernel_says_how_its_reduction_is_divided():

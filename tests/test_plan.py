@@ -89,6 +89,14 @@ def test_model_is_left_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_neither_compilation_nor_no_grad_changes_the_plan() -> None:
+    model, batch = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), torch.randn(8, 16)
+    with torch.no_grad():
+        report = plan(torch.compile(model), batch)
+    assert report == plan(model, batch)
+    assert [layer.name for layer in report.layers] == ["0", "1"]
+
+
 class WithCache(nn.Module):
     """Keeps what its forward has computed, as modules do with masks and positions."""
 
@@ -166,6 +174,7 @@ def test_what_stays_dense_says_why() -> None:
     assert reasons == {"0": "3 inputs", "1": "grouped", "2": "", "3": "filtered"}
     assert _reasons(plan(model, images, filter_fn=["0", "2"]))["3"] == "filtered"
     assert plan(model, images).layers[2].work.passes == ("grad_input",)
+    assert _reasons(plan(nn.Linear(4, 8), torch.randn(2, 4))) == {"": ""}
     paper = SDGPConfig(grad_weight="dense")
     assert {p for layer in plan(model, images, config=paper).layers for p in layer.work.sparse_passes} == {"grad_input"}
     assert _reasons(plan(model, images, config=SDGPConfig(n=4, m=8)))["3"] == "4:8"
@@ -207,7 +216,7 @@ def test_what_holds_matrices_and_is_no_layer_is_named() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.attention = nn.MultiheadAttention(16, 2)
-            self.norm = nn.LayerNorm((3, 16))
+            self.norm, self.other_norm = nn.LayerNorm((3, 16)), nn.RMSNorm((3, 16))
             self.token = nn.Parameter(torch.zeros(1, 1, 16))
             self.positions = nn.Parameter(torch.zeros(1, 3, 16))
             self.scale = nn.Parameter(torch.ones(16, 1))
@@ -242,6 +251,63 @@ def test_where_every_product_is_a_layers_nothing_is_left_out(name: str) -> None:
     report = plan(*_meta(name, 2))
     assert not report.left_out
     assert "hold weight matrices" not in str(report)
+
+
+def test_the_table_shows_each_kind_of_layer_once_and_adds_up() -> None:
+    with torch.device("meta"):
+        model, batch = (
+            nn.Sequential(*(nn.Linear(4096, 4096) for _ in range(3)), nn.Linear(4096, 8)),
+            torch.empty(4096, 4096),
+        )
+        report = plan(model, batch)
+    text = str(report)
+    rows = [line.split() for line in text.splitlines() if "4096→" in line or "calls" in line]
+    expected = []
+    for name, bound, layer, calls in (("0", "compute", 0, 1), ("2 × 1", "compute", 1, 2), ("3", "memory", 3, 1)):
+        first = report.layers[layer]
+        cells = [*name.split(), first.shape, bound, f"{1e3 * calls * first.backward:.3f}"]
+        for schedule in ("two_pass", "fused"):
+            gains = first.choice(schedule).sparse_passes
+            cells += [f"{1e3 * calls * first.choice(schedule).seconds:.3f}"]
+            cells += [f"{first.saved(schedule) / first.backward:.1%}" if gains else "–"]
+        expected.append(cells)
+    total, dense = ["4", "calls"], sum(layer.backward for layer in report.layers)
+    total.append(f"{1e3 * dense:.3f}")
+    for schedule in ("two_pass", "fused"):
+        saved = sum(layer.saved(schedule) for layer in report.layers)
+        total += [f"{1e3 * (dense - saved):.3f}", f"{saved / dense:.1%}"]
+    assert rows == [*expected, total]
+    assert f"two-pass: 3 of 4 layers gain; forward + backward {1e3 * report.dense:.3f}" in text
+    assert f"ms, {report.saving('two_pass'):.1%} less" in text
+    assert 0.1 < report.saving("two_pass") < 0.3
+
+
+def test_a_layer_that_is_called_twice_gains_once() -> None:
+    with torch.device("meta"):
+        shared = nn.Linear(1024, 1024)
+        report = plan(nn.Sequential(shared, shared), torch.empty(1024, 1024))
+    assert report.gaining("fused") == ("0",)
+    assert "fused: 1 of 1 layers gain" in str(report)
+    assert "µs" in str(report)
+
+
+def test_layers_of_different_kinds_are_listed_apart() -> None:
+    """Their gradients are pruned over different values, which costs different time."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolutions = nn.Sequential(nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 1))
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.convolutions(images).permute(0, 2, 3, 1))
+
+    report = plan(Mixed(), torch.empty(8, 64, 16, 16), "h100-measured", SDGPConfig(prune="rescale_magnitude"))
+    assert report.layers[1].work == report.layers[2].work
+    assert [[layer.name for layer in group] for group in report.groups()] == [
+        ["convolutions.0"], ["convolutions.1"], ["linear"]
+    ]  # fmt: skip
 
 
 def test_model_without_layers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,11 +17,13 @@ from sdgp_accel import provenance as provenance_module
 from sdgp_accel.provenance import git_revision, gpu_state, provenance
 
 
-def test_everything_a_cpu_result_depends_on() -> None:
+def test_everything_a_cpu_result_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     origin = provenance(torch.device("cpu"))
     assert json.loads(json.dumps(origin)) == origin
     assert origin["gpu"] is None
-    assert origin["cpu"]["name"]
+    assert origin["cpu"]["name"] not in ("", "model name")
+    assert (origin["cpu"]["cores"], origin["cpu"]["threads"]) == (os.cpu_count(), 99)
     assert origin["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert origin["sdgp_accel"] == sdgp_accel.__version__
     assert origin["time"].endswith("+00:00")
@@ -45,6 +48,7 @@ def test_revision_is_the_packages_own(tmp_path: Path, monkeypatch: pytest.Monkey
     assert git_revision() is None  # the package lies in it but does not belong to it
     git("add", ".")
     git("commit", "-qm", "the package")
+    (package / "notes.txt").write_text("not the repository's")
     assert git_revision() == git("rev-parse", "HEAD")
     (package / "__init__.py").write_text("changed = True\n")
     assert git_revision() == git("rev-parse", "HEAD") + "+changes"
@@ -79,6 +83,8 @@ def test_gpu_state_is_that_of_the_gpu_asked_for(one_gpu: None, monkeypatch: pyte
     assert origin["gpu"]["capability"] == "9.0"
     state = origin["gpu"]["state"]
     assert (state["driver_version"], state["clocks.sm"], state["power.draw"]) == ("580.82", "1755 MHz", "412.50 W")
+    program.write_text("#!/bin/sh\nexit 6\n")  # it does not know the GPU
+    assert gpu_state(torch.device("cuda")) == {}
 
 
 def test_no_nvidia_smi_is_no_error(one_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,10 @@ def test_bad_arguments() -> None:
         compress_matrix(torch.ones(4, 4), 1)
     with pytest.raises(ValueError, match=r"k_align must be a positive multiple of 16; got 24"):
         compress_matrix(torch.zeros(4, 4), 1, k_align=24)
+    with pytest.raises(ValueError, match=r"k_align must be a positive multiple of 16; got 0"):
+        compress_matrix(torch.zeros(4, 4), 1, k_align=0)
+    with pytest.raises(ValueError, match=r"2-D and axis 0 or 1; got shape \(4, 4\) and axis -1"):
+        compress_matrix(torch.zeros(4, 4), -1)
     with pytest.raises(ValueError, match=r"2-D and axis 0 or 1; got shape \(4,\) and axis 0"):
         compress_matrix(torch.zeros(4), 0)
     with pytest.raises(TypeError, match=r"pruned must be a tensor of dtype .*; got dtype torch.int32"):

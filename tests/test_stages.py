@@ -43,3 +43,30 @@ def test_only_one_records_and_errors_stop_the_recording() -> None:
     with pytest.raises(ZeroDivisionError), StageRecorder(), stage("dgrad"):
         _ = 1 / 0
     assert stage("dgrad") is stage("wgrad")
+
+
+def test_on_a_gpu_events_are_read_after_waiting_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: list[float] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            marks.append(5.0 * len(marks))
+            self.at = marks[-1]
+
+        def elapsed_time(self, end: Event) -> float:
+            assert marks[-1] < 0, "read before the work was waited for"
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: marks.append(-1.0))
+    recorder = StageRecorder("cuda")
+    with recorder:
+        for name in ("dgrad", "wgrad", "dgrad"):
+            with stage(name):
+                pass
+    assert recorder.seconds() == {"dgrad": pytest.approx(0.010), "wgrad": pytest.approx(0.005)}  # 5 ms each
+    recorder.reset()
+    assert recorder.seconds() == {}

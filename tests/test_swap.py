@@ -149,6 +149,34 @@ def test_report_as_data_and_as_table() -> None:
     assert "dense is faster here: 8 ms" in str(dataclasses.replace(report, layers=timed))
 
 
+def test_the_table_names_layers_and_says_why_below_or_beside_them() -> None:
+    shared = nn.Linear(8, 8)
+    report = sdgp.accelerate_(nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(2, 8)), sdgp.SDGPConfig(n=1))
+    lines = [" ".join(line.split()) for line in str(report).splitlines()]
+    assert "0, 2 Linear 8→8 mvue 1:4 reference 1" in lines
+    assert "3 Linear 2→8 2" in lines
+    assert "1: device 'cpu' has no sparse tensor cores" in lines
+    assert "2: 2 input channels < min_in_channels = 4" in lines
+    for count in (6, 7):
+        layers = [dataclasses.replace(report.layers[0], reason=f"reason {index}") for index in range(count)]
+        last = f"6: reason {count - 1}" in str(sdgp.SwapReport(tuple(layers)))
+        assert last == (count == 6), "a few reasons are listed below, more stand beside their layers"
+
+
+def test_shapes_are_told_in_words() -> None:
+    layers = {
+        nn.Conv2d(8, 16, (3, 1), stride=2): "8→16 3x1 /2",
+        nn.Conv2d(8, 16, 3, stride=(2, 1), groups=2): "8→16 3x3 /2x1 groups 2",
+        nn.Conv2d(8, 16, 1, stride=(1, 2)): "8→16 1x1 /1x2",
+        nn.Embedding(8, 16): "8x16",
+        nn.LazyLinear(8): "0→8",
+        nn.Bilinear(3, 4, 5): "5x3x4",
+        nn.LazyConvTranspose2d(8, 3): "0→8 3x3",
+    }
+    report = sdgp.accelerate_(nn.Sequential(nn.Linear(8, 8), *layers))
+    assert [layer.shape for layer in report.layers[1:]] == list(layers.values())
+
+
 def test_swap_keeps_hooks_flags_dtype_and_memory_format() -> None:
     model = small_model().to(torch.float64).to(memory_format=torch.channels_last).eval()
     model[0].weight.requires_grad_(False)
@@ -291,6 +319,7 @@ def test_model_without_layers_warns_and_reports_nothing() -> None:
     with pytest.warns(UserWarning, match="no layer to swap"):
         report = sdgp.accelerate_(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4)))
     assert report.layers == ()
+    assert report, "none is not no report"
     assert "0 of 0" in str(report)
 
 
@@ -514,6 +543,8 @@ def test_kernels_are_used_where_they_fit_and_dense_where_not(pretend_gpu: Any, m
     assert [layer.backend for layer in report.layers] == ["cutlass", "dense"]
     assert report["1"].reason == "grouped"
     assert (report["1"].dgrad, report["1"].wgrad) == ("dense", "dense")
+    (tuned,) = sdgp.tune(model[1], torch.randn(1, 8, 4, 4, dtype=torch.bfloat16)).layers
+    assert (tuned.dgrad, tuned.wgrad, tuned.backend, tuned.reason) == ("dense", "dense", "dense", "grouped")
     y = model[1](torch.randn(1, 8, 4, 4, dtype=torch.bfloat16))
     assert type(y.grad_fn).__name__ == "ConvolutionBackward0"  # exactly the dense path
     y = model[0](torch.randn(4, 8, dtype=torch.bfloat16))
@@ -544,6 +575,10 @@ def test_tune_reports_what_each_layer_will_run(pretend_gpu: Any, monkeypatch: py
     assert report["0"].times.sparse_dgrad == 1.0
     row = next(line for line in str(report).splitlines() if line.startswith(" 0 "))
     assert row.split()[-5:] == ["2.000→1.000", "3.000", "0.250", "5.000→4.250", "1"]
+    times = tuning.BackwardTimes(2.0, 3.0, 1.0, 1.5, compress_both=0.25, compress_dgrad=0.2, compress_wgrad=0.1)
+    both = dataclasses.replace(report["0"], wgrad="mvue 2:4", times=times)
+    row = next(line for line in str(sdgp.SwapReport((both,))).splitlines() if line.startswith(" 0 "))
+    assert row.split()[-5:] == ["2.000→1.000", "3.000→1.500", "0.250", "5.000→2.750", "1"]
     assert report.to_dict()["layers"][0]["times"]["dense_wgrad"] == 3.0
     assert not report["3"].swapped
     assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))

@@ -43,10 +43,9 @@ class SDGPSchedule(pl.Callback):
         """Lightning's hook."""
         if self._active is not None and batch_idx % trainer.accumulate_grad_batches != 0:
             return  # in the middle of an optimizer step
-        per_epoch = trainer.num_training_batches
         active = self.schedule.active(
             fraction=_fraction(trainer, batch_idx),
-            epochs=trainer.current_epoch + (batch_idx / per_epoch if math.isfinite(per_epoch) else 0.0),
+            epochs=trainer.current_epoch + batch_idx / trainer.num_training_batches,
             steps=trainer.global_step,
         )
         if active != self._active:

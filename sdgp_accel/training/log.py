@@ -39,8 +39,7 @@ class Log:
     def bar(self, items: Iterable[T], label: str, total: int, done: int = 0) -> Iterator[T]:
         """Pass `items` on, under a progress bar."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        hidden = not (self.main and self.console.is_terminal)
-        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             task = progress.add_task(label, total=total, completed=done)
             for item in items:
                 yield item

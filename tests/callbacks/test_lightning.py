@@ -45,10 +45,16 @@ def data() -> DataLoader[Any]:
 
 
 def fit(
-    module: Module, schedule: sdgp.Schedule, folder: Path, ckpt_path: Any = None, *callbacks: Any, **options: Any
+    module: Module,
+    schedule: sdgp.Schedule | SDGPSchedule,
+    folder: Path,
+    ckpt_path: Any = None,
+    *callbacks: Any,
+    **options: Any,
 ) -> Any:
+    scheduling = SDGPSchedule(schedule) if isinstance(schedule, sdgp.Schedule) else schedule
     trainer = pl.Trainer(
-        accelerator="cpu", callbacks=[SDGPSchedule(schedule), *callbacks], default_root_dir=folder, logger=False,
+        accelerator="cpu", callbacks=[scheduling, *callbacks], default_root_dir=folder, logger=False,
         enable_progress_bar=False, enable_model_summary=False, **{"max_epochs": 2, **options},
     )  # fmt: skip
     trainer.fit(module, data(), ckpt_path=ckpt_path)
@@ -80,6 +86,13 @@ def test_a_step_is_pruned_as_a_whole(tmp_path: Path) -> None:
     module, schedule = Module(), sdgp.Schedule(end=1.5, unit="epochs")  # batch 9 is the second of a step
     fit(module, schedule, tmp_path, accumulate_grad_batches=2, max_epochs=2, enable_checkpointing=False)
     assert module.active == [batch < 10 for batch in range(12)]
+
+
+def test_a_callback_serves_one_training_after_the_other(tmp_path: Path) -> None:
+    callback = SDGPSchedule(sdgp.Schedule(start=6, end=9, unit="steps"))
+    for module in (Module(), Module()):  # the first ends as the second has to begin: switched off
+        fit(module, callback, tmp_path, enable_checkpointing=False)
+        assert module.active == [6 <= step < 9 for step in range(12)]
 
 
 class Two(Module):
@@ -142,6 +155,23 @@ def test_a_fraction_of_an_unknown_length_is_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="unit must be 'epochs' or 'steps'"):
         trainer.fit(Module(), DataLoader(Endless(), batch_size=4))
+
+
+@pytest.mark.parametrize(
+    "schedule", [sdgp.Schedule(end=2, unit="steps"), sdgp.Schedule(start=1, unit="epochs")], ids=str
+)
+def test_training_without_an_end_goes_by_steps_or_epochs(schedule: sdgp.Schedule, tmp_path: Path) -> None:
+    class Stops(Module):
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            self.trainer.should_stop = len(self.active) == 4
+
+    module = Stops()
+    trainer = pl.Trainer(
+        accelerator="cpu", callbacks=[SDGPSchedule(schedule)], max_epochs=-1, min_epochs=0, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(Endless(), batch_size=4))
+    assert module.active == [schedule.unit == "steps" and step < 2 for step in range(4)]
 
 
 def test_only_schedules_are_taken() -> None:

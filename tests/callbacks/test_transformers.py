@@ -43,13 +43,14 @@ class Data(Dataset[dict[str, Tensor]]):
         return {"x": torch.randn(8, generator=torch.Generator().manual_seed(index))}
 
 
-def train(net: Net, schedule: sdgp.Schedule, folder: Path, resume: bool = False, **options: Any) -> None:
+def train(net: Net, schedule: sdgp.Schedule | SDGPSchedule, folder: Path, resume: bool = False, **options: Any) -> None:
+    callback = SDGPSchedule(schedule) if isinstance(schedule, sdgp.Schedule) else schedule
     arguments = transformers.TrainingArguments(
         str(folder), use_cpu=True, report_to="none", disable_tqdm=True, learning_rate=0.1, optim="sgd",
-        per_device_train_batch_size=4, remove_unused_columns=False, save_strategy="epoch", logging_strategy="no",
-        **{"num_train_epochs": 2, **options},
+        per_device_train_batch_size=4, remove_unused_columns=False, logging_strategy="no",
+        **{"num_train_epochs": 2, "save_strategy": "epoch", **options},
     )  # fmt: skip
-    trainer = transformers.Trainer(net, arguments, train_dataset=Data(), callbacks=[SDGPSchedule(schedule)])
+    trainer = transformers.Trainer(net, arguments, train_dataset=Data(), callbacks=[callback])
     trainer.train(resume_from_checkpoint=resume or None)
 
 
@@ -72,6 +73,13 @@ def test_steps_are_optimizer_steps(tmp_path: Path) -> None:
     net = Net()
     train(net, sdgp.Schedule(end=3, unit="steps"), tmp_path, gradient_accumulation_steps=2)
     assert net.active == [batch < 6 for batch in range(12)]
+
+
+def test_a_callback_serves_one_training_after_the_other(tmp_path: Path) -> None:
+    callback = SDGPSchedule(sdgp.Schedule(start=6, end=9, unit="steps"))
+    for net in (Net(), Net()):  # the first ends as the second has to begin: switched off
+        train(net, callback, tmp_path, save_strategy="no")
+        assert net.active == [6 <= step < 9 for step in range(12)]
 
 
 class Stop(transformers.TrainerCallback):

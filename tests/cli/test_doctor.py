@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 import cutlass_ops
 from cutlass_ops import build_kernels
+from sdgp_accel import placement
 from sdgp_accel.backends import gpu
 from sdgp_accel.cli import doctor, main
 
@@ -125,7 +126,9 @@ def test_nothing_runs_on_kernels_of_other_gpus(gpus, extension):
     assert "dense: nothing is accelerated" in run().output
 
 
-@pytest.mark.parametrize(("gpu", "archs"), [((8, 6), ("80",)), ((12, 0), ("compute_90",)), ((9, 0), ("80", "90a"))])
+@pytest.mark.parametrize(
+    ("gpu", "archs"), [((8, 0), ("80",)), ((8, 6), ("80",)), ((12, 0), ("compute_90",)), ((9, 0), ("80", "90a"))]
+)
 def test_a_gpu_that_the_build_is_for(gpus, extension, gpu, archs):
     gpus(gpu)
     extension(*archs)
@@ -135,6 +138,16 @@ def test_a_gpu_that_the_build_is_for(gpus, extension, gpu, archs):
     assert findings["cutlass_ops"]["value"] == f"built for {', '.join(map(doctor.architecture, archs))}"
     assert findings['backend="auto"']["value"].startswith("cutlass")
     assert f"sm_{gpu[0]}{gpu[1]}" in findings["GPU 0"]["value"]
+    assert "no sparse tensor cores" not in findings["GPU 0"]["value"]
+
+
+def test_an_installation_without_sources_is_not_compared_with_them(gpus, extension, monkeypatch, tmp_path):
+    gpus(H100)
+    extension("90a", sources="others")
+    monkeypatch.setattr(build_kernels, "INSTANCES", tmp_path / "nowhere")
+    result = run()
+    assert result.exit_code == 0
+    assert "from other sources" not in result.output
 
 
 def test_gpus_without_cuda_have_no_sparse_tensor_cores(gpus, extension, monkeypatch):
@@ -171,3 +184,19 @@ def test_a_model_is_placed_on_the_gpu_that_is_here(gpus, extension):
     gpus((7, 5), (10, 0))
     layers = json.loads(run("resnet9", "--json").output)["layers"]
     assert {layer["wgrad"].split()[0] for layer in layers} == {"dense", "sm80"}
+
+
+def test_of_several_gpus_the_first_is_the_one_to_place_a_model_on(gpus, extension, monkeypatch):
+    asked = []
+    monkeypatch.setattr(placement, "placements", lambda net, batch, device: asked.append(device) or ())
+    extension()
+    for here in ([(7, 5), (8, 0), (9, 0)], [(9, 0), (8, 0)]):
+        gpus(*here)
+        assert run("digits", "--json").exit_code == 1  # no kernels for them
+    assert "digits, batch 64, on sm_90" in run("digits").output
+    assert asked[:2] == [gpu.Device((8, 0), 148), gpu.Device((9, 0), 148, wgmma=True)]
+
+
+def test_without_a_gpu_nothing_is_an_error(no_gpu, extension):
+    extension("90a", sources="others")
+    assert run().exit_code == 0

@@ -5,6 +5,7 @@ work, where that is possible.
 from __future__ import annotations
 
 import errno
+import warnings
 from pathlib import Path
 
 import click
@@ -106,6 +107,16 @@ def test_a_terminal_without_the_characters_shows_the_rest() -> None:
 def test_a_narrow_terminal_loses_no_labels() -> None:
     result = CliRunner().invoke(main, ["plan", "digits"], env={"COLUMNS": "60"})
     assert "features.3.0" in result.output
+
+
+def test_warnings_are_single_lines_beside_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warns() -> None:
+        warnings.warn("slow today", stacklevel=1)
+        click.echo("done")
+
+    monkeypatch.setattr("sdgp_accel.cli.doctor.command", click.Command("doctor", callback=warns))
+    result = CliRunner().invoke(main, ["doctor"])
+    assert (result.stdout, result.stderr) == ("done\n", "Warning: slow today\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from sdgp_accel.cli import main
-from sdgp_accel.training import recipe_names
+from sdgp_accel.training import load_recipe, recipe_names
 
 SHORT = ("--set", "epochs=2", "--set", "lr_peak_epoch=1", "--function", "dense")
 
@@ -23,6 +23,14 @@ def test_list_shows_every_recipe_with_the_papers_result(monkeypatch):
     (line,) = (line for line in result.output.splitlines() if "cifar10/rescale-16-32" in line)
     assert "16:32" in line
     assert "95.3 %" in line
+    recipes = {name: load_recipe(name) for name in recipe_names()}
+    notes = list(dict.fromkeys(recipe.note for recipe in recipes.values() if recipe.note))
+    assert notes
+    for name, recipe in recipes.items():
+        (line,) = (line for line in result.output.splitlines() if line.split()[:1] == [name])
+        assert f"[{notes.index(recipe.note) + 1}]" in line if recipe.note else "[" not in line
+    for number, note in enumerate(notes, start=1):
+        assert f"[{number}] {note[:60]}" in result.output
 
 
 def test_train_log_and_resume(tmp_path):

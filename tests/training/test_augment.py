@@ -69,6 +69,7 @@ def test_blur_keeps_constants_and_averages_neighbours():
     spread = Blur(2)(x)
     assert spread[0, 0, 2:5, 2:5].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
     assert spread.sum() == 16
+    assert torch.equal(Blur(2)(x.bfloat16()), spread.bfloat16())
     assert torch.equal(Blur(1)(torch.ones(1, 1, 5, 5))[0, 0, 1:-1, 1:-1], torch.ones(3, 3))
 
 
@@ -81,6 +82,8 @@ def test_blur_pool_goes_before_strided_convolutions_only():
     assert [type(part) for part in model[2][0]] == [Blur, nn.Conv2d]
     assert model[2][0][1] is strided
     assert {name for name in model.state_dict() if "kernel" in name} == set()
+    one_way = add_blur_pool_(nn.Sequential(nn.Conv2d(16, 4, 3, stride=(1, 2))))
+    assert type(one_way[0][0]) is Blur
 
 
 def test_blur_pool_resnet18_counts():

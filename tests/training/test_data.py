@@ -1,6 +1,7 @@
 """Data sets: the on-disk formats on small made-up files, the split among processes, and repeatable batches."""
 
 import hashlib
+import itertools
 import pickle
 from dataclasses import replace
 
@@ -95,6 +96,7 @@ def test_cifar10_reads_the_original_files(cifar10):
         expected = (labels * 10 / 255 - 0.4914) / 0.2023, ((labels * 10 + 100) / 255 - 0.4822) / 0.1994
         torch.testing.assert_close(images[:, 0, 5, 7], expected[0])
         torch.testing.assert_close(images[:, 1, 5, 7], expected[1])
+        torch.testing.assert_close(images[:, 2, 5, 7], (labels * 10 / 255 - 0.4465) / 0.2010)
         seen += labels.tolist()
     assert sorted(seen) == sorted(list(range(10)) * 10)
     assert [len(labels) for _, labels in data.test()] == [30]
@@ -103,6 +105,7 @@ def test_cifar10_reads_the_original_files(cifar10):
 def test_cifar10_augments_and_repeats(cifar10):
     data = load_data(replace(load_recipe("cifar10/dense"), batch_size=25), cifar10, ALONE)
     images = next(data.train(3))[0]
+    assert images.is_contiguous(memory_format=torch.channels_last)
     assert (images[:, 0] == 0).sum() >= 25 * 16  # each has its 4x4 hole, and most a border
     assert batches_equal(data.train(3), data.train(3))
     assert batches_equal(data.train(3, first_step=2), list(data.train(3))[2:])
@@ -110,14 +113,24 @@ def test_cifar10_augments_and_repeats(cifar10):
 
 
 def test_every_batch_has_draws_of_its_own(cifar10, monkeypatch):
-    """In every epoch, step and process."""
+    """In every run, epoch, step and process."""
     seeds, recipe = [], replace(load_recipe("cifar10/dense"), batch_size=10)
     monkeypatch.setattr(augment, "random_flip", lambda images, rng: seeds.append(rng.initial_seed()) or images)
-    for rank in range(2):
-        data = load_data(recipe, cifar10, World(rank, 2, torch.device("cpu")))
+    for seed, rank in itertools.product(range(2), range(2)):
+        data = load_data(replace(recipe, seed=seed), cifar10, World(rank, 2, torch.device("cpu")))
         for epoch in range(2):
             assert len(list(data.train(epoch))) == data.steps_per_epoch == 5
-    assert len(set(seeds)) == len(seeds) == 20
+    assert len(set(seeds)) == len(seeds) == 40
+
+
+def test_images_are_augmented_as_far_as_the_recipe_says(cifar10, monkeypatch):
+    done, recipe = [], replace(load_recipe("cifar10/dense"), batch_size=50, channels_last=False)
+    for name in ("random_flip", "pad_crop", "cutout"):
+        monkeypatch.setattr(augment, name, lambda images, *rest, name=name: done.append((name, *rest[:-1])) or images)
+    for wanted in (Augment(), Augment(flip=True), Augment(pad_crop=3, cutout=5)):
+        images, _ = next(load_data(replace(recipe, augment=wanted), cifar10, ALONE).train(0))
+        assert images.is_contiguous()
+    assert done == [("random_flip",), ("pad_crop", 3), ("cutout", 5)]
 
 
 def test_cifar10_missing_or_damaged(tmp_path, cifar10):
@@ -142,6 +155,55 @@ def test_image_folder(image_folder):
             assert torch.equal(images.mean((1, 2, 3)) > 0.5, labels.bool())
     tested = list(data.test())
     assert [images.shape for images, _ in tested] == [(12, 3, 64, 64)]
+
+
+def picture_folder(folder, pixels, train=8, val=1, names=("one",)):
+    """Image folders of copies of one picture."""
+    for split, count in (("train", train), ("val", val)):
+        for name in names:
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+def test_image_folder_normalises_the_middle_of_each_picture(tmp_path):
+    pixels = np.full((73, 73, 3), 255)
+    pixels[4:-4, 4:-4] = (124, 116, 104)  # ImageNet's mean; around it the 73 - 64 = 9 pixels that the test crop leaves
+    ((images, _),) = load_data(folder_recipe(), picture_folder(tmp_path / "mean", pixels), ALONE).test()
+    assert images.abs().max() < 0.01
+    pixels[:] = 255
+    data = load_data(folder_recipe(), picture_folder(tmp_path / "white", pixels), ALONE)
+    white = torch.tensor([2.2489, 2.4286, 2.6400])  # (1 - mean) / std
+    for images, _ in (*data.test(), *data.train(0)):
+        torch.testing.assert_close(images, white[:, None, None].expand_as(images), atol=1e-4, rtol=0)
+
+
+def test_image_folder_mirrors_where_the_recipe_says_so(tmp_path):
+    ramp = picture_folder(tmp_path, np.broadcast_to(np.arange(0, 256, 4)[:, None], (64, 64, 3)), train=40)
+    for flip in (False, True):
+        recipe = folder_recipe(augment=Augment(flip=flip))
+        images = torch.cat([images for images, _ in load_data(recipe, ramp, ALONE).train(0)])
+        mirrored = images[..., 0].mean((1, 2)) > images[..., -1].mean((1, 2))
+        assert 8 < mirrored.sum() < 32 if flip else not mirrored.any()
+
+
+def test_image_folder_is_shared_by_processes_and_depends_on_the_seed(image_folder):
+    worlds = [World(rank, 2, torch.device("cpu")) for rank in range(2)]
+    shares = [[image.numpy().tobytes() for images, _ in load_data(folder_recipe(), image_folder, world).test()
+               for image in images] for world in worlds]  # fmt: skip
+    assert [len(share) for share in shares] == [6, 6]
+    assert set(shares[0]).isdisjoint(shares[1])
+    crops = [{image.numpy().tobytes() for images, _ in load_data(folder_recipe(seed=seed), image_folder, ALONE).train(1)
+              for image in images} for seed in range(2)]  # fmt: skip
+    assert crops[0].isdisjoint(crops[1])
+
+
+def test_image_folder_with_other_classes_to_test_on(tmp_path):
+    folder = picture_folder(tmp_path, np.zeros((40, 40, 3)), names=("one", "two"))
+    (folder / "val" / "two").rename(folder / "val" / "three")
+    with pytest.raises(ValueError, match=r"train and val of .* must hold the same classes"):
+        load_data(folder_recipe(), folder, ALONE)
 
 
 def test_image_folder_does_not_depend_on_workers_or_global_state(image_folder):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdgp_accel.training.distributed import join_world
 from sdgp_accel.training.loop import WEIGHTS
 
 WORKER = Path(__file__).parent / "two_processes.py"
@@ -27,6 +28,22 @@ def torchrun(*arguments):
         process.communicate()
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def test_a_process_takes_the_gpu_of_its_place_on_the_machine(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for device in (None, "cuda"):
+        with join_world(device) as world:
+            assert (world.rank, world.size, world.device) == (0, 1, torch.device("cuda", 3))
+    assert current == [torch.device("cuda", 3)] * 2
+    with join_world("cpu") as world:
+        assert world.device == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device must be 'cpu' or None"), join_world("cuda"):
+        pass
 
 
 @pytest.mark.parametrize("function", ["rescale_magnitude", "mvue"])

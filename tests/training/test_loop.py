@@ -1,8 +1,10 @@
 """The training loop: it learns, it resumes bit for bit, and it says what is wrong."""
 
 import csv
+import os
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,11 +100,14 @@ def test_resuming_a_finished_run_returns_its_result(tmp_path):
     first = train(short(), tmp_path)
     again = train(short(), tmp_path, resume=True)
     assert again.rows == first.rows
+    assert again.accuracy == first.rows[-1]["accuracy"]
 
 
-def test_workers_and_note_may_change_on_resume_but_nothing_else(tmp_path):
+def test_workers_and_note_may_change_on_resume_but_nothing_else(tmp_path, capsys):
     train(short(), tmp_path)
-    train(short(workers=1, note="moved"), tmp_path, resume=True)
+    assert "the paper" not in capsys.readouterr().err
+    train(short(workers=1, note="moved", checkpoint_steps=5, paper_top1=95.25), tmp_path, resume=True)
+    assert "% (the paper: 95.2 %) after" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"the one that wrote .*; that one has lr = 0.2, not 0.1, seed = 0, not 1"):
         train(short(lr=0.1, seed=1), tmp_path, resume=True)
 
@@ -152,6 +157,11 @@ def test_global_settings_are_put_back(tmp_path):
     with loop.global_state(short(threads=before[0] + 1, deterministic=True), 0):
         assert torch.get_num_threads() == before[0] + 1
         assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    with loop.global_state(short(threads=None), 0):
+        assert torch.get_num_threads() == before[0]
+        assert torch.backends.cudnn.benchmark
     assert before == (
         torch.get_num_threads(),
         torch.backends.cudnn.benchmark,
@@ -183,13 +193,36 @@ def test_learning_rate_is_set_for_each_step(tmp_path):
 
 
 def test_only_batchnorm_escapes_weight_decay():
-    recipe = short(weight_decay=0.25)
+    recipe = short(weight_decay=0.25, momentum=0.75)
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.Sequential(nn.Linear(8, 10), nn.BatchNorm1d(10)))
     decayed, undecayed = loop.build_optimizer(recipe, model).param_groups
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.25, 0)
+    assert decayed["momentum"] == undecayed["momentum"] == 0.75
     ids = {name: id(parameter) for name, parameter in model.named_parameters()}
     assert {id(p) for p in undecayed["params"]} == {ids[n] for n in ("1.weight", "1.bias", "2.1.weight", "2.1.bias")}
     assert {id(p) for p in decayed["params"]} == {ids[n] for n in ("0.weight", "0.bias", "2.0.weight", "2.0.bias")}
+
+
+def test_the_loss_is_smoothed_as_the_recipe_says(tmp_path):
+    losses = []
+    for smoothing in (0.0, 1.0):
+        recipe = replace(short(lr=0.0, label_smoothing=smoothing), epochs=1, lr_peak_epoch=0.5)
+        losses.append(train(recipe, tmp_path / str(smoothing)).rows[0]["loss"])
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("none", None), ("float16", torch.float16), ("bfloat16", torch.bfloat16)])
+def test_autocast_is_to_the_recipes_dtype(amp, dtype):
+    with loop.autocast(short(amp=amp), ALONE.device):
+        assert (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None) == dtype
+
+
+def test_the_model_has_the_classes_of_the_data_and_the_layout_of_the_recipe():
+    for channels_last in (False, True):
+        model, _ = loop.build_model(short(channels_last=channels_last), 7, ALONE.device)
+        assert model.head.out_features == 7
+        weight = model.features[1][0].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
 class Fixed:
@@ -272,6 +305,18 @@ def test_image_folder_recipe_end_to_end(tmp_path):
     assert len(result.rows) == 2
     assert np.isfinite(result.rows[-1]["loss"])
     assert any(name.endswith("conv1.1.weight") for name in torch.load(tmp_path / "out" / WEIGHTS, weights_only=True))
+
+
+@pytest.mark.parametrize(
+    "schedule", [Schedule(end=0.5), Schedule(end=1.5, unit="epochs"), Schedule(end=33, unit="steps")], ids=str
+)
+def test_a_schedule_counts_the_whole_run(schedule, monkeypatch):
+    said, recipe = [], short(sdgp_schedule=schedule)  # 3 epochs of 22 steps
+    log = SimpleNamespace(say=said.append)
+    monkeypatch.setattr(loop, "set_active_", lambda model, active: said.append(active))
+    for step, active in ((10, True), (11, False)):
+        assert loop.follow_schedule(recipe, Progress(epoch=1, step=step), STEPS, None, True, log) is active
+    assert said == [False, "dense from epoch 2.5 on"]
 
 
 def test_a_schedule_ends_pruning_and_survives_a_resume(tmp_path, monkeypatch):

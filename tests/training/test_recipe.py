@@ -182,6 +182,16 @@ def test_overrides_are_merged_and_typed():
         ("epochs=true", "epochs must be of type int; got True"),
         ("epochs=0", "epochs must be at least 1; got 0"),
         ("threads=0", "threads must be at least 1; got 0"),
+        ("processes=0", "processes must be at least 1; got 0"),
+        ("batch_size=0", "batch_size must be at least 1; got 0"),
+        ("lr=.inf", "lr must be finite and not negative; got inf"),
+        *(
+            (f"{name}=-1", f"{name} must be finite and not negative; got -1")
+            for name in ("lr_start", "momentum", "weight_decay", "workers", "seed", "checkpoint_steps")
+        ),
+        ("lr_peak_epoch=0", r"lr_peak_epoch must be between 0 and epochs = 20; got 0"),
+        ("lr_peak_epoch=20", r"lr_peak_epoch must be between 0 and epochs = 20; got 20"),
+        ("epochs=null", "epochs must be of type int; got None"),
         ("epochs=2", r"lr_peak_epoch must be between 0 and epochs = 2; got 4.0"),
         ("lr=fast", "lr must be of type float; got 'fast'"),
         ("lr=.nan", "lr must be finite and not negative; got nan"),
@@ -195,6 +205,7 @@ def test_overrides_are_merged_and_typed():
         ("sdgp_schedule={start: 20, unit: epochs}", "sdgp_schedule.start must be below epochs = 20; got 20"),
         ("sdgp_schedule=0.9", "sdgp_schedule must be a mapping; got 0.9"),
         ("data=imagefolder", "resolution must be given for data = 'imagefolder'"),
+        ("resolution={start: 32, end: 64, ramp_start: 1, ramp_end: 2, test: 64}", "and only there; data = 'digits'"),
     ],
 )
 def test_bad_values_are_named(override, message):
@@ -210,6 +221,7 @@ def test_bad_values_are_named(override, message):
         ("a: [\n", "not YAML"),
         ("extends: mine.yaml\n", "extends itself"),
         ("extends: imagenet/resnet50-dense\naugment: {cutout: 4}\n", "must be 0 for image folders"),
+        ("extends: imagenet/resnet50-dense\naugment: {pad_crop: 2}\n", "must be 0 for image folders"),
         ("extends: imagenet/resnet50-dense\nresolution: {test: 250}\n", "resolution.test must be a positive multiple"),
         ("extends: imagenet/resnet50-dense\nresolution: {ramp_end: 65}\n", "ramp_start must be below ramp_end"),
     ],
@@ -219,6 +231,12 @@ def test_bad_files_are_named(tmp_path: Path, text, message):
     with pytest.raises(ValueError, match=message) as raised:
         load_recipe(tmp_path / "mine.yaml")
     assert "mine.yaml" in str(raised.value)
+
+
+def test_a_file_does_not_hide_the_built_in_recipe_of_its_name(tmp_path: Path, monkeypatch):
+    (tmp_path / "digits").write_text("extends: digits\nlr: 0.5\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("digits").lr != load_recipe(tmp_path / "digits").lr == 0.5
 
 
 def test_unknown_recipe_suggests_a_near_one():

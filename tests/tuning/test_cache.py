@@ -29,7 +29,8 @@ def warn_again() -> None:
 def test_what_was_added_is_there_the_next_time(tmp_path: Path) -> None:
     first = TuningCache(tmp_path / "new" / "folder", ENVIRONMENT)
     assert first.get("layer") is None
-    first.add("layer", TUNED)
+    first.add("layer", DENSE)
+    first.add("layer", TUNED)  # the last word counts
     first.add("other", DENSE)
     again = TuningCache(tmp_path / "new" / "folder", ENVIRONMENT)
     assert again.get("layer") == first.get("layer") == TUNED
@@ -75,21 +76,29 @@ def test_a_folder_that_cannot_be_written_only_warns(tmp_path: Path) -> None:
     assert remembering.get("layer") == TUNED
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), NotImplementedError("no flock")])
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ((cache.tempfile, "mkstemp"), OSError(errno.ENOSPC, "No space left on device")),
+        ((cache.os, "replace"), OSError(errno.EIO, "Input/output error")),
+        ((cache, "FileLock"), NotImplementedError("no flock")),
+    ],
+    ids=["full", "broken", "without locks"],
+)
 def test_what_could_not_be_written_is_still_known_and_written_with_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[object, str], error: Exception
 ) -> None:
     def fail(*arguments: object, **named: object) -> None:
         raise error
 
     remembering = TuningCache(tmp_path, ENVIRONMENT)
-    where = (cache, "FileLock") if isinstance(error, NotImplementedError) else (cache.tempfile, "mkstemp")
     with monkeypatch.context() as patch:
         patch.setattr(*where, fail)
         with pytest.warns(UserWarning, match="not remembered in"):
             remembering.add("first", TUNED)
         remembering.add("second", DENSE)
     assert remembering.get("first") == TUNED
+    assert not list(tmp_path.glob("*.partial"))
     remembering.add("third", DENSE)
     again = TuningCache(tmp_path, ENVIRONMENT)
     assert [again.get(key) for key in ("first", "second", "third")] == [TUNED, DENSE, DENSE]
@@ -111,8 +120,12 @@ def test_where_the_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv(cache.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache.folder() == tmp_path / "sdgp_accel" / "tuning"
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv(cache.VARIABLE, "")  # as if it were not set
+    assert cache.folder() == tmp_path / "sdgp_accel" / "tuning"
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache.folder() == tmp_path / ".cache" / "sdgp_accel" / "tuning"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache.folder() == tmp_path / ".cache" / "sdgp_accel" / "tuning"
 
 

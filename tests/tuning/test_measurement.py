@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -94,7 +95,8 @@ def test_operands_lie_in_memory_as_the_layers_own(channels_last: bool, monkeypat
     monkeypatch.setattr(dense, "dgrad", lambda dy, weight, geometry: seen.update(dy=dy, weight=weight))
     monkeypatch.setattr(dense, "wgrad", lambda dy, x, geometry: seen.update(x=x))
     backend = Tiled(Timeline(monkeypatch), {}, {})
-    measure(backend, decode(plan_string("conv2d", SDGPConfig())), geometry, torch.float32, CPU)
+    measure(backend, decode(plan_string("conv2d", SDGPConfig())), geometry, torch.bfloat16, CPU)
+    assert {tensor.dtype for tensor in seen.values()} == {torch.bfloat16}
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     shapes = {"dy": (2, 16, 3, 3), "weight": geometry.weight_shape, "x": geometry.input_shape}
     assert {name: tuple(tensor.shape) for name, tensor in seen.items()} == shapes
@@ -111,6 +113,7 @@ def test_the_fastest_of_the_promising_tilings_is_what_gets_timed(monkeypatch: py
     assert measured.tilings == Tilings("better", "only")
     assert measured.device.sparse_dgrad == pytest.approx(1.5)
     assert measured.device.sparse_wgrad == pytest.approx(0.5)
+    assert measured.host.sparse_dgrad != measured.device.sparse_dgrad
     assert "dgrad unpromising" not in timeline.calls
     tail = timeline.calls[len(timeline.calls) - 2 * (measurement.WARM_UP_ROUNDS + measurement.ROUNDS) :]
     assert set(tail) == {"dgrad better", "wgrad only"}  # timed afresh: the luckiest of several would be too fast
@@ -127,6 +130,33 @@ def test_candidates_take_turns_and_the_first_rounds_do_not_count(monkeypatch: py
     assert all(sorted(turn) == ["a", "b"] for turn in rounds)
     assert 0 < rounds.count(["a", "b"]) < count  # the one that follows the wait takes longer
     assert all(ms.host > 0.0 for ms in times.values())
+
+
+def test_compression_is_timed_for_the_passes_that_it_would_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline = Timeline(monkeypatch)
+
+    class Compresses(Tiled):
+        def prune_compress(self, dy: Any, geometry: Any, plan: Any, rng: Any, needs: Any) -> Any:
+            timeline.call("compress", {(True, False): 1.0, (False, True): 2.0, (True, True): 2.5}[needs[:2]])()
+            assert not needs[2], "the gradient of a bias is no part of it"
+            return super().prune_compress(dy, geometry, plan, rng, needs)
+
+    backend = Compresses(timeline, {}, {})
+    times = measure(backend, decode(plan_string("linear", SDGPConfig())), LINEAR, torch.float32, CPU).device
+    assert times[-3:] == (pytest.approx(2.5), pytest.approx(1.0), pytest.approx(2.0))
+
+
+def test_the_middle_of_the_rounds_is_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline = Timeline(monkeypatch)
+    rounds = [0.3, 0.1, 0.2, 0.9, 0.5, 0.4, 0.6, 0.8, 0.7]
+    assert len(rounds) == measurement.ROUNDS
+    call = timeline.call("a", *[0.1] * measurement.WARM_UP_ROUNDS, *rounds)
+    assert median_milliseconds({"a": call}, CPU)["a"].device == pytest.approx(0.5)
+
+
+def test_the_host_is_timed_in_milliseconds() -> None:
+    times = median_milliseconds({"sleep": lambda: time.sleep(0.002)}, CPU)["sleep"]
+    assert 2.0 <= times.host <= times.device < 1000.0
 
 
 @pytest.mark.parametrize(("milliseconds", "rounds"), [(0.1, 9), (0.6, 8), (1.2, 4), (40.0, 3)])

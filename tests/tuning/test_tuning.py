@@ -14,7 +14,8 @@ from sdgp_accel import SDGPConfig, accelerate_, backends, functional, prune, tun
 from sdgp_accel import tune as sdgp_tune
 from sdgp_accel.backends import Decision, Tilings, gpu
 from sdgp_accel.backends.reference import ReferenceBackend
-from sdgp_accel.layer_plan import plan_string
+from sdgp_accel.geometry import LinearGeometry
+from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.tuning import BackwardTimes, Measurement, Tuned, cache, choose, measurement
 
 CPU = torch.device("cpu")
@@ -151,6 +152,18 @@ def test_auto_runs_dense_where_nothing_gains(kernels: FakeKernels, monkeypatch: 
     assert type(y.grad_fn).__name__ == type(torch.nn.functional.linear(x, weight).grad_fn).__name__
 
 
+def test_a_report_lists_how_the_products_that_run_are_launched(
+    kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, model = torch.randn(24, 16).bfloat16(), torch.nn.Linear(16, 32).bfloat16()
+    set_times(monkeypatch, SPARSE_DGRAD)
+    assert sdgp_tune(model, x, SDGPConfig()).layers[0].tilings == ("better",)  # wgrad stays dense
+    kernels_named = SDGPConfig(backend="cutlass")
+    assert sdgp_tune(model, x, kernels_named).layers[0].tilings == ("predicted", "predicted")
+    only_wgrad = SDGPConfig(backend="cutlass", grad_input="dense")
+    assert sdgp_tune(model, x, only_wgrad).layers[0].tilings == ("predicted",)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_reports_tell_what_a_layout_costs(
     kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch, memory_format: torch.memory_format
@@ -190,6 +203,25 @@ def test_short_memory_means_dense_and_is_not_remembered(
     assert decision.backend is None
     assert "too little free memory" in decision.reason
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_nothing_is_timed_while_a_cuda_graph_is_captured(kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(tuning, "measure", lambda *arguments: pytest.fail("measured"))
+    plan = decode(plan_string("linear", SDGPConfig()))
+    tuned = tuning.tune(kernels, plan, LinearGeometry(24, 16, 32), torch.bfloat16, torch.device("cuda"), False)
+    assert tuned.prunes == (False, False)
+    assert "while a CUDA graph was captured" in tuned.reason
+
+
+def test_a_machine_without_a_home_remembers_nothing(kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cache, "folder", homeless)
+    set_times(monkeypatch, SPARSE_DGRAD)
+    with pytest.warns(UserWarning, match=r"not remembered: Could not .*; name a folder with SDGP_TUNING_CACHE"):
+        assert decide().backend is kernels
 
 
 def test_gradients_of_a_chosen_pass_are_pruned_and_of_the_other_dense(
