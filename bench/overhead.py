@@ -2,8 +2,8 @@
 
     python -m bench.overhead [--json FILE]
 
-Steps of tiny layers on a CPU, forward and then backward, in one thread; both directions are timed in the same steps, so
-that neither has the caches to itself. Two backends, each against what it replaces:
+Steps of chains of tiny layers on a CPU, forward and then backward, in one thread; both directions are timed in the same
+steps, so that neither has the caches to itself. Two backends, each against what it replaces:
 
 - "idle" calls no op and allocates nothing, which leaves what every backend pays. Compared with the dense layer less its
   backward ops, which are timed alone (of a convolution's one op: less what a call for no gradient takes).
@@ -14,8 +14,9 @@ that neither has the caches to itself. Two backends, each against what it replac
 
 Not in it: CUDA's launches, on either side, and what the extension does in its call (1.0 µs for prune + compress and 0.7
 for a product when each was a call of its own, where a dense Linear takes 117 µs, with launches that return at once).
-"linear" has an input [2, 4, 8], as in a transformer. A seed of the random functions comes from an object with C
-functions for methods, like a CUDA generator.
+"linear" has an input [2, 4, 8], as in a transformer. Figures are of one of the `DEPTH` layers of a chain: what a whole
+backward costs once is spread over them. A seed of the random functions comes from an object with C functions for methods,
+like a CUDA generator.
 
 Limit: 15 µs for a backward. Each figure is the fastest of many short batches: what the code costs when nobody disturbs
 it. On a busy machine, where the caches are never warm, it costs a multiple; beside it is what one `new_empty` takes.
@@ -49,7 +50,8 @@ from sdgp_accel.provenance import provenance
 LIMIT = 15e-6
 CASES = ("idle", "cutlass", "cutlass amp")
 FUNCTIONS = ("rescale_magnitude", "mvue")
-BATCH = 50
+DEPTH = 8
+BATCH = 10
 
 
 class Idle(ReferenceBackend):
@@ -114,27 +116,30 @@ def fastest(calls: dict[str, Callable[[], Any]], batches: int) -> dict[str, floa
 
 
 def fastest_steps(
-    modules: dict[str, nn.Module], x: Tensor, dy: Tensor, batches: int, amp: bool
+    modules: dict[str, nn.Sequential], x: Tensor, dy: Tensor, batches: int, amp: bool
 ) -> dict[str, tuple[float, float]]:
-    """Seconds of forward, under autocast or not, and of backward of each module, run in turns."""
+    """Seconds of forward, under autocast or not, and of backward of a layer of each module, run in turns."""
     best, nothing = dict.fromkeys(modules, (float("inf"), float("inf"))), contextlib.nullcontext()
     for _ in range(batches):
         for name, module in modules.items():
-            leaves, forward, backward = [x, *module.parameters()], 0.0, 0.0
+            leaves, forward, backward = (x, *module.parameters()), 0.0, 0.0
             for _ in range(BATCH):
                 start = time.perf_counter()
                 with torch.autocast("cpu", torch.bfloat16) if amp else nothing:
                     y = module(x)
                 between = time.perf_counter()
-                gradients = torch.autograd.grad(y, leaves, dy)
+                y.backward(dy)
                 end = time.perf_counter()
-                del y, gradients
+                del y
+                for leaf in leaves:
+                    leaf.grad = None
                 forward, backward = forward + between - start, backward + end - between
-            best[name] = min(best[name][0], forward / BATCH), min(best[name][1], backward / BATCH)
+            count = BATCH * len(module)
+            best[name] = min(best[name][0], forward / count), min(best[name][1], backward / count)
     return best
 
 
-def layer_and_input(kind: str) -> tuple[nn.Module, Tensor]:
+def layer_and_input(kind: str) -> tuple[Any, Tensor]:
     if kind == "linear":
         return nn.Linear(8, 8).bfloat16(), torch.randn(2, 4, 8).bfloat16().requires_grad_()
     layer = nn.Conv2d(8, 8, 3, padding=1).bfloat16().to(memory_format=torch.channels_last)
@@ -145,17 +150,18 @@ def layer_and_input(kind: str) -> tuple[nn.Module, Tensor]:
 def measure(case: str, kind: str, function: str, batches: int) -> dict[str, Any]:
     """One of `CASES`, layer kind and prune function: seconds of each side and the overhead."""
     backend, _, amp = case.partition(" ")
-    dense, x = layer_and_input(kind)
-    layer = copy.deepcopy(dense)
+    layer, x = layer_and_input(kind)
+    dense = nn.Sequential(*(copy.deepcopy(layer) for _ in range(DEPTH)))
+    chain = copy.deepcopy(dense)
     # Scopes wider than a group take a second sweep over the gradient: not the case to judge the host by.
     asked = "reference" if backend == "idle" else backend
-    sdgp.accelerate_(layer, sdgp.SDGPConfig(prune=function, scope="group", backend=asked))
-    dy, weight = dense(x).detach(), dense.weight.detach()
-    gradients = {"x": torch.empty_like(x), "weight": torch.empty_like(weight), "bias": torch.empty_like(dense.bias)}
+    sdgp.accelerate_(chain, sdgp.SDGPConfig(prune=function, scope="group", backend=asked))
+    dy, weight = layer(x).detach(), layer.weight.detach()
+    gradients = {"x": torch.empty_like(x), "weight": torch.empty_like(weight), "bias": torch.empty_like(layer.bias)}
     backends._reference = lambda: Idle(gradients)
     backends.forget_decisions()
     if amp:
-        dense, layer = dense.float(), layer.float()
+        dense, chain = dense.float(), chain.float()
 
     x_data = x.detach()
     matrix, x_matrix = dy.flatten(0, -2), x_data.flatten(0, -2)
@@ -175,7 +181,7 @@ def measure(case: str, kind: str, function: str, batches: int) -> dict[str, Any]
     }  # fmt: skip
     if kind == "conv2d":
         calls["no_ops"] = lambda: convolution(*operands, wanted=False)
-    steps = fastest_steps({"dense": dense, "sdgp": layer}, x, dy, batches, bool(amp))
+    steps = fastest_steps({"dense": dense, "sdgp": chain}, x, dy, batches, bool(amp))
     seconds = fastest(calls, batches)
     replaced = seconds["ops"] - (seconds.get("no_ops", 0.0) if backend == "idle" else seconds["empty_ops"])
     forward, backward = (ours - theirs for ours, theirs in zip(steps["sdgp"], steps["dense"], strict=True))
