@@ -12,11 +12,11 @@ steps, so that neither has the caches to itself. Two backends, each against what
   beyond the same ops on no positions: a dense layer dispatches its ops and allocates their results on a GPU, too.
 - "cutlass amp": the same with float32 parameters under autocast to bfloat16, as most training is.
 
-Not in it: CUDA's launches, on either side, and what the extension does in its call (1.0 µs for prune + compress and 0.7
-for a product when each was a call of its own, where a dense Linear takes 117 µs, with launches that return at once).
-"linear" has an input [2, 4, 8], as in a transformer. Figures are of one of the `DEPTH` layers of a chain: what a backward
-costs once, whatever its length, is spread over them. A seed of the random functions comes from an object with C functions
-for methods, like a CUDA generator.
+Not in it: CUDA's launches, on either side, and what the extension does in its call (1.0 µs for prune + compress and
+0.7 for a product when each was a call of its own, where a dense Linear takes 117 µs, with launches that return at
+once). "linear" has an input [2, 4, 8], as in a transformer. Figures are of one of the `DEPTH` layers of a chain: what
+a backward costs once, whatever its length, is spread over them. A seed of the random functions comes from an object
+with C functions for methods, like a CUDA generator.
 
 Limit: 15 µs for a backward. Each figure is the fastest of many short batches: what the code costs when nobody disturbs
 it. On a busy machine, where the caches are never warm, it costs a multiple; beside it is what one `new_empty` takes.
