@@ -32,9 +32,10 @@ def folder() -> Path | None:
     if named == "off":
         return None
     if named:
-        return Path(named)
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "sdgp_accel" / "tuning"
+        return Path(named).expanduser()
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # A relative one is to be ignored (XDG Base Directory Specification).
+    return (root if root.is_absolute() else Path.home() / ".cache") / "sdgp_accel" / "tuning"
 
 
 class TuningCache:

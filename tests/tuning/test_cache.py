@@ -125,8 +125,12 @@ def test_where_the_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     assert cache.folder() == tmp_path / ".cache" / "sdgp_accel" / "tuning"
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    assert cache.folder() == tmp_path / ".cache" / "sdgp_accel" / "tuning"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache.folder() == tmp_path / ".cache" / "sdgp_accel" / "tuning"
+    monkeypatch.setenv(cache.VARIABLE, "~/tuned")
+    assert cache.folder() == tmp_path / "tuned"
 
 
 WRITER = """
