@@ -56,6 +56,7 @@ def test_other_sources_and_other_files_are_not(tmp_path: Path, monkeypatch: pyte
 def test_objects_are_compiled_anew_where_something_they_are_made_of_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("pybind11")
     nvcc, calls = tmp_path / "bin" / "nvcc", tmp_path / "calls"
     nvcc.parent.mkdir()
     version = tmp_path / "version"
@@ -196,6 +197,7 @@ def test_architectures_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_the_environment_breaks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
     toolkit = build_kernels.find_toolkit()
     if toolkit is None:
         pytest.skip("needs a CUDA toolkit")

@@ -226,7 +226,8 @@ def test_selective_checkpointing_meets_the_operations_of_the_dense_layer(shape: 
         met = []
 
         def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-            met.append(operation)
+            if not context.is_recompute:  # which ends sooner in a dense layer of torch 2.6
+                met.append(operation)
             return CheckpointPolicy.MUST_SAVE
 
         contexts = functools.partial(create_selective_checkpoint_contexts, policy)

@@ -110,8 +110,13 @@ def test_an_instance() -> None:
 
 def test_a_wgmma_that_the_compiler_waits_for_is_an_error(tmp_path: Path) -> None:
     """Here because of a call between two of them."""
-    if build_kernels.find_toolkit() is None:
+    toolkit = build_kernels.find_toolkit()
+    if toolkit is None:
         pytest.skip("no CUDA toolkit")
+    try:
+        static_evidence.find_disassembler(toolkit)
+    except click.ClickException as problem:
+        pytest.skip(problem.message)
     source = tmp_path / "interrupted.cu"
     source.write_text("""
         #include "sdgp/sm90_ptx.cuh"
