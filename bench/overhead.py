@@ -139,7 +139,7 @@ def fastest_steps(
     return best
 
 
-def layer_and_input(kind: str) -> tuple[Any, Tensor]:
+def layer_and_input(kind: str) -> tuple[nn.Linear | nn.Conv2d, Tensor]:
     if kind == "linear":
         return nn.Linear(8, 8).bfloat16(), torch.randn(2, 4, 8).bfloat16().requires_grad_()
     layer = nn.Conv2d(8, 8, 3, padding=1).bfloat16().to(memory_format=torch.channels_last)

@@ -112,10 +112,9 @@ def test_conv2d_is_dense_autograd_on_the_pruned_gradient(
         torch.testing.assert_close(gradients[2], dy.sum((0, 2, 3)))
 
 
-@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3))[1:])
-def test_only_what_is_asked_for_is_computed_and_saved(
-    needed: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The products that the reference backend computes, in their order."""
     from sdgp_accel.backends import reference
 
     called: list[str] = []
@@ -124,6 +123,11 @@ def test_only_what_is_asked_for_is_computed_and_saved(
         monkeypatch.setattr(
             reference.ReferenceBackend, name, lambda *a, n=name, f=original, **k: (called.append(n), f(*a, **k))[1]
         )
+    return called
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3))[1:])
+def test_only_what_is_asked_for_is_computed_and_saved(needed: tuple[bool, bool, bool], called: list[str]) -> None:
     x, weight, bias = (
         torch.randn(shape, requires_grad=need)
         for shape, need in zip([(2, 8, 5, 5), (8, 8, 3, 3), (8,)], needed, strict=True)
@@ -142,17 +146,9 @@ def test_only_what_is_asked_for_is_computed_and_saved(
 @pytest.mark.parametrize("asked", list(itertools.product([False, True], repeat=3))[1:])
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_only_what_this_backward_asks_for_is_computed(
-    kind: str, asked: tuple[bool, bool, bool], are_leaves: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, asked: tuple[bool, bool, bool], are_leaves: bool, autocast: bool, called: list[str]
 ) -> None:
     """As for adversarial examples, which take the gradient of the images alone."""
-    from sdgp_accel.backends import reference
-
-    called: list[str] = []
-    for name in ("dgrad", "wgrad"):
-        original = getattr(reference.ReferenceBackend, name)
-        monkeypatch.setattr(
-            reference.ReferenceBackend, name, lambda *a, n=name, f=original, **k: (called.append(n), f(*a, **k))[1]
-        )
     function, shapes = {
         "linear": (sdgp.functional.linear, [(6, 8), (8, 8), (8,)]),
         "conv2d": (sdgp.functional.conv2d, [(2, 8, 5, 5), (8, 8, 3, 3), (8,)]),
