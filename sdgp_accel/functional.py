@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from sdgp_accel.layer_plan import LayerKind, plan_string, prunes
 
 _DEFAULT = SDGPConfig()
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # True where compiled autograd traces a backward
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # not before torch 2.7
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str | SDGPConfig = _DEFAULT) -> Tensor:
@@ -384,7 +383,9 @@ def _is_foreign(input: Tensor, compiling: bool) -> bool:
     (``torch.export.export(strict=True)``).
     """
     if compiling:
-        return _is_exporting() or torch._C._are_functorch_transforms_active()
+        # What torch.compiler.is_exporting returns, itself true in all that torch.compile of torch 2.7 to 2.13 traces.
+        is_exporting: bool = getattr(torch.compiler, "_is_exporting_flag", False)  # not before torch 2.7
+        return is_exporting or torch._C._are_functorch_transforms_active()
     if torch._C._functorch.peek_interpreter_stack() is not None:
         warn_once("layers under torch.func's transforms (vmap, grad, jvp, ..) run the ordinary dense backward")
     elif forward_ad._current_level >= 0:
