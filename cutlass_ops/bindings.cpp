@@ -31,8 +31,12 @@ void define_product(py::module_& module, const char* name, const char* doc, cons
            py::arg("name"), py::kw_only(), sizes..., py::arg("padded_k"), py::arg("splits") = 1,
            py::arg("owned_blocks") = 0, py::arg("group_n") = 8, py::arg("cluster_size") = 2, py::arg("sm_count"),
            py::arg("out_is_float") = false, py::arg("accumulate") = false)
-      .def("__call__", &Kind::operator(), Launching(), py::arg("values"), py::arg("metadata"), py::arg("b"),
-           py::arg("out"), py::arg("workspace") = 0, py::arg("stream") = 0);
+      .def(
+          "__call__",
+          [](const Kind& product, int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace,
+             int64_t stream) { product(values, metadata, b, out, workspace, stream); },
+          Launching(), py::arg("values"), py::arg("metadata"), py::arg("b"), py::arg("out"), py::arg("workspace") = 0,
+          py::arg("stream") = 0);
 }
 
 }  // namespace

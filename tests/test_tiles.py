@@ -30,7 +30,7 @@ def test_every_tiling_has_an_instance():
     for family in FAMILIES.values():
         for product in ("dgrad", "wgrad"):
             for conv in ("", "conv_"):
-                for tiling in rank_tilings(family, product, 1000, 1000, 1000, 108, gathering=conv != ""):
+                for tiling in rank_tilings(family, product, 1000, 1000, 1000, 108, conv=conv != ""):
                     for dtype in ("bf16", "f16"):
                         source = INSTANCES / f"{tiling.family}_{conv}{product}_{dtype}_{tiling.tile}.cu"
                         assert source.exists()
@@ -40,7 +40,7 @@ def test_every_tiling_has_an_instance():
 def test_narrow_layers_get_narrow_tiles():
     # 3x3 convolutions of 64 channels at 56x56 pixels, batch 256.
     assert first(SM90, "dgrad", 802816, 64, 576, 132).tile == "256x64_pingpong"
-    assert first(SM90, "wgrad", 64, 576, 802816, 132, gathering=True).tile == "64x192_pingpong"
+    assert first(SM90, "wgrad", 64, 576, 802816, 132, conv=True).tile == "64x192_pingpong"
 
 
 def test_one_tile_is_split_over_all_multiprocessors():
@@ -53,7 +53,7 @@ def test_a_single_row_of_tiles_needs_no_cluster():
 
 
 def test_gathered_operands_prefer_narrow_tiles():
-    assert first(SM90, "wgrad", 256, 2304, 131072, 132, gathering=True).tile == "256x128"
+    assert first(SM90, "wgrad", 256, 2304, 131072, 132, conv=True).tile == "256x128"
 
 
 @pytest.mark.parametrize("family", [SM90, SM80], ids=["SM90", "SM80"])

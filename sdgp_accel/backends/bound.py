@@ -13,7 +13,7 @@ from torch import Tensor
 import cutlass_ops
 from sdgp_accel.backends import Call, Decision, Gradients, Needs, gpu
 from sdgp_accel.backends.products import ALIGNMENT, plan_product
-from sdgp_accel.backends.sweep import UNIT, plan_sweeps
+from sdgp_accel.backends.sweep import UNIT, padded, plan_sweeps
 from sdgp_accel.geometry import LinearGeometry
 from sdgp_accel.philox import data_parallel_rank, next_seed
 
@@ -94,14 +94,17 @@ class SparseBackward:
         if isinstance(geometry, LinearGeometry):  # an input of any rank
             dgrad = dgrad._replace(shape=self._input_shape, strides=_contiguous_strides(self._input_shape))
         needs_dx, needs_dw, _ = needs
-        spare = (dgrad.workspace if needs_dx else 0, wgrad.workspace if needs_dw else 0)
+        # Apart from all else, since wgrad begins while dgrad runs.
+        dgrad_spare = padded(dgrad.workspace, ALIGNMENT) if needs_dx else 0
+        spare = dgrad_spare + (wgrad.workspace if needs_dw else 0)
         sweeps = plan_sweeps(
-            kernels, geometry, plan, Needs(*needs), geometry.out_channels, dtype, self._out_dtype, *spare
+            kernels, geometry, plan, Needs(*needs), geometry.out_channels, dtype, self._out_dtype, spare
         )
         parts = (
             (dgrad.kernel, (0, dgrad.metadata_at), sweeps.spare_at) if needs_dx else None,
-            # Its workspace begins with the block, where by then nothing is needed any more.
-            (wgrad.kernel, (sweeps.wgrad_at, sweeps.wgrad_at + wgrad.metadata_at), 0) if needs_dw else None,
+            (wgrad.kernel, (sweeps.wgrad_at, sweeps.wgrad_at + wgrad.metadata_at), sweeps.spare_at + dgrad_spare)
+            if needs_dw
+            else None,
         )
         launch = kernels.Backward(sweeps.passes, *parts)
         bound = _Bound(launch, sweeps.size, (dgrad.shape, dgrad.strides), (wgrad.shape, wgrad.strides), sweeps.bias)

@@ -37,6 +37,17 @@ def wgrad(dy: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
     return result
 
 
+def both(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """`dgrad` and `wgrad` as an ordinary layer computes them."""
+    if isinstance(geometry, LinearGeometry):
+        return dgrad(dy, weight, geometry), wgrad(dy, x, geometry)
+    dx, dw, _ = torch.ops.aten.convolution_backward.default(
+        dy, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
+        (True, True, False),
+    )  # fmt: skip
+    return dx, dw
+
+
 def wgrad_into(dy: Tensor, x: Tensor, geometry: Geometry, out: Tensor | None, accumulate: bool) -> Tensor:
     """`wgrad`, delivered to `out` (default: a new tensor) in its dtype: written, or added where `accumulate`."""
     if out is None:

@@ -60,14 +60,14 @@ def rank(
 ) -> tuple[Tiling, ...]:
     """The tilings that run this product on this GPU, best predicted first. family: default the one that fits."""
     family = family or choose_family(geometry, device)
-    c_in, gathering, shares = geometry.in_channels, False, True
+    c_in, conv, shares = geometry.in_channels, False, True
     if isinstance(geometry, Conv2dGeometry) and not _is_pointwise(geometry):
-        gathering = True
+        conv = True
         c_in = padded(c_in, family.tap_columns)
         # A strided dgrad is several products; and blocks of k begin anew with each tap.
         shares = product == "wgrad" or (geometry.stride == (1, 1) and geometry.out_channels % tiles.TILE_K == 0)
     m, n, k = _product_size(geometry, product, c_in)
-    return rank_tilings(family, product, m, n, k, device.multiprocessors, gathering, shares)
+    return rank_tilings(family, product, m, n, k, device.multiprocessors, conv, shares)
 
 
 def _product_size(geometry: Geometry, product: Product, c_in: int) -> tuple[int, int, int]:

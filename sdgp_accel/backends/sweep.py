@@ -122,7 +122,7 @@ class Sweeps(NamedTuple):
     """All passes over gradients of one shape, and the block that they fill.
 
     launch: all of them in one call. size: elements of the block, as a shape. wgrad_at: where wgrad's operand begins;
-    dgrad's begins with the block. spare_at: where the bytes begin that dgrad's product asked for. bias: shape of the
+    dgrad's begins with the block. spare_at: where the bytes begin that the products asked for. bias: shape of the
     bias gradient, if asked for. bias_dtype: its dtype.
     """
 
@@ -162,14 +162,12 @@ def plan_sweeps(
     row_stride: int,
     dtype: torch.dtype,
     bias_dtype: torch.dtype,
-    dgrad_spare: int = 0,
-    wgrad_spare: int = 0,
+    spare: int = 0,
 ) -> Sweeps:
     """The passes over dY [T, C] that `needs` asks for: one, or two for operands of different rules.
 
     bias_dtype: `dtype` or float32.
-    dgrad_spare: bytes that the block has for dgrad's product, behind the operands. wgrad_spare: those that it has for
-    wgrad's product from its beginning, where by then nothing is needed any more.
+    spare: bytes that the block has for the products, behind the operands.
     """
     t, c, positions_per_sample = geometry.positions, geometry.out_channels, geometry.positions_per_sample
     for_dgrad = plan.grad_input if needs.dgrad else None
@@ -179,7 +177,7 @@ def plan_sweeps(
     wgrad = Storage.of(0, t, c) if for_wgrad is not None else None
     workspace = dgrad.padded_nbytes if dgrad is not None else 0
     scopes = [_Scope.of(kernels, spec, t, c, positions_per_sample, needs.bias) for spec in specs]
-    wgrad_at = padded(max(wgrad_spare, workspace + max(scope.nbytes for scope in scopes)), _ALIGNMENT)
+    wgrad_at = padded(workspace + max(scope.nbytes for scope in scopes), _ALIGNMENT)
     spare_at = wgrad_at + (wgrad.padded_nbytes if wgrad is not None else 0)
     gradient = {"t": t, "c": c, "row_stride": row_stride, "dtype": DTYPE_NAMES[dtype]}
     bias_is_float = bias_dtype == torch.float32
@@ -190,7 +188,7 @@ def plan_sweeps(
         )
         for spec, scope in zip(specs, scopes, strict=True)
     ]  # fmt: skip
-    size = (-(-(spare_at + dgrad_spare) // 2),)
+    size = (-(-(spare_at + spare) // 2),)
     launch, bias = kernels.Backward(passes, None, None), (c,) if needs.bias else None
     return Sweeps(launch, tuple(passes), size, wgrad_at, spare_at, bias, bias_dtype)
 

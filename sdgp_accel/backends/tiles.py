@@ -32,15 +32,15 @@ Costs = Mapping[Tile, float]
 
 TILE_K = 128  # positions are padded to it: one step of the Hopper kernels' main loop, two of the others'
 STAGE_K = 64  # channels are padded to it: half a step, what a filter's tap is rounded up to
-TAP_COLUMNS = 64  # of Hopper's gathering wgrads: a box of the dense operand's TMA
+TAP_COLUMNS = 64  # of convolutions' wgrads on Hopper: a box of the dense operand's TMA
 # With few multiprocessors busy, those run faster: they have the power and the L2 cache to themselves (an H100).
 IDLE_GAIN = 0.25
 # Tile columns that run together: all where they are few, else groups of 8; 0 to 6 % faster than 4 or 16 on an H100.
 FEW_COLUMNS, GROUP_N = 16, 8
 MAX_ROUNDS = 8  # of thread blocks that splitting may make of a product: more even out no better
-# Of sharing the last round's tiles, in steps of TILE_K of the fastest main loop (0.81 µs for 128x256 on an H200). By
-# calculation, not measured: a float32 tile of 128 KB is read at 64 bytes per cycle and multiprocessor, 1.2 µs; the
-# flags are cleared by a launch of their own, some 2 µs.
+# Of sharing the last round's tiles, in steps of TILE_K of the fastest main loop (0.81 µs for 128x256 on an H200): a
+# float32 tile of 128 KB is read at 64 bytes per cycle and multiprocessor, 1.2 µs; the flags are cleared by a launch of
+# their own, some 2 µs. Half or twice of either choose no better among the tilings timed on an H200.
 PIECE_STEPS, SHARING_STEPS = 1.5, 2.5
 SHARING_MARGIN = 1.03  # of the prediction, over its error elsewhere: what is not clearly faster is not shared
 WARPS = 8  # that compute a tile, each with a flag for its part of it
@@ -54,11 +54,13 @@ class Family:
     name: str  # as in the instances' names
     dgrad: Costs
     wgrad: Costs
-    gathering: Costs  # wgrad of convolutions, which gathers the dense operand from images
+    # Of convolutions: dgrad gathers the compressed operand from images, wgrad the dense one.
+    conv_dgrad: Costs
+    conv_wgrad: Costs
     multiply_adds_per_byte: float  # of a sparse main loop (counted dense), per byte of device memory traffic
     store_steps: float = 1.0  # filling the pipeline and storing the tile, in steps of TILE_K of the fastest main loop
     suffix: str = ""  # of the tile in the instances' names
-    tap_columns: int = 1  # the columns of a gathering wgrad's filter tap count in multiples of it
+    tap_columns: int = 1  # the columns of a filter tap count in multiples of it, in a convolution's wgrad
     shares_tiles: bool = False  # between thread blocks, where the last round would leave some idle
 
 
@@ -72,15 +74,24 @@ _SM90_DGRAD = _SM90 | {
     Tile(128, 128, 1, pingpong=True): 1.44, Tile(256, 64, 1, pingpong=True): 1.83,
 }  # fmt: skip
 _SM90_WGRAD = _SM90 | {Tile(64, 256, 1, pingpong=True): 1.96}
-# Narrow tiles gather less. Only (128, 256, 2) and (256, 128, 1) are measured (ResNet-9's 3x3 layers on an H100), the
-# others are set between, 64x192 as what 64x256 was thought to take above.
-_SM90_GATHERING = {
+# By least squares over the convolutions of bench/layers.py on an H200, every tiling timed: clusters do not help, wide
+# tiles do.
+_SM90_CONV_DGRAD = {
+    Tile(128, 256, 2): 1.02, Tile(256, 128, 2): 1.13, Tile(128, 128, 2): 1.26, Tile(128, 192, 2): 1.06,
+    Tile(128, 256, 1): 1.0, Tile(256, 128, 1): 1.13, Tile(128, 128, 1): 1.23, Tile(128, 192, 1): 1.04,
+    Tile(128, 128, 2, pingpong=True): 1.24, Tile(256, 64, 2, pingpong=True): 1.78,
+    Tile(128, 128, 1, pingpong=True): 1.2, Tile(256, 64, 1, pingpong=True): 1.78,
+}  # fmt: skip
+# Narrow tiles gather less. Only (128, 256, 2) and (256, 128, 1) are fitted (ResNet-9's 3x3 layers on an H100), the
+# others are set between, 64x192 as what 64x256 was thought to take above. What a fit to all convolutions gives chooses
+# worse for those that take longest.
+_SM90_CONV_WGRAD = {
     Tile(128, 256, 2): 1.15, Tile(256, 128, 2): 1.05, Tile(128, 128, 2): 1.35, Tile(128, 192, 2): 1.1,
     Tile(128, 256, 1): 1.3, Tile(256, 128, 1): 1.0, Tile(128, 128, 1): 1.5, Tile(128, 192, 1): 1.32,
     Tile(64, 192, 1, pingpong=True): 2.2,
 }  # fmt: skip
 SM90 = Family(
-    "sm90", _SM90_DGRAD, _SM90_WGRAD, _SM90_GATHERING,
+    "sm90", _SM90_DGRAD, _SM90_WGRAD, _SM90_CONV_DGRAD, _SM90_CONV_WGRAD,
     multiply_adds_per_byte=200.0,
     # By vit_large's fc1, fc2 and proj dgrads on an H200, which differ in k and in the number of tiles: a 128x256 tile
     # takes 0.81 us for each step and 2.46 us beside them. A ping-pong one takes 2.3 steps' time per area.
@@ -96,7 +107,7 @@ SM90 = Family(
 _SM80_DGRAD = {Tile(256, 128, 1): 1.0, Tile(128, 128, 1): 1.12, Tile(128, 64, 1): 1.52}
 _SM80_WGRAD = {Tile(256, 128, 1): 1.0, Tile(128, 128, 1): 1.12, Tile(64, 128, 1): 1.65}
 SM80 = Family(
-    "sm80", _SM80_DGRAD, _SM80_WGRAD, _SM80_WGRAD,
+    "sm80", _SM80_DGRAD, _SM80_WGRAD, _SM80_DGRAD, _SM80_WGRAD,
     # 0.8 x 2048 multiply-adds per cycle beside 0.85 x 1555 GB/s at 1.41 GHz for 108 multiprocessors (A100 40 GB).
     multiply_adds_per_byte=190.0,
 )  # fmt: skip
@@ -106,16 +117,18 @@ LARGEST_SHARED_BYTES = 136 << 10
 SMALL_SHARED_MEMORY = {(8, 6), (8, 9), (12, 0), (12, 1)}
 _LARGEST = Tile(256, 128, 1)
 _SM80_SMALL_WGRAD = {tile: cost for tile, cost in _SM80_WGRAD.items() if tile != _LARGEST}
+_SM80_SMALL_DGRAD = {tile: cost for tile, cost in _SM80_DGRAD.items() if tile != _LARGEST}
 SM80_SMALL = replace(
     SM80,
-    dgrad={tile: cost for tile, cost in _SM80_DGRAD.items() if tile != _LARGEST},
+    dgrad=_SM80_SMALL_DGRAD,
     wgrad=_SM80_SMALL_WGRAD,
-    gathering=_SM80_SMALL_WGRAD,
+    conv_dgrad=_SM80_SMALL_DGRAD,
+    conv_wgrad=_SM80_SMALL_WGRAD,
 )
 # Rows that do not begin at multiples of 16 bytes, copied value by value. One tile: the cost compares with nothing, and
 # only says how much the reduction may be split.
 _ANY = {Tile(128, 64, 1): 6.0}
-SM80_ANY = replace(SM80, dgrad=_ANY, wgrad=_ANY, gathering=_ANY, suffix="_any", tap_columns=8)
+SM80_ANY = replace(SM80, dgrad=_ANY, wgrad=_ANY, conv_dgrad=_ANY, conv_wgrad=_ANY, suffix="_any", tap_columns=8)
 
 
 class Tiling(NamedTuple):
@@ -137,7 +150,7 @@ def rank_tilings(
     n: int,
     k: int,
     multiprocessors: int,
-    gathering: bool = False,
+    conv: bool = False,
     shares: bool = True,
 ) -> tuple[Tiling, ...]:
     """For each tile and cluster its best number of splits at [m, k] x [k, n], and where a last round can be shared that
@@ -149,10 +162,11 @@ def rank_tilings(
     Each round of thread blocks takes as long as one tile, a last one that leaves multiprocessors idle a little less;
     splitting the reduction of a wgrad fills it, and costs writing and reading the partial results. Sharing fills it as
     well (cutlass_ops/include/sdgp/sm90_schedule.cuh), at the price of a partial result for each shared piece only.
-    gathering: the product is a convolution's. shares: whether k can be cut for sharing, at multiples of TILE_K.
+    conv: the product gathers from images. shares: whether k can be cut for sharing, at multiples of TILE_K.
     """
     steps = -(-k // TILE_K)
-    tiles = family.dgrad if product == "dgrad" else family.gathering if gathering else family.wgrad
+    matrix, gathering = (family.dgrad, family.conv_dgrad) if product == "dgrad" else (family.wgrad, family.conv_wgrad)
+    tiles = gathering if conv else matrix
 
     def predictions(tile: Tile, step_time: float) -> Iterator[tuple[float, Tiling]]:
         tile_columns = -(-n // tile.columns)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from sdgp_accel.backends import Backend, Needs, Operands, Tilings, dense
+from sdgp_accel.backends import Backend, Call, Decision, Needs, Operands, Tilings, dense
 from sdgp_accel.config import Pass
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import LayerPlan
@@ -63,6 +63,7 @@ def measure(
     candidates: dict[str, Callable[[], Any]] = {
         "dense_dgrad": lambda: dense.dgrad(dy, weight, geometry),
         "dense_wgrad": lambda: dense.wgrad(dy, x, geometry),
+        "dense_both": lambda: dense.both(dy, x, weight, geometry),
     }
     for_dgrad, for_wgrad = plan.grad_input is not None, plan.grad_weight is not None
     operands = compress(for_dgrad, for_wgrad)
@@ -78,7 +79,13 @@ def measure(
     if for_dgrad and for_wgrad:
         candidates["compress_both"] = lambda: compress(True, True)
     tilings = _fastest_tilings(backend, products, geometry, dtype, device)
-    times = median_milliseconds(candidates, device)
+    if for_dgrad and for_wgrad:
+        decision = Decision(geometry, backend, plan, plan.draws, "", tilings)
+        bound = backend.bind(decision, Call(tuple(x.shape), dtype, device, dtype))
+        if bound is not None:
+            candidates["sparse_both"] = lambda: bound(dy, x, weight, False)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the whole backward draws from the user's
+        times = median_milliseconds(candidates, device)
     return Measurement(
         BackwardTimes(**{name: ms.device for name, ms in times.items()}),
         BackwardTimes(**{name: ms.host for name, ms in times.items()}),

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 
 
 class BackwardTimes(NamedTuple):
-    """Milliseconds of the parts of one layer's backward; None where the plan does not prune that pass."""
+    """Milliseconds of the parts of one layer's backward; None where the plan does not prune that pass.
+
+    dense_both, sparse_both: all of it in one call, where there is one; then the parts tell where its time goes.
+    """
 
     dense_dgrad: float
     dense_wgrad: float
@@ -15,11 +18,13 @@ class BackwardTimes(NamedTuple):
     compress_both: float | None = None
     compress_dgrad: float | None = None
     compress_wgrad: float | None = None
+    dense_both: float | None = None
+    sparse_both: float | None = None
 
     @property
     def dense(self) -> float:
         """The ordinary backward."""
-        return self.dense_dgrad + self.dense_wgrad
+        return self.dense_dgrad + self.dense_wgrad if self.dense_both is None else self.dense_both
 
     def totals(self) -> dict[tuple[bool, bool], float]:
         """Milliseconds of the whole backward for each choice (dgrad pruned, wgrad pruned) that can run."""
@@ -28,7 +33,9 @@ class BackwardTimes(NamedTuple):
             totals[True, False] = self.compress_dgrad + self.sparse_dgrad + self.dense_wgrad
         if self.sparse_wgrad is not None and self.compress_wgrad is not None:
             totals[False, True] = self.compress_wgrad + self.dense_dgrad + self.sparse_wgrad
-        if self.sparse_dgrad is not None and self.sparse_wgrad is not None and self.compress_both is not None:
+        if self.sparse_both is not None:
+            totals[True, True] = self.sparse_both
+        elif self.sparse_dgrad is not None and self.sparse_wgrad is not None and self.compress_both is not None:
             totals[True, True] = self.compress_both + self.sparse_dgrad + self.sparse_wgrad
         return totals
 

@@ -98,16 +98,20 @@ def test_empty_gradients_are_left_to_others(hopper):
 def test_candidates_are_different_tiles_best_first(hopper, geometry, pass_name):
     listed = cutlass.BACKEND.tilings(geometry, pass_name, torch.float16, CUDA)
     product = "wgrad" if pass_name == "grad_weight" else "dgrad"
-    gathering = isinstance(geometry, Conv2dGeometry)
-    table = tiles.SM90.dgrad if product == "dgrad" else tiles.SM90.gathering if gathering else tiles.SM90.wgrad
+    conv = isinstance(geometry, Conv2dGeometry)
+    family = tiles.SM90
+    table = {
+        ("dgrad", False): family.dgrad, ("dgrad", True): family.conv_dgrad,
+        ("wgrad", False): family.wgrad, ("wgrad", True): family.conv_wgrad,
+    }[product, conv]  # fmt: skip
     assert {(tiling.tile, tiling.cluster_size) for tiling in listed} == {(str(tile), tile.cluster) for tile in table}
     assert len(set(map(str, listed))) == len(listed)
     m, n, k = {
         ("linear", "grad_input"): (25088, 1024, 4096), ("linear", "grad_weight"): (4096, 1024, 25088),
         ("conv2d", "grad_input"): (8 * 14 * 14, 64, 128 * 3), ("conv2d", "grad_weight"): (128, 64 * 9, 8 * 7 * 7),
     }["linear" if isinstance(geometry, LinearGeometry) else "conv2d", pass_name]  # fmt: skip
-    shares = not (gathering and product == "dgrad")  # strided
-    assert listed == tiles.rank_tilings(tiles.SM90, product, m, n, k, 132, gathering, shares)
+    shares = not (conv and product == "dgrad")  # strided
+    assert listed == tiles.rank_tilings(tiles.SM90, product, m, n, k, 132, conv, shares)
 
 
 LARGE = LinearGeometry(1 << 31, 64, 64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdgp_accel import SDGPConfig
-from sdgp_accel.backends import Tilings, dense
+from sdgp_accel.backends import Call, Tilings, dense
 from sdgp_accel.backends.reference import ReferenceBackend
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
@@ -74,7 +74,7 @@ def test_every_part_is_timed_and_no_generator_moves(
     state = torch.random.get_rng_state()
     measured = measure(ReferenceBackend(), plan, geometry, torch.float32, CPU)
     assert torch.equal(torch.random.get_rng_state(), state)
-    expected = {"dense_dgrad", "dense_wgrad"}
+    expected = {"dense_dgrad", "dense_wgrad", "dense_both"}
     if config.grad_input == "sparse":
         expected |= {"sparse_dgrad", "compress_dgrad"}
     if config.grad_weight == "sparse":
@@ -143,7 +143,38 @@ def test_compression_is_timed_for_the_passes_that_it_would_serve(monkeypatch: py
 
     backend = Compresses(timeline, {}, {})
     times = measure(backend, decode(plan_string("linear", SDGPConfig())), LINEAR, torch.float32, CPU).device
-    assert times[-3:] == (pytest.approx(2.5), pytest.approx(1.0), pytest.approx(2.0))
+    compressions = (times.compress_both, times.compress_dgrad, times.compress_wgrad)
+    assert compressions == (pytest.approx(2.5), pytest.approx(1.0), pytest.approx(2.0))
+
+
+@pytest.mark.parametrize("grad_weight", ["sparse", "dense"])
+def test_a_backward_that_is_one_call_is_timed_as_one(grad_weight: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    timeline = Timeline(monkeypatch)
+    bound: list[Any] = []
+
+    class Binds(Tiled):
+        def bind(self, decision: Any, call: Any) -> Any:
+            def run(dy: Any, x: Any, weight: Any, bias: bool) -> None:
+                assert (dy.shape, x.shape, weight.shape) == ((24, 32), (24, 16), (32, 16))
+                assert not bias
+                torch.rand(1)  # as a function draws
+                timeline.call("both", 0.75)()
+
+            bound.append((decision.tilings, call))
+            return run
+
+    backend = Binds(timeline, {"a": 2.0, "b": 1.0}, {"only": 0.5})
+    plan = decode(plan_string("linear", SDGPConfig(grad_weight=grad_weight)))
+    state = torch.random.get_rng_state()
+    times = measure(backend, plan, LinearGeometry(24, 16, 32), torch.float32, CPU).device
+    assert torch.equal(torch.random.get_rng_state(), state)
+    if grad_weight == "dense":
+        assert not bound
+        assert times.sparse_both is None
+        return
+    assert bound == [(Tilings("b", "only"), Call((24, 16), torch.float32, CPU, torch.float32))]
+    assert times.sparse_both == pytest.approx(0.75)
+    assert times.totals()[True, True] == times.sparse_both
 
 
 def test_the_middle_of_the_rounds_is_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,14 @@ def test_a_pass_that_is_dense_by_configuration_is_no_candidate() -> None:
     }  # fmt: skip
 
 
+def test_what_was_timed_as_one_call_counts_and_not_its_parts() -> None:
+    times = BackwardTimes(1.0, 2.0, 0.5, 0.75, 0.25, 0.125, 0.0625, dense_both=2.5, sparse_both=1.25)
+    assert times.dense == 2.5
+    assert times.totals() == {
+        (False, False): 2.5, (True, False): 0.125 + 0.5 + 2.0, (False, True): 0.0625 + 1.0 + 0.75, (True, True): 1.25,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("tuned", [TUNED, Tuned((False, False), "no memory")])
 def test_round_trip(tuned: Tuned) -> None:
     assert Tuned.from_dict(json.loads(json.dumps(tuned.to_dict()))) == tuned

@@ -30,6 +30,8 @@ class Backward {
   // the products that there are.
   void operator()(int64_t dy, int64_t block, int64_t bias, int64_t seed, int64_t key, int64_t offset, uint32_t rank,
                   int64_t weight, int64_t dx, int64_t x, int64_t dw, int64_t stream) const {
+    run(dgrad_, block, weight, dx, stream, SDGP_STEP_PREPARE);
+    run(wgrad_, block, x, dw, stream, SDGP_STEP_PREPARE);
     for (const auto& [launch, scope_scales, dgrad, wgrad, workspace_at, dgrad_scale_at, wgrad_scale_at] : sweeps_) {
       const auto [dgrad_values, dgrad_metadata] = addresses(block, dgrad);
       const auto [wgrad_values, wgrad_metadata] = addresses(block, wgrad);
@@ -45,8 +47,9 @@ class Backward {
                 rank, dgrad_scale, wgrad_scale, stream);
       bias = 0;  // the first pass has summed it
     }
-    run(dgrad_, block, weight, dx, stream);
-    run(wgrad_, block, x, dw, stream);
+    run(dgrad_, block, weight, dx, stream, SDGP_STEP_MULTIPLY);
+    // What it reads was complete before dgrad began, which is one kernel at least and directly before it.
+    run(wgrad_, block, x, dw, stream, SDGP_STEP_MULTIPLY, dgrad_.has_value());
   }
 
  private:
@@ -54,10 +57,12 @@ class Backward {
     return operand.has_value() ? Operand{block + operand->first, block + operand->second} : Operand{0, 0};
   }
 
-  static void run(const std::optional<Part>& part, int64_t block, int64_t b, int64_t out, int64_t stream) {
+  static void run(const std::optional<Part>& part, int64_t block, int64_t b, int64_t out, int64_t stream, int32_t step,
+                  bool overlaps = false) {
     if (!part.has_value()) return;
     const auto& [product, operand, workspace] = *part;
-    (*product)(block + operand.first, block + operand.second, b, out, block + workspace, stream);
+    if (step == SDGP_STEP_PREPARE && !product->is_prepared()) return;
+    (*product)(block + operand.first, block + operand.second, b, out, block + workspace, stream, step, overlaps);
   }
 
   std::vector<Sweep> sweeps_;

@@ -181,8 +181,11 @@ inline void check_multiple(const char* argument, int32_t size, int32_t factor) {
 class Product {
  public:
   virtual ~Product() = default;
-  virtual void operator()(int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace,
-                          int64_t stream) const = 0;
+  // step: SDGP_STEP_... overlaps: as SdgpSparseGemm's.
+  virtual void operator()(int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace, int64_t stream,
+                          int32_t step, bool overlaps) const = 0;
+  // Whether there is something to do in SDGP_STEP_PREPARE.
+  virtual bool is_prepared() const = 0;
 };
 
 // Problem: SdgpSparseGemm or SdgpSparseConv, which call alike what is alike.
@@ -204,8 +207,8 @@ class ProductOf : public Product {
     }
   }
 
-  void operator()(int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace,
-                  int64_t stream) const override {
+  void operator()(int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace, int64_t stream,
+                  int32_t step = SDGP_STEP_ALL, bool overlaps = false) const override {
     check_pointer("values", values, 16);
     check_pointer("metadata", metadata, 16);
     check_pointer("b", b, in_chunks_ ? 16 : 2);
@@ -217,9 +220,13 @@ class ProductOf : public Product {
     problem.b = pointer<const void>(b);
     problem.out = pointer<void>(out);
     problem.workspace = pointer<void>(workspace);
+    problem.step = step;
+    problem.overlaps = overlaps;
     problem.stream = pointer<void>(stream);
     check_launch(name_, function_(&problem));
   }
+
+  bool is_prepared() const override { return problem_.owned_blocks > 0; }
 
  protected:
   std::string name_;

@@ -7,8 +7,8 @@
 extern "C" {
 #endif
 
-// out[count] (+)= sum over splits of partials[splits, count], added in the order of the splits: the same bits on every
-// run. Rounded once.
+// out[count] (+)= sum over splits of partials[splits, count], added in an order that depends on the sizes alone: the same
+// bits on every run. Rounded once.
 struct SdgpPartialSums {
   const float* partials;
   void* out;  // float32, bfloat16 or float16
@@ -17,6 +17,7 @@ struct SdgpPartialSums {
   int32_t out_is_float, is_bfloat16;
   int32_t accumulate;
   int32_t sm_count;
+  int32_t overlaps;  // is launched while the product before it in the stream ends; compute capability 9.0 on
   void* stream;
 };
 

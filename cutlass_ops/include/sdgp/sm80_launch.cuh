@@ -53,6 +53,7 @@ int launch(const typename Config::Gather& gather, const Arguments& arguments, in
                              std::is_same_v<typename Config::Element, __nv_bfloat16>,
                              accumulate,
                              arguments.sm_count,
+                             false,
                              stream};
   return sdgp_sum_partials(&sums);
 }

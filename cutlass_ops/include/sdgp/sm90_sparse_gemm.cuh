@@ -24,6 +24,7 @@
 
 #include <algorithm>
 
+#include "sdgp/grid_dependency.cuh"
 #include "sdgp/product.cuh"
 #include "sdgp/sm90_gather.cuh"
 #include "sdgp/sm90_schedule.cuh"
@@ -40,6 +41,7 @@ struct Problem {
   void* out;             // [rows, row_length], or float [parts, rows, row_length] for Output::kPartial
   Output output;
   bool accumulate;  // out += result
+  bool overlaps;    // the kernel before, whose end it waits for at its own
   // Of helpers (sm90_schedule.cuh): [slots, CTAs of a cluster, accumulators of a thread / 4, consumer threads, 4] and
   // [slots, CTAs of a cluster, consumer warps].
   float* pieces;
@@ -268,6 +270,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     __syncthreads();
   }
 
+  launch_dependents();  // when all blocks run: the next kernel's take the place of those that have ended
+
   const Schedule& schedule = problem.schedule;
   const int segment_tiles = gather.segment_tiles();  // blocks of A start anew with every segment of k
   const int clusters = cluster_count();
@@ -315,6 +319,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         for (int stage = 0; stage < kStages; ++stage, b_ring.advance())
           mbarrier_wait(empty_b + 8 * b_ring.slot, b_ring.parity ^ 1);
       }
+      // What comes behind this kernel takes its end for the end of all before it.
+      if (problem.overlaps) wait_for_preceding_grid();
     }
   } else {
     // Consumers: kSlabs slabs of 64 x kBlockN per warpgroup.

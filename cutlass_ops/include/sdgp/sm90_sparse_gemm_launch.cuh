@@ -60,8 +60,8 @@ int matrix_operand_maps(TensorMaps& maps, const void* values, const void* metada
 struct Target {
   void* out;
   void* workspace;
-  bool is_float, accumulate;
-  int splits, owned_blocks, group_n, cluster_size, sm_count;
+  bool is_float, accumulate, overlaps;
+  int splits, owned_blocks, group_n, cluster_size, sm_count, step;
   cudaStream_t stream;
 
   template <typename Arguments>
@@ -70,11 +70,13 @@ struct Target {
         workspace(arguments.workspace),
         is_float(arguments.out_is_float != 0),
         accumulate(arguments.accumulate != 0),
+        overlaps(arguments.overlaps != 0),
         splits(arguments.splits),
         owned_blocks(arguments.owned_blocks),
         group_n(arguments.group_n),
         cluster_size(arguments.cluster_size),
         sm_count(arguments.sm_count),
+        step(arguments.step),
         stream(static_cast<cudaStream_t>(arguments.stream)) {}
 
   // A part of an empty k range would have nothing to write.
@@ -108,10 +110,13 @@ int launch(const TensorMaps& maps, const typename Config::Gather& gather, const 
     const int64_t ctas = int64_t{clusters} * target.cluster_size;
     pieces = static_cast<float*>(target.workspace);
     piece_flags = reinterpret_cast<uint32_t*>(pieces + ctas * Config::kBlockM * Config::kBlockN);
-    const cudaError_t cleared =
-        cudaMemsetAsync(piece_flags, 0, ctas * (4 * kConsumers * sizeof(uint32_t)), target.stream);
-    if (cleared != cudaSuccess) return cleared;
+    if (target.step != SDGP_STEP_MULTIPLY) {
+      const cudaError_t cleared =
+          cudaMemsetAsync(piece_flags, 0, ctas * (4 * kConsumers * sizeof(uint32_t)), target.stream);
+      if (cleared != cudaSuccess) return cleared;
+    }
   }
+  if (target.step == SDGP_STEP_PREPARE) return cudaSuccess;
 
   const bool split = target.splits > 1;
   const Problem problem{schedule,
@@ -122,18 +127,20 @@ int launch(const TensorMaps& maps, const typename Config::Gather& gather, const 
                         : target.is_float ? Output::kFloat
                                           : Output::kElement,
                         !split && target.accumulate,
+                        target.overlaps,
                         pieces,
                         piece_flags};
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(target.cluster_size), 1, 1};
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(target.cluster_size), 1, 1};
+  attributes[1] = overlapping();
   cudaLaunchConfig_t launch{};
   launch.gridDim = static_cast<unsigned>(std::min(schedule.units, clusters) * target.cluster_size);
   launch.blockDim = Config::kThreads;
   launch.dynamicSmemBytes = Config::kSharedBytes;
   launch.stream = target.stream;
-  launch.attrs = &cluster;
-  launch.numAttrs = 1;
+  launch.attrs = attributes;
+  launch.numAttrs = target.overlaps ? 2 : 1;
   const cudaError_t launched = cudaLaunchKernelEx(&launch, sparse_gemm_kernel<Config>, maps, gather, problem);
   if (launched != cudaSuccess || !split) return launched;
   const SdgpPartialSums sums{static_cast<const float*>(target.workspace),
@@ -144,6 +151,7 @@ int launch(const TensorMaps& maps, const typename Config::Gather& gather, const 
                              std::is_same_v<typename Config::Element, __nv_bfloat16>,
                              target.accumulate,
                              target.sm_count,
+                             true,
                              target.stream};
   return sdgp_sum_partials(&sums);
 }

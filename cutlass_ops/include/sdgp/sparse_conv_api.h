@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "sdgp/sparse_gemm_api.h"  // SDGP_STEP_..
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -21,6 +23,7 @@ struct SdgpSparseConv {
   int32_t padded_k;
   int32_t splits, owned_blocks, group_n, cluster_size, sm_count;
   int32_t out_is_float, accumulate;
+  int32_t step, overlaps;  // as SdgpSparseGemm's
   void* stream;
 };
 

@@ -7,6 +7,10 @@
 extern "C" {
 #endif
 
+// What a call does: all of it, or only what prepares the workspace, or the product alone behind that. (Between a kernel
+// and the one that is to overlap it nothing else may be in the stream.)
+enum { SDGP_STEP_ALL, SDGP_STEP_PREPARE, SDGP_STEP_MULTIPLY };
+
 // D[m, n] (+)= A[m, k at 2:4] * B[k, n]; shapes of the operands in sm80_sparse_gemm.cuh and sm90_sparse_gemm.cuh.
 struct SdgpSparseGemm {
   const void* values;
@@ -25,6 +29,10 @@ struct SdgpSparseGemm {
   int32_t cluster_size;  // 1 or 2; Hopper only
   int32_t sm_count;
   int32_t out_is_float, accumulate;
+  int32_t step;  // SDGP_STEP_..
+  // Hopper only: blocks begin while the last ones of the kernel before it in the stream run, and the product ends behind
+  // that one. For operands that were complete before that kernel began, and memory that it does not use.
+  int32_t overlaps;
   void* stream;
 };
 
