@@ -70,7 +70,9 @@ def next_seed(device: torch.device) -> Seed:
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return draw(device)
-    return take(torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index])
+    # The index first: to ask for the device initialises CUDA, and before that there are no generators.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return take(torch.cuda.default_generators[index])
 
 
 # Sets the keys apart from those of torch's own kernels, which count under the bare seed: 64 bits of the golden ratio.

@@ -165,3 +165,28 @@ def test_the_data_parallel_rank_may_be_set(monkeypatch: pytest.MonkeyPatch) -> N
     for rank in (-1, 1 << 31, True, 1.0, "0"):
         with pytest.raises(ValueError, match=r"rank must be an int from 0 to 2\^31 - 1, or None; got"):
             sdgp.set_data_parallel_rank(rank)  # type: ignore[arg-type]
+
+
+def test_a_cuda_device_may_be_asked_for_a_seed_first_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its generators do not exist before CUDA is initialised, which asking for the current device does."""
+
+    class Generator:
+        offset = 8
+
+        def get_offset(self) -> int:
+            return self.offset
+
+        def set_offset(self, offset: int) -> None:
+            self.offset = offset
+
+        def initial_seed(self) -> int:
+            return 3
+
+    def current_device() -> int:
+        monkeypatch.setattr(torch.cuda, "default_generators", (Generator(),))
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", current_device)
+    monkeypatch.setattr(torch.cuda, "default_generators", ())
+    assert philox.next_seed(torch.device("cuda"))[1] == 2

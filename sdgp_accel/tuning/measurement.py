@@ -79,12 +79,12 @@ def measure(
     if for_dgrad and for_wgrad:
         candidates["compress_both"] = lambda: compress(True, True)
     tilings = _fastest_tilings(backend, products, geometry, dtype, device)
-    if for_dgrad and for_wgrad:
-        decision = Decision(geometry, backend, plan, plan.draws, "", tilings)
-        bound = backend.bind(decision, Call(tuple(x.shape), dtype, device, dtype))
-        if bound is not None:
-            candidates["sparse_both"] = lambda: bound(dy, x, weight, False)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the whole backward draws from the user's
+        if for_dgrad and for_wgrad:
+            decision = Decision(geometry, backend, plan, plan.draws, "", tilings)
+            bound = backend.bind(decision, Call(tuple(x.shape), dtype, dy.device, dtype))
+            if bound is not None and bound(dy, x, weight, False) is not None:
+                candidates["sparse_both"] = lambda: bound(dy, x, weight, False)
         times = median_milliseconds(candidates, device)
     return Measurement(
         BackwardTimes(**{name: ms.device for name, ms in times.items()}),

@@ -147,18 +147,22 @@ def test_compression_is_timed_for_the_passes_that_it_would_serve(monkeypatch: py
     assert compressions == (pytest.approx(2.5), pytest.approx(1.0), pytest.approx(2.0))
 
 
-@pytest.mark.parametrize("grad_weight", ["sparse", "dense"])
-def test_a_backward_that_is_one_call_is_timed_as_one(grad_weight: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("grad_weight", "takes"), [("sparse", True), ("sparse", False), ("dense", True)])
+def test_a_backward_that_is_one_call_is_timed_as_one(
+    grad_weight: Any, takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it does not take tensors that lie as these do."""
     timeline = Timeline(monkeypatch)
     bound: list[Any] = []
 
     class Binds(Tiled):
         def bind(self, decision: Any, call: Any) -> Any:
-            def run(dy: Any, x: Any, weight: Any, bias: bool) -> None:
+            def run(dy: Any, x: Any, weight: Any, bias: bool) -> Any:
                 assert (dy.shape, x.shape, weight.shape) == ((24, 32), (24, 16), (32, 16))
                 assert not bias
                 torch.rand(1)  # as a function draws
                 timeline.call("both", 0.75)()
+                return (dy, x, None) if takes else None
 
             bound.append((decision.tilings, call))
             return run
@@ -168,8 +172,8 @@ def test_a_backward_that_is_one_call_is_timed_as_one(grad_weight: Any, monkeypat
     state = torch.random.get_rng_state()
     times = measure(backend, plan, LinearGeometry(24, 16, 32), torch.float32, CPU).device
     assert torch.equal(torch.random.get_rng_state(), state)
-    if grad_weight == "dense":
-        assert not bound
+    if grad_weight == "dense" or not takes:
+        assert bool(bound) == (grad_weight == "sparse")
         assert times.sparse_both is None
         return
     assert bound == [(Tilings("b", "only"), Call((24, 16), torch.float32, CPU, torch.float32))]

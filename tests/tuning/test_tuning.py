@@ -138,7 +138,7 @@ def test_auto_prunes_what_gains_and_launches_it_the_fastest_way(
     assert decision.reason == "measured: backward 6.700 ms, dense 8.000 ms"
     assert decision.tilings.dgrad == "better"
     assert decision.times is not None
-    assert decision.times._asdict() == SPARSE_DGRAD
+    assert decision.times == BackwardTimes(**SPARSE_DGRAD)
 
 
 def test_auto_runs_dense_where_nothing_gains(kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
