@@ -44,10 +44,11 @@ class Sources(NamedTuple):
 
 MEASURED = {
     "h100-measured": Sources(
-        (RESULTS / "development/h100-8-layers.json",), RESULTS / "kernels-NVIDIA_H100_80GB_HBM3.json"
+        (RESULTS / "development/h100-8-layers.json",), RESULTS / "development/h100-8-kernels.json"
     ),
     "h200-measured": Sources(
-        (RESULTS / "layers-mvue-NVIDIA_H200.json", RESULTS / "layers-rescale_magnitude-NVIDIA_H200.json")
+        (RESULTS / "layers-mvue-NVIDIA_H200.json", RESULTS / "layers-rescale_magnitude-NVIDIA_H200.json"),
+        RESULTS / "kernels-NVIDIA_H200.json",
     ),
 }
 DIGITS = 2
@@ -121,7 +122,7 @@ def errors(rows: list[dict[str, Any]], gpu: GPU) -> dict[str, list[float]]:
         if "unsupported" not in row:
             predicted = predict(row, gpu)._asdict()
             for part, milliseconds in row["milliseconds"].items():
-                if milliseconds is not None and part in predicted:
+                if milliseconds is not None and predicted.get(part) is not None:
                     found.setdefault(part, []).append(predicted[part] / milliseconds)
     return found
 

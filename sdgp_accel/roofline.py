@@ -118,8 +118,11 @@ GPUS: dict[str, GPU] = {
         ),
         GPU("h200", 989, 4.8, compute_efficiency=0.68, memory_efficiency=0.88, sparse_speedup=1.25),
         GPU(
-            "h200-measured", tflops=989, bandwidth=4.8, compute_efficiency=0.71, memory_efficiency=0.88,
-            sparse_speedup=1.39, compress_costs={"mvue": 3.37, "rescale_magnitude": 1.86},
+            "h200-measured", tflops=989, bandwidth=4.8, compute_efficiency=0.71, memory_efficiency=0.82,
+            sparse_speedup=1.4, compress_costs={
+                "magnitude": 1.15, "random": 2.37, "mvue": 2.91, "rescale_magnitude": 1.54,
+                "rescale_magnitude sample_channel": 2.56, "rescale_magnitude tensor": 2.55,
+            },
         ),
         # Data sheets, A10G: of AWS's instances.
         GPU("a30", tflops=165, bandwidth=0.933),
