@@ -26,7 +26,10 @@ from sdgp_accel.backends.tiles import Tiling, workspace_bytes
 from sdgp_accel.semi_structured import SparseOperand, compress_matrix
 
 _POINTERS = ("values", "metadata", "b", "out", "workspace")
-_LAUNCH = ("padded_k", "splits", "owned_blocks", "group_n", "cluster_size", "sm_count", "out_is_float", "accumulate")
+_LAUNCH = (
+    "padded_k", "splits", "owned_blocks", "group_n", "cluster_size", "sm_count", "out_is_float", "accumulate", "step",
+    "overlaps",
+)  # fmt: skip
 _SHAPE = ("n", "h", "w", "c_in", "p", "q", "c_out", "r", "s")
 _WINDOW = ("stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w")
 

@@ -177,6 +177,81 @@ def test_a_backward_is_its_launches_one_after_another(engine, wants_dgrad, scope
         assert torch.equal(ours.cpu().view(torch.uint8), theirs.cpu().view(torch.uint8))
 
 
+@pytest.fixture(scope="module")
+def hopper_extension(tmp_path_factory):
+    """The simulator of an H100, and an extension with the PTX of a few instances for it."""
+    from tests.ptxsim import toolchain
+    from tests.ptxsim.engine import SimEngine
+
+    if torch.cuda.is_available():
+        pytest.skip("launches are looked at on the simulator")
+    if reason := toolchain.missing():
+        pytest.skip(reason)
+    toolkit, archs = build_kernels.find_toolkit(), ("compute_90a",)
+    names = ("magnitude_2_4", "sm90_dgrad_f16_128x128", "sm90_wgrad_f16_128x128")
+    names += ("partial_sums", "bias_sum", "scope_scales", "device_check")
+    objects = [build_kernels.compile_instance(toolkit, build_kernels.INSTANCES / f"{name}.cu", archs) for name in names]
+    path = tmp_path_factory.mktemp("hopper") / "_C.so"
+    build_kernels.link(toolkit, [build_kernels._compile_bindings(toolkit, archs), *objects], path)
+    simulator = SimEngine((9, 0))
+    return simulator, simulator.load_module(path, "_C")
+
+
+@pytest.mark.parametrize("options", [{"splits": 2}, {"owned_blocks": 2}], ids=str)
+@pytest.mark.parametrize("wants_dgrad", [True, False])
+def test_on_hopper_wgrad_overlaps_dgrad_with_nothing_between(hopper_extension, options, wants_dgrad):
+    """Flags of shared tiles are cleared before all else. What comes behind waits for all."""
+    simulator, kernels = hopper_extension
+    t, c, n = 512, 128, 200
+    pruned = {"dgrad_k": c, "dgrad_words": 8, "wgrad_k": t} if wants_dgrad else {"wgrad_k": t}
+    prune_compress = kernels.PruneCompress(
+        function="magnitude", n=2, m=4, dtype="f16", t=t, c=c, row_stride=c, **pruned
+    )  # fmt: skip
+    shared = {"sm_count": 6, "cluster_size": 1, "out_is_float": False}
+    dgrad = kernels.SparseGemm("sdgp_sm90_dgrad_f16_128x128", m=t, n=n, k=c, padded_k=c, **shared)
+    wgrad = kernels.SparseGemm("sdgp_sm90_wgrad_f16_128x128", m=c, n=n, k=t, padded_k=t, **shared, **options)
+    sizes = [t * c, t * c // 8, t * c, t * c // 8, 6 * 4 * (128 * 128 + 8)]  # operands, and a workspace for either
+    places = [sum(sizes[:i]) for i in range(len(sizes))]
+    dy, weight, x = (simulator.put(torch.randn(*shape).half()) for shape in ((t, c), (c, n), (t, n)))
+
+    def outputs():
+        dx, dw = simulator.empty(t, n, dtype=torch.float16), simulator.empty(c, n, dtype=torch.float16)
+        return simulator.empty(sum(sizes), dtype=torch.uint8), dx, dw
+
+    block, *expected = outputs()
+    at = [block.data_ptr() + place for place in places]
+    simulator.runtime.launches.clear()
+    with simulator.checked():
+        operands = dict(zip(("dgrad_values", "dgrad_metadata", "wgrad_values", "wgrad_metadata"), at, strict=False))
+        prune_compress(dy=dy.data_ptr(), **operands)
+        if wants_dgrad:
+            dgrad(at[0], at[1], weight.data_ptr(), expected[0].data_ptr())
+        wgrad(at[2], at[3], x.data_ptr(), expected[1].data_ptr(), at[4])
+    assert not any(launch.overlaps for launch in simulator.runtime.launches if "sum_partials" not in launch.kernel)
+
+    sweep = (prune_compress, None, tuple(places[:2]) if wants_dgrad else None, tuple(places[2:4]), 0, 0, 0)
+    backward = kernels.Backward(
+        [sweep], (dgrad, tuple(places[:2]), 0) if wants_dgrad else None, (wgrad, tuple(places[2:4]), places[4])
+    )
+    block, *got = outputs()
+    simulator.runtime.launches.clear()
+    with simulator.checked():
+        backward(
+            dy.data_ptr(), block.data_ptr(), weight=weight.data_ptr(), dx=got[0].data_ptr(), x=x.data_ptr(),
+            dw=got[1].data_ptr(),
+        )  # fmt: skip
+    for ours, theirs in list(zip(got, expected, strict=True))[not wants_dgrad :]:
+        assert torch.equal(ours.view(torch.int16), theirs.view(torch.int16))
+    launches = [("compress", False), ("gemm", False), ("gemm", wants_dgrad), ("sum_partials", True)]
+    if "splits" not in options:
+        del launches[3]
+    if not wants_dgrad:
+        del launches[1]
+    for launch, (kernel, overlaps) in zip(simulator.runtime.launches, launches, strict=True):
+        assert kernel in launch.kernel
+        assert launch.overlaps is overlaps
+
+
 def test_a_backward_of_two_rules_sums_the_bias_gradient_once(engine):
     """Its two passes give the bits of launches of their own; the second reads and writes nothing but its operand."""
     t, c, n = 48, 72, 24

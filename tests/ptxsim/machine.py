@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from .faults import SimError
 from .program import Program, decode
 from .ptx import Kernel, Module
 from .scheduler import Scheduler
@@ -40,8 +41,13 @@ class Launcher:
         params: bytes,
         cluster: Dim3 = (1, 1, 1),
         choice: Choice | None = None,
+        overlaps: bool = False,
     ) -> Counters:
-        """Runs the whole grid, or the clusters that hold a block of `choice`."""
+        """Runs the whole grid, or the clusters that hold a block of `choice`.
+
+        overlaps: with the kernel before it (programmatic dependent launch). Launches run one after another here all the
+        same; every block has to wait for that one before it ends, since what follows waits for this one only.
+        """
         program = self.programs.get(id(kernel))
         if program is None:
             program = self.programs[id(kernel)] = decode(kernel, module.variables)
@@ -67,6 +73,9 @@ class Launcher:
             for first in range(0, numbers.size, ctas):
                 wave.start(numbers[first : first + ctas], grid, params)
                 Scheduler(wave).run()
+                if overlaps and not wave.waited[: numbers.size - first].all():
+                    detail = "a block ends without griddepcontrol.wait, and with it perhaps before the kernel before"
+                    raise SimError("launch", detail, kernel=kernel.name)
         return wave.counters
 
 

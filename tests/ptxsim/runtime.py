@@ -81,6 +81,7 @@ class Launch:
     block: tuple[int, int, int]
     shared: int
     counters: Counters
+    overlaps: bool = False  # with the kernel before it in the stream
 
 
 def fatbin_ptx(address: int, compute_capability: tuple[int, int]) -> tuple[str | None, str]:
@@ -232,8 +233,10 @@ class Runtime:
                 id(function.image), Launcher(Device(self.memory, function.image.symbols))
             )
             launcher.device.poison_shared = self.poison_shared
-            counters = launcher.launch(module, kernel, grid, block, shared, bytes(packed), cluster, self.choice)
-            self.launches.append(Launch(kernel.name, grid, block, shared, counters))
+            counters = launcher.launch(
+                module, kernel, grid, block, shared, bytes(packed), cluster, self.choice, bool(dims[9])
+            )
+            self.launches.append(Launch(kernel.name, grid, block, shared, counters, bool(dims[9])))
         except BaseException as error:  # SimError; a bug or a test's timeout must not vanish in the C caller either
             self.error = error
             return LAUNCH_FAILURE

@@ -229,6 +229,14 @@ def test_missing_cluster_barrier_is_reported(hopper, mistake, access):
     assert caught.value.kind == "shared-race"
 
 
+def test_a_kernel_that_overlaps_the_one_before_and_may_end_before_it_is_reported(hopper):
+    from .faults import SimError
+
+    with pytest.raises(SimError, match=r"a block ends without griddepcontrol.wait") as caught:
+        _swap_in_clusters(hopper, 5)
+    assert caught.value.kind == "launch"
+
+
 STORE, ADD, MIN, MAX = range(4)  # operations of tma_reduce.cu
 REDUCTIONS = {  # torch type -> CUtensorMapDataType
     torch.int32: 3, torch.int64: 5, torch.float16: 6, torch.float32: 7, torch.float64: 8, torch.bfloat16: 9,

@@ -74,6 +74,7 @@ class Wave:
         self.dynamic_shared = dynamic_shared
         self.mask = np.zeros(self.size, bool)
         self.exited = np.zeros(self.size, bool)
+        self.waited = np.zeros(ctas, bool)  # for the kernel before in the stream
         self.owner = np.zeros(self.size, np.int64)
         self.scratch = np.zeros(self.size, bool)  # predicate & mask of the instruction in flight
         self.carry = np.zeros(self.size, bool)  # the condition-code register
@@ -221,6 +222,7 @@ class Wave:
         self.shared.reset()
         self.shared.need = LIVE if self.device.poison_shared else READY
         self.exited[:] = np.repeat(~used, self.padded) | (self.tid >= self.threads)
+        self.waited[:] = False
         self.mbarriers.clear()
         self.in_flight.reset()
         self.events = 0

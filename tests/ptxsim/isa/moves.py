@@ -87,10 +87,24 @@ def isspacep(b: Binder) -> Make:
     return b.value(d, lambda: (x >> np.uint64(60)) == number)
 
 
-@op("prefetch", "prefetchu", "discard", "applypriority", "membar", "nanosleep", "pmevent", "griddepcontrol")
+@op("prefetch", "prefetchu", "discard", "applypriority", "membar", "nanosleep", "pmevent")
 def no_effect(b: Binder) -> Make:
     """Hints, and orderings that a sequential interpreter gives anyway."""
     return lambda mask: lambda: None
+
+
+@op("griddepcontrol")
+def griddepcontrol(b: Binder) -> Make:
+    if b.mods == ("launch_dependents",):
+        return lambda mask: lambda: None
+    if b.mods != ("wait",):
+        raise b.unknown("only .wait and .launch_dependents")
+    waited, padded = b.wave.waited, b.wave.padded
+
+    def wait(threads: Array) -> None:
+        waited[threads // padded] = True
+
+    return b.lanes(wait)
 
 
 @op("createpolicy")

@@ -1,10 +1,10 @@
 // Two blocks of a cluster swap their numbers through each other's shared memory. `mistake`: the one or the other does not
-// wait, or waits for an arrival that orders nothing.
+// wait, or waits for an arrival that orders nothing, or the blocks do not for the kernel that they overlap.
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-enum Mistake { kNone, kReadsEarly, kLeavesEarly, kExitsEarly, kRelaxed };
+enum Mistake { kNone, kReadsEarly, kLeavesEarly, kExitsEarly, kRelaxed, kEndsEarly };
 
 constexpr int kThreads = 64;
 
@@ -26,7 +26,7 @@ __device__ void meet(bool relaxed = false) {
 
 __global__ void swap(const int* x, int* y, int mistake) {
   __shared__ int pushed[kThreads], pulled[kThreads];
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (mistake != kEndsEarly) asm volatile("griddepcontrol.wait;" ::: "memory");
   const int i = threadIdx.x, here = blockIdx.x * kThreads + i;
   pulled[i] = x[here];
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(at_other(&pushed[i])), "r"(x[here]) : "memory");
@@ -41,9 +41,11 @@ __global__ void swap(const int* x, int* y, int mistake) {
 }
 
 extern "C" int run(const int* x, int* y, int blocks, int mistake) {
-  cudaLaunchAttribute cluster{cudaLaunchAttributeClusterDimension};
-  cluster.val.clusterDim = {2, 1, 1};
-  cudaLaunchConfig_t launch{dim3(blocks), kThreads, 0, nullptr, &cluster, 1};
+  cudaLaunchAttribute attributes[2] = {{cudaLaunchAttributeClusterDimension},
+                                       {cudaLaunchAttributeProgrammaticStreamSerialization}};
+  attributes[0].val.clusterDim = {2, 1, 1};
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{dim3(blocks), kThreads, 0, nullptr, attributes, 2};
   cudaLaunchKernelEx(&launch, swap, x, y, mistake);
   return cudaGetLastError();
 }

@@ -85,14 +85,14 @@ cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, 
   *(void **)stream = config[depth].stream;
   return cudaSuccess;
 }
-static cudaError_t launch(const void *host, dim3 grid, dim3 block, size_t shared, void **args, dim3 cluster) {
-  unsigned dims[9] = {grid.x, grid.y, grid.z, block.x, block.y, block.z, cluster.x, cluster.y, cluster.z};
+static cudaError_t launch(const void *host, dim3 grid, dim3 block, size_t shared, void **args, dim3 cluster, unsigned overlaps) {
+  unsigned dims[10] = {grid.x, grid.y, grid.z, block.x, block.y, block.z, cluster.x, cluster.y, cluster.z, overlaps};
   return done((cudaError_t)cb.launch(host, dims, shared, args));
 }
 cudaError_t cudaLaunchKernel(const void *host, dim3 grid, dim3 block, void **args, size_t shared, cudaStream_t stream) {
   (void)stream;
   dim3 one = {1, 1, 1};
-  return launch(host, grid, block, shared, args, one);
+  return launch(host, grid, block, shared, args, one, 0);
 }
 cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *host) {
   *kernel = (cudaKernel_t)host;
@@ -103,11 +103,15 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void 
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *host, void **args) {
   dim3 cluster = {1, 1, 1};
+  unsigned overlaps = 0;
   for (unsigned i = 0; i < c->numAttrs; i++)
     if (c->attrs[i].id == cudaLaunchAttributeClusterDimension) {
       cluster.x = c->attrs[i].val.clusterDim.x, cluster.y = c->attrs[i].val.clusterDim.y, cluster.z = c->attrs[i].val.clusterDim.z;
+    } else if (c->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+      overlaps = c->attrs[i].val.programmaticStreamSerializationAllowed != 0;
+      if (overlaps && major < 9) return done(cudaErrorNotSupported);
     }
-  return launch(host, c->gridDim, c->blockDim, c->dynamicSmemBytes, args, cluster);
+  return launch(host, c->gridDim, c->blockDim, c->dynamicSmemBytes, args, cluster, overlaps);
 }
 
 /* ---- memory ---- */
