@@ -457,7 +457,8 @@ def machine(result: Result) -> str:
         *(f"{name} {version}" for name, version in origin.get("versions", {}).items() if name == "torch"),
         origin.get("git_revision") and f"revision {origin['git_revision'][:12]}",
     ]
-    return ", ".join(filter(None, known)) or "machine not recorded in the file"
+    text = ", ".join(filter(None, known)) or "machine not recorded in the file"
+    return f"{text}. {origin['note'].rstrip('.')}" if origin.get("note") else text
 
 
 def shape(geometry: dict[str, Any]) -> str:
