@@ -155,7 +155,8 @@ def _times(layer: LayerReport) -> tuple[str, str, str, str]:
     times = layer.times
     if times is None:
         return "", "", "", ""
-    compress = next((ms for ms in times[-3:] if ms is not None), None)
+    timed = (times.compress_both, times.compress_dgrad, times.compress_wgrad)
+    compress = next((ms for ms in timed if ms is not None), None)
     runs = times.totals()[layer.dgrad != "dense", layer.wgrad != "dense"]
     return (
         _arrow(times.dense_dgrad, times.sparse_dgrad),
