@@ -4,9 +4,9 @@
     python -m bench.layers --only vit_large --prune rescale_magnitude
 
 For each layer, dense and sparse parts are timed in turns in one process on random bf16 operands (channels_last, cuDNN
-in benchmark mode); medians. "Backward" is the sum of what one backward runs: compression included. Beside it stands
-what the GPU's roofline predicts, so that its parameters can be corrected (`bench.fit_roofline`). Needs a GPU with
-sparse tensor cores and the kernels.
+in benchmark mode); medians. "Backward" is all of it, compression included, as the one call that it is (the sum of its
+parts where there is none). Beside it stands what the GPU's roofline predicts, so that its parameters can be corrected
+(`bench.fit_roofline`). Needs a GPU with sparse tensor cores and the kernels.
 """
 
 from __future__ import annotations
