@@ -156,8 +156,8 @@ def rank_tilings(
     """For each tile and cluster its best number of splits at [m, k] x [k, n], and where a last round can be shared that
     too; least predicted time first, which is the default of a product.
 
-    For SM90 and unshared that is within 4 % of the fastest tile of a search at 50 products of transformers on an H200
-    (bench/results/gemm-NVIDIA_H200.json), within 13 % at 24 of 1x1 convolutions, 1 % on average.
+    For SM90 that is within 7 % of the fastest of all at 50 products of transformers on an H200 (0.6 % on average;
+    bench/results/gemm-NVIDIA_H200.json), within 15 % at 24 of 1x1 convolutions (2 %).
 
     Each round of thread blocks takes as long as one tile, a last one that leaves multiprocessors idle a little less;
     splitting the reduction of a wgrad fills it, and costs writing and reading the partial results. Sharing fills it as

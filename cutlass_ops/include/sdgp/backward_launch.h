@@ -61,7 +61,7 @@ class Backward {
                   bool overlaps = false) {
     if (!part.has_value()) return;
     const auto& [product, operand, workspace] = *part;
-    if (step == SDGP_STEP_PREPARE && !product->is_prepared()) return;
+    if (step == SDGP_STEP_PREPARE && !product->needs_preparation()) return;
     (*product)(block + operand.first, block + operand.second, b, out, block + workspace, stream, step, overlaps);
   }
 

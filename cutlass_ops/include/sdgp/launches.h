@@ -185,7 +185,7 @@ class Product {
   virtual void operator()(int64_t values, int64_t metadata, int64_t b, int64_t out, int64_t workspace, int64_t stream,
                           int32_t step, bool overlaps) const = 0;
   // Whether there is something to do in SDGP_STEP_PREPARE.
-  virtual bool is_prepared() const = 0;
+  virtual bool needs_preparation() const = 0;
 };
 
 // Problem: SdgpSparseGemm or SdgpSparseConv, which call alike what is alike.
@@ -226,7 +226,7 @@ class ProductOf : public Product {
     check_launch(name_, function_(&problem));
   }
 
-  bool is_prepared() const override { return problem_.owned_blocks > 0; }
+  bool needs_preparation() const override { return problem_.owned_blocks > 0; }
 
  protected:
   std::string name_;

@@ -7,8 +7,8 @@
 extern "C" {
 #endif
 
-// out[count] (+)= sum over splits of partials[splits, count], added in an order that depends on the sizes alone: the same
-// bits on every run. Rounded once.
+// out[count] (+)= sum over splits of partials[splits, count], added in an order that depends on the sizes alone: the
+// same bits on every run. Rounded once.
 struct SdgpPartialSums {
   const float* partials;
   void* out;  // float32, bfloat16 or float16

@@ -10,8 +10,8 @@ extern "C" {
 #endif
 
 // y[n, p, q, c_out] = conv(x[n, h, w, c_in], filter[c_out, r, s, c_in]), NHWC, one group. The compressed operand is dy
-// along c_out (dgrad: values [n, p, q, padded_k / 2]) or along positions (wgrad: values [padded_k / 2, c_out], rows in whole
-// chunks of 8).
+// along c_out (dgrad: values [n, p, q, padded_k / 2]) or along positions (wgrad: values [padded_k / 2, c_out], rows in
+// whole chunks of 8).
 struct SdgpSparseConv {
   const void* values;
   const void* metadata;

@@ -30,8 +30,8 @@ struct SdgpSparseGemm {
   int32_t sm_count;
   int32_t out_is_float, accumulate;
   int32_t step;  // SDGP_STEP_..
-  // Hopper only: blocks begin while the last ones of the kernel before it in the stream run, and the product ends behind
-  // that one. For operands that were complete before that kernel began, and memory that it does not use.
+  // Hopper only: blocks begin while the last ones of the kernel before it in the stream run, and the product ends
+  // behind that one. For operands that were complete before that kernel began, and memory that it does not use.
   int32_t overlaps;
   void* stream;
 };
