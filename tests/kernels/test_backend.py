@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ import torch
 import cutlass_ops
 from cutlass_ops import build_kernels
 from sdgp_accel import SDGPConfig
-from sdgp_accel.backends import cutlass, dense, gpu, tiles
+from sdgp_accel.backends import Call, Decision, Tilings, cutlass, dense, gpu, tiles
 from sdgp_accel.backends import products as sparse_products
+from sdgp_accel.backends.bound import SparseBackward
+from sdgp_accel.backends.tiles import Tiling, workspace_bytes
 from sdgp_accel.geometry import Conv2dGeometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
 from sdgp_accel.nn import SDGPConv2d, SDGPLinear
@@ -412,3 +415,47 @@ def test_replays_of_a_graph_draw_anew():
         graph.replay()
         results.append(x.grad.clone())
     assert not torch.equal(*results)
+
+
+@pytest.mark.parametrize(("dgrad_shares", "wgrad_options"), [(True, {"splits": 3}), (False, {"owned_steps": 2})])
+@pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False)])
+def test_what_kernels_use_that_run_at_once_is_apart(hopper, monkeypatch, dgrad_shares, wgrad_options, needs):
+    """wgrad begins while dgrad runs: neither writes where the other reads or writes."""
+    t, c, n = 1000, 520, 264
+    made: dict[str, Any] = {}
+
+    class Kernels:
+        """Writes down what is asked of it."""
+
+        PruneCompress = SparseGemm = staticmethod(lambda *name, **options: None)
+
+        def Backward(self, sweeps, dgrad, wgrad):
+            made.update(sweeps=sweeps, dgrad=dgrad, wgrad=wgrad)
+
+        def bias_partial_rows(self, t, c):
+            return 7
+
+    kernels = Kernels()
+    monkeypatch.setattr(cutlass_ops, "kernels", lambda: kernels)
+    geometry, plan = LinearGeometry(t, n, c), decode(plan_string("linear", SDGPConfig()))
+    dgrad_tiling = Tiling("sm90", "128x256", 2, 1, 1, owned_steps=2 * dgrad_shares)
+    wgrad_tiling = Tiling("sm90", "128x128", 2, 1, 1)._replace(**wgrad_options)
+    decision = Decision(geometry, cutlass.BACKEND, plan, True, "", Tilings(dgrad_tiling, wgrad_tiling))
+    bound = SparseBackward(decision, Call((t, n), torch.bfloat16, CUDA, torch.bfloat16))
+    size = 2 * bound._prepare((*needs, True)).block[0]
+    padded_t, padded_c = -(-t // 128) * 128, -(-c // 64) * 64
+    used = []  # bytes: begin, end
+    if needs[0]:
+        (values, metadata), workspace = made["dgrad"][1:]
+        used += [(values, values + t * padded_c), (metadata, metadata + t * 2 * -(-padded_c // 128) * 8)]
+        used.append((workspace, workspace + workspace_bytes(dgrad_tiling, t * n, 132)))
+    if needs[1]:
+        (values, metadata), workspace = made["wgrad"][1:]
+        used += [(values, values + padded_t * c), (metadata, metadata + padded_t // 16 * 2 * c)]
+        used.append((workspace, workspace + workspace_bytes(wgrad_tiling, c * n, 132)))
+    bias_partials = made["sweeps"][0][4]
+    used.append((bias_partials, bias_partials + 4 * c * 7))
+    used.sort()
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(used))
+    assert used[-1][1] <= size <= used[-1][1] + 1024
+    assert all(begin % 16 == 0 for begin, _ in used)
