@@ -3,6 +3,8 @@
 // positional arguments takes little of the host's time. Launches release the GIL, since one that meets a full queue
 // waits for the GPU.
 //
+// Classes are local to the module, so that a process can hold two builds of it.
+//
 // Every instance is a C function in this shared library and is found by its name, so adding one means adding a file.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -26,7 +28,7 @@ using Launching = py::call_guard<py::gil_scoped_release>;
 template <typename Kind, typename... Sizes, typename... Arguments>
 void define_product(py::module_& module, const char* name, const char* doc, const Arguments&... sizes) {
   using Options = int64_t;
-  py::class_<Kind, Product, std::shared_ptr<Kind>>(module, name, doc)
+  py::class_<Kind, Product, std::shared_ptr<Kind>>(module, name, py::module_local(), doc)
       .def(py::init<const std::string&, Sizes..., Options, Options, Options, Options, Options, Options, bool, bool>(),
            py::arg("name"), py::kw_only(), sizes..., py::arg("padded_k"), py::arg("splits") = 1,
            py::arg("owned_blocks") = 0, py::arg("group_n") = 8, py::arg("cluster_size") = 2, py::arg("sm_count"),
@@ -59,7 +61,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("scope_workspace", &sdgp_scope_workspace, py::arg("t"), py::arg("c"), py::arg("positions_per_sample"),
              "Values of the workspace `sums` of ScopeScales, float64; it may be null where that is 0.");
   py::class_<PruneCompress, std::shared_ptr<PruneCompress>>(
-      module, "PruneCompress",
+      module, "PruneCompress", py::module_local(),
       "Prune dY [t, c] and compress it along both axes; SdgpPruneCompress in "
       "prune_compress_api.h. dgrad_k, wgrad_k: 0 where that operand is not wanted.")
       .def(py::init<const std::string&, int64_t, int64_t, const std::string&, int64_t, int64_t, int64_t, int64_t,
@@ -74,13 +76,15 @@ PYBIND11_MODULE(_C, module) {
            py::arg("offset") = 0, py::arg("rank") = 0, py::arg("dgrad_scale") = 0, py::arg("wgrad_scale") = 0,
            py::arg("stream") = 0);
   py::class_<ScopeScales, std::shared_ptr<ScopeScales>>(
-      module, "ScopeScales", "The factors of rescale_magnitude over a scope wider than a group; SdgpScopeScales there.")
+      module, "ScopeScales", py::module_local(),
+      "The factors of rescale_magnitude over a scope wider than a group; SdgpScopeScales there.")
       .def(py::init<int64_t, int64_t, const std::string&, int64_t, int64_t, int64_t, int64_t, float>(), py::kw_only(),
            py::arg("n"), py::arg("m"), py::arg("dtype"), py::arg("t"), py::arg("c"), py::arg("row_stride"),
            py::arg("positions_per_sample"), py::arg("eps"))
       .def("__call__", &ScopeScales::operator(), Launching(), py::arg("dy"), py::arg("sums") = 0,
            py::arg("dgrad_scale") = 0, py::arg("wgrad_scale") = 0, py::arg("stream") = 0);
-  py::class_<Product, std::shared_ptr<Product>>(module, "Product", "A sparse product: SparseGemm or SparseConv.");
+  py::class_<Product, std::shared_ptr<Product>>(module, "Product", py::module_local(),
+                                                "A sparse product: SparseGemm or SparseConv.");
   define_product<SparseGemm, int64_t, int64_t, int64_t>(
       module, "SparseGemm", "The instance `name` of the sparse GEMM; SdgpSparseGemm in sparse_gemm_api.h.",
       py::arg("m"), py::arg("n"), py::arg("k"));
@@ -90,7 +94,7 @@ PYBIND11_MODULE(_C, module) {
       "q, c_out, r, s; window: stride, padding, dilation, vertical first.",
       py::arg("shape"), py::arg("window"));
   py::class_<Backward>(
-      module, "Backward",
+      module, "Backward", py::module_local(),
       "The launches of one layer's backward. All places are bytes from the beginning of one block. sweeps: "
       "(PruneCompress, ScopeScales or None, (values, metadata) of dgrad or None, the same of wgrad, workspace, "
       "dgrad_scale, wgrad_scale); dgrad, wgrad: (product, (values, metadata), workspace) or None.")

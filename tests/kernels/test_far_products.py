@@ -238,12 +238,15 @@ def test_large_dw(simulators: dict[str, Simulator], case: GemmCase) -> None:
 @pytest.mark.parametrize(
     ("instance", "m", "n"), [("sm80_wgrad_bf16_64x128", 1 << 16, 1 << 16), ("sm80_wgrad_f16_128x64_any", 65537, 65537)]
 )
-def test_sum_of_large_partial_products(simulators: dict[str, Simulator], instance: str, m: int, n: int) -> None:
+def test_sum_of_large_partial_products(
+    simulators: dict[str, Simulator], monkeypatch: pytest.MonkeyPatch, instance: str, m: int, n: int
+) -> None:
     """out [2^32 elements] = the sum of three such; blocks of 256 threads take a stride of the whole grid."""
     simulator = simulators["sm80"]
+    monkeypatch.setattr(simulator, "sm_count", 1 << 20)  # of which each gets four blocks at most
     memory, count, splits = simulator.memory, m * n, 3
     width = 4 if count % 4 == 0 else 1
-    grid = -(-count // 1024)
+    grid = min(-(-count // (256 * width)), 4 * simulator.sm_count)
     partials, out = memory.reserve(splits, count, dtype=torch.float32), memory.reserve(count, dtype=torch.float32)
     expected = []
     for block in ends(grid):

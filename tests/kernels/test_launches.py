@@ -194,7 +194,7 @@ def hopper_extension(tmp_path_factory):
     path = tmp_path_factory.mktemp("hopper") / "_C.so"
     build_kernels.link(toolkit, [build_kernels._compile_bindings(toolkit, archs), *objects], path)
     simulator = SimEngine((9, 0))
-    return simulator, simulator.load_module(path, "_C")
+    return simulator, simulator.load_module(path, "hopper._C")  # by another name: pybind11 keeps modules by theirs
 
 
 @pytest.mark.parametrize("options", [{"splits": 2}, {"owned_blocks": 2}], ids=str)
