@@ -272,6 +272,19 @@ class GpuEngine:
             assert buffer[self.GUARD + size :].isnan().all(), "written behind an output"
 
 
+def toolkit_for_simulator() -> build_kernels.Toolkit:
+    """Skips a test of what only the simulator shows where that cannot run or a GPU would displace it."""
+    from tests.ptxsim import toolchain
+
+    if torch.cuda.is_available():
+        pytest.skip("looked at on the simulator")
+    if reason := toolchain.missing():
+        pytest.skip(reason)
+    toolkit = build_kernels.find_toolkit()
+    assert toolkit is not None
+    return toolkit
+
+
 @functools.cache
 def simulated_library(name: str, arch: str) -> Path:
     """A shared library with the PTX of one instance and of what sums up its parts, with the shared CUDA runtime."""

@@ -7,7 +7,7 @@ import torch
 
 from cutlass_ops import build_kernels
 from sdgp_accel.semi_structured import compress_matrix
-from tests.kernels.products import SimulatorEngine, assert_close, sparse_matrix
+from tests.kernels.products import SimulatorEngine, assert_close, sparse_matrix, toolkit_for_simulator
 
 pytestmark = pytest.mark.timeout(1800)  # the first test may have to compile the kernels
 
@@ -180,14 +180,9 @@ def test_a_backward_is_its_launches_one_after_another(engine, wants_dgrad, scope
 @pytest.fixture(scope="module")
 def hopper_extension(tmp_path_factory):
     """The simulator of an H100, and an extension with the PTX of a few instances for it."""
-    from tests.ptxsim import toolchain
     from tests.ptxsim.engine import SimEngine
 
-    if torch.cuda.is_available():
-        pytest.skip("launches are looked at on the simulator")
-    if reason := toolchain.missing():
-        pytest.skip(reason)
-    toolkit, archs = build_kernels.find_toolkit(), ("compute_90a",)
+    toolkit, archs = toolkit_for_simulator(), ("compute_90a",)
     names = ("magnitude_2_4", "sm90_dgrad_f16_128x128", "sm90_wgrad_f16_128x128")
     names += ("partial_sums", "bias_sum", "scope_scales", "device_check")
     objects = [build_kernels.compile_instance(toolkit, build_kernels.INSTANCES / f"{name}.cu", archs) for name in names]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cutlass_ops import build_kernels
-from tests.kernels.products import SimulatorEngine
+from tests.kernels.products import SimulatorEngine, toolkit_for_simulator
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -27,13 +27,7 @@ class PartialSums(ctypes.Structure):
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory):
     """The simulator of an H100, and the library on it."""
-    from tests.ptxsim import toolchain
-
-    if torch.cuda.is_available():
-        pytest.skip("a GPU sums up in the products' own tests")
-    if reason := toolchain.missing():
-        pytest.skip(reason)
-    toolkit, path = build_kernels.find_toolkit(), tmp_path_factory.mktemp("sums") / "sums.so"
+    toolkit, path = toolkit_for_simulator(), tmp_path_factory.mktemp("sums") / "sums.so"
     source = build_kernels.INSTANCES / "partial_sums.cu"
     build_kernels.link(toolkit, [build_kernels.compile_instance(toolkit, source, ("compute_90a",))], path)
     engine = SimulatorEngine("90a")
