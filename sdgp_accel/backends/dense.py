@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sdgp_accel.geometry import Geometry, LinearGeometry
+from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 
 
 def dgrad(dy: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -15,10 +15,7 @@ def dgrad(dy: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     # Only the shape and the memory format of the input matter to its own gradient.
     memory_format = _memory_format(geometry.channels_last)
     x = torch.empty(geometry.input_shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format)
-    dx, _, _ = torch.ops.aten.convolution_backward.default(
-        dy, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
-        (True, False, False),
-    )  # fmt: skip
+    dx, _, _ = _convolution_backward(dy, x, weight, geometry, (True, False, False))
     result: Tensor = dx.contiguous(memory_format=memory_format)
     return result
 
@@ -29,10 +26,7 @@ def wgrad(dy: Tensor, x: Tensor, geometry: Geometry) -> Tensor:
         return matrix_view(dy, geometry).t() @ matrix_view(x, geometry)
     memory_format = _memory_format(geometry.channels_last)
     weight = torch.empty(geometry.weight_shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format)
-    _, dw, _ = torch.ops.aten.convolution_backward.default(
-        dy, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
-        (False, True, False),
-    )  # fmt: skip
+    _, dw, _ = _convolution_backward(dy, x, weight, geometry, (False, True, False))
     result: Tensor = dw.contiguous(memory_format=memory_format)
     return result
 
@@ -41,10 +35,7 @@ def both(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Ten
     """`dgrad` and `wgrad` as an ordinary layer computes them."""
     if isinstance(geometry, LinearGeometry):
         return dgrad(dy, weight, geometry), wgrad(dy, x, geometry)
-    dx, dw, _ = torch.ops.aten.convolution_backward.default(
-        dy, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
-        (True, True, False),
-    )  # fmt: skip
+    dx, dw, _ = _convolution_backward(dy, x, weight, geometry, (True, True, False))
     return dx, dw
 
 
@@ -77,6 +68,17 @@ def layer_view(matrix: Tensor, geometry: Geometry) -> Tensor:
         return matrix
     shape = (geometry.batch, geometry.out_height, geometry.out_width, geometry.out_channels)
     return matrix.view(shape).permute(0, 3, 1, 2)
+
+
+def _convolution_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Conv2dGeometry, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias that are wanted; None for the others."""
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward.default(
+        dy, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups,
+        wanted,
+    )  # fmt: skip
+    return gradients
 
 
 def _memory_format(channels_last: bool) -> torch.memory_format:

@@ -40,7 +40,8 @@ FEW_COLUMNS, GROUP_N = 16, 8
 MAX_ROUNDS = 8  # of thread blocks that splitting may make of a product: more even out no better
 # Of sharing the last round's tiles, in steps of TILE_K of the fastest main loop (0.81 µs for 128x256 on an H200): a
 # float32 tile of 128 KB is read at 64 bytes per cycle and multiprocessor, 1.2 µs; the flags are cleared by a launch of
-# their own, some 2 µs. Half or twice of either choose no better among the tilings timed on an H200.
+# their own, some 2 µs. Among the tilings timed on an H200, 3 for the former and 1, 5, 8 and 12 for the latter choose no
+# better.
 PIECE_STEPS, SHARING_STEPS = 1.5, 2.5
 SHARING_MARGIN = 1.03  # of the prediction, over its error elsewhere: what is not clearly faster is not shared
 WARPS = 8  # that compute a tile, each with a flag for its part of it
@@ -74,8 +75,8 @@ _SM90_DGRAD = _SM90 | {
     Tile(128, 128, 1, pingpong=True): 1.44, Tile(256, 64, 1, pingpong=True): 1.83,
 }  # fmt: skip
 _SM90_WGRAD = _SM90 | {Tile(64, 256, 1, pingpong=True): 1.96}
-# By least squares over the convolutions of bench/layers.py on an H200, every tiling timed: clusters do not help, wide
-# tiles do.
+# About what least squares give over the convolutions of bench/layers.py on an H200, every tiling timed: clusters do not
+# help, wide tiles do.
 _SM90_CONV_DGRAD = {
     Tile(128, 256, 2): 1.02, Tile(256, 128, 2): 1.13, Tile(128, 128, 2): 1.26, Tile(128, 192, 2): 1.06,
     Tile(128, 256, 1): 1.0, Tile(256, 128, 1): 1.13, Tile(128, 128, 1): 1.23, Tile(128, 192, 1): 1.04,
