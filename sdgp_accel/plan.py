@@ -16,6 +16,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from sdgp_accel import batch as batches
+from sdgp_accel.backends.cutlass import takes_pattern
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.layer_plan import DEFAULT_SCOPE
 from sdgp_accel.nn import SDGPLayer
@@ -289,7 +290,7 @@ def _dense_reason(call: LayerCall, config: SDGPConfig, select: Select) -> str:
     if not any(getattr(config, p) == "sparse" for p in work.passes):
         return "no pass pruned"
     spec = config.spec("grad_input", "group") or config.spec("grad_weight", "group")
-    return "" if spec is not None and spec.fits_2_4 else f"{config.n}:{config.m}"
+    return "" if spec is not None and takes_pattern(spec) else f"{config.n}:{config.m}"
 
 
 def _title(schedule: Schedule) -> str:

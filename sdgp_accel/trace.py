@@ -25,10 +25,10 @@ class LayerCall(NamedTuple):
 def trace(model: nn.Module, batch: Any) -> list[LayerCall]:
     """Every call of an nn.Linear or nn.Conv2d (subclasses included) in one forward of `model` on `batch`.
 
-    Works on any device, "meta" included; nothing is computed, allocated or changed. RuntimeError where the forward
-    needs values, which shapes do not have.
+    Works on any device, "meta" included; nothing is computed, allocated or changed, and what torch.compile has wrapped
+    runs eagerly. RuntimeError where the forward needs values, which shapes do not have.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped, without it in the names
     # Parameters and buffers are replaced by their shapes for the time of one call: no copy of a large model, no
     # running statistics touched.
     shapes = {
@@ -37,15 +37,16 @@ def trace(model: nn.Module, batch: Any) -> list[LayerCall]:
     } | {name: torch.empty_like(buffer, device="meta") for name, buffer in model.named_buffers()}
     calls: list[LayerCall] = []
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+        def record(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
             assert isinstance(module, (nn.Linear, nn.Conv2d))
-            calls.append(LayerCall(name, module, _work(module, args[0], output), args[0]))
+            x = args[0] if args else named["input"]
+            calls.append(LayerCall(name, module, _work(module, x, output), x))
 
         return record
 
     handles = [
-        module.register_forward_hook(recorder(name))
+        module.register_forward_hook(recorder(name), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
     ]
@@ -55,7 +56,7 @@ def trace(model: nn.Module, batch: Any) -> list[LayerCall]:
     inputs, _ = batches.split(batches.to(batch, "meta"))
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, None)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             functional_call(model, shapes, args, kwargs)
     except RuntimeError as error:  # NotImplementedError is one, too
         raise RuntimeError(f"the forward of {type(model).__name__} cannot run on shapes alone: {error}") from error

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,24 @@ def test_neither_compilation_nor_no_grad_changes_the_plan() -> None:
     assert [layer.name for layer in report.layers] == ["0", "1"]
 
 
+def test_layers_called_by_keyword_and_parts_compiled_in_place_are_planned() -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(input=x))
+
+    model, batch = ByKeyword(), torch.randn(8, 16)
+    expected = plan(nn.Sequential(OrderedDict(first=model.first, second=model.second)), batch)
+    assert plan(model, batch) == expected
+    model.second.compile()
+    assert plan(model, batch) == expected
+    model.compile()
+    assert plan(model, batch) == expected
+
+
 class WithCache(nn.Module):
     """Keeps what its forward has computed, as modules do with masks and positions."""
 
@@ -178,7 +197,11 @@ def test_what_stays_dense_says_why() -> None:
     paper = SDGPConfig(grad_weight="dense")
     assert {p for layer in plan(model, images, config=paper).layers for p in layer.work.sparse_passes} == {"grad_input"}
     assert _reasons(plan(model, images, config=SDGPConfig(n=4, m=8)))["3"] == "4:8"
-    assert _reasons(plan(model, images, config=SDGPConfig(n=2, m=8)))["3"] == ""
+    taken = {
+        (n, m): _reasons(plan(model, images, config=SDGPConfig(n=n, m=m)))["3"] == ""
+        for n, m in ((2, 8), (1, 16), (1, 2), (2, 12), (1, 32), (2, 32))
+    }
+    assert [pattern for pattern, is_taken in taken.items() if is_taken] == [(2, 8), (1, 16)]  # what kernels there are
     off = plan(model, images, config=SDGPConfig(grad_input="dense", grad_weight="dense"))
     assert _reasons(off)["3"] == "no pass pruned"
     assert off.saving("fused") == 0.0

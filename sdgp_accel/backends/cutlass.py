@@ -27,12 +27,17 @@ from sdgp_accel.backends.bound import SparseBackward
 from sdgp_accel.backends.products import ALIGNMENT, Launch, plan_product, rank, too_large
 from sdgp_accel.backends.sweep import DTYPE_NAMES, Storage, StoredOperand, plan_sweeps
 from sdgp_accel.backends.tiles import Product, Tiling
-from sdgp_accel.config import Pass
+from sdgp_accel.config import Pass, PruneSpec
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import LayerPlan
 from sdgp_accel.philox import Rng
 
 GROUP_SIZES = (4, 8, 16)
+
+
+def takes_pattern(spec: PruneSpec) -> bool:
+    """Whether the kernels prune by this N:M: fewer patterns than those whose result is a 2:4 operand."""
+    return spec.n <= 2 and spec.m in GROUP_SIZES
 
 
 class CutlassBackend:
@@ -67,7 +72,7 @@ class CutlassBackend:
         if geometry.groups != 1:
             return f"the kernels have no grouped convolutions; groups = {geometry.groups}"
         for spec in (plan.grad_input, plan.grad_weight):
-            if spec is not None and not (spec.n <= 2 and spec.m in GROUP_SIZES):
+            if spec is not None and not takes_pattern(spec):
                 return f"the kernels take N:M with N <= 2 and M of {GROUP_SIZES}, not {spec.n}:{spec.m}"
         if geometry.positions == 0 or geometry.out_channels == 0 or geometry.in_channels == 0:
             return "the layer's gradient is empty"
