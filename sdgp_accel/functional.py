@@ -370,12 +370,17 @@ def _is_sharded(weight: Tensor) -> bool:
     # By name: importing torch.distributed.tensor takes half a second.
     if type(weight).__name__ != "DTensor":
         return False
+    _warn_of_shards()
+    return True
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo cannot trace a warning: it calls this
+def _warn_of_shards() -> None:
     warn_once(
         "layers with tensor-parallel weights (DTensor) run the ordinary dense backward; the others draw by the rank of "
         "their process: call sdgp_accel.set_data_parallel_rank with its place among the data-parallel ones, so that "
         "tensor-parallel processes, whose copies of the others are to stay alike, draw alike"
     )
-    return True
 
 
 def _is_foreign(input: Tensor, compiling: bool) -> bool:

@@ -460,16 +460,17 @@ def _tune_in_one(rank: int) -> Tensor:
 
 
 def _tensor_parallel(rank: int) -> list[Tensor]:
-    """Gradients (whole) of a tensor-parallel model, before and after it is accelerated."""
+    """Gradients (whole) of a tensor-parallel model, before and after it is accelerated, and then compiled."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
     parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     results = []
-    for accelerated in (False, True):
-        if accelerated:
+    for run in (model, model, compiled):
+        if results:
             sdgp.accelerate_(model)
         model.zero_grad()
-        model(torch.linspace(-1, 1, 32).view(4, 8)).square().sum().backward()
+        run(torch.linspace(-1, 1, 32).view(4, 8)).square().sum().backward()
         results.append(torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()]))
     return results
 
@@ -542,8 +543,9 @@ def test_one_rank_may_tune_alone(two_processes: list[dict[str, Any]]) -> None:
 
 def test_tensor_parallel_layers_run_dense(two_processes: list[dict[str, Any]]) -> None:
     for results in two_processes:
-        dense, accelerated = results["tensor parallel"]
+        dense, accelerated, compiled = results["tensor parallel"]
         assert torch.equal(dense, accelerated)
+        torch.testing.assert_close(compiled, dense)
 
 
 def test_ranks_seeded_alike_prune_differently(two_processes: list[dict[str, Any]]) -> None:
