@@ -21,7 +21,7 @@ from sdgp_accel.nn import SDGPLayer
 from sdgp_accel.plan import plan
 from sdgp_accel.provenance import gpu_state, provenance
 from sdgp_accel.report import SwapReport
-from sdgp_accel.roofline import GPU, known_gpu
+from sdgp_accel.roofline import GPU, gpu_figures, known_gpu
 from sdgp_accel.stages import StageRecorder
 from sdgp_accel.swap import Filter, check_model, restore_layer, tune
 from sdgp_accel.targets import GEMM_NODES, Target, find_targets, gemm_node
@@ -55,7 +55,8 @@ def benchmark(
 ) -> BenchmarkReport:
     """Time the training step of `model` on `batch`, dense and with SDGP, in turns, on the model's device.
 
-    model: copied for every contender; the original is left alone.
+    model: copied for every contender; the original is left alone. What torch.compile has wrapped in it runs eagerly in
+        the contenders that are not compiled.
     batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets).
     config, filter_fn: as for `accelerate_`; config None takes each SDGP layer of an accelerated model with its own
         configuration, whatever `filter_fn` selects. One contender is dense and the other prunes, whatever is swapped
@@ -66,7 +67,8 @@ def benchmark(
     compile: compile both contenders. peers: also time both the other way, eager or compiled; one of these that cannot
         run is left out, and the report says why.
     steps, warmup: counted and uncounted steps of each contender.
-    gpu: whose roofline the prediction uses; None for this GPU where it is a known one, else an A100.
+    gpu: whose roofline the prediction uses; None for this GPU where it is a known one, else an A100. A model that
+        `plan` cannot trace has none, and the report says why.
     name: what the report calls the model.
 
     Raises ValueError or TypeError for bad arguments. Nothing is accelerated on a CPU; the report says so.
@@ -77,6 +79,8 @@ def benchmark(
     batches.check_autocast(autocast)
     check_model(model)
     batches.check_loss_fn(loss_fn)
+    if gpu is not None:
+        gpu_figures(gpu)
     device = _device_of(model)
     batch = batches.to(batch, device)
     make = functools.partial(_Contender, model, batch, loss_fn=loss_fn, optimizer=optimizer, autocast=autocast)
@@ -111,13 +115,18 @@ def benchmark(
     configs = {layer.sdgp_config for layer in contenders[1].model.modules() if isinstance(layer, SDGPLayer)}
     shared = next(iter(configs), SDGPConfig()) if config is None and len(configs) < 2 else config
     where = gpu or known_gpu(origin["gpu"]["name"] if origin["gpu"] else "") or "a100"
+    prediction, unpredicted = None, None
+    try:
+        prediction = plan(model, batch, where, config, filter_fn)
+    except RuntimeError as error:
+        unpredicted = next(iter(str(error).splitlines()))
     return BenchmarkReport(
         name=name or type(model).__name__,
         batch=batches.size(batch),
         accelerated="prune_compress" in results[1].stages and any(layer.backend == "cutlass" for layer in swap.swapped),
         contenders=tuple(results),
         swap=swap,
-        prediction=plan(model, batch, where, config, filter_fn),
+        prediction=prediction,
         settings={
             "config": None if shared is None else asdict(shared),  # None: layers differ
             "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
@@ -126,6 +135,7 @@ def benchmark(
             "steps": steps,
             "warmup": warmup,
             "left_out": left_out,
+            "unpredicted": unpredicted,
         },
         provenance=origin,
     )
@@ -164,6 +174,10 @@ class _Contender:
 
     def step(self, clock: Clock) -> tuple[Any, Any, Any, Any]:
         """One training step; the moments of its start and of the ends of forward, backward and optimizer."""
+        with contextlib.nullcontext() if self.compiled else torch.compiler.set_stance("force_eager"):
+            return self._step(clock)
+
+    def _step(self, clock: Clock) -> tuple[Any, Any, Any, Any]:
         start = clock.mark()
         with torch.autocast(self._device_type, self._autocast, enabled=self._autocast is not None):
             loss = batches.training_loss(self._forward, self._batch, self._loss_fn)

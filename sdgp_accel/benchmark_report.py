@@ -17,6 +17,7 @@ from rich.text import Text
 
 from sdgp_accel.plan import PlanReport
 from sdgp_accel.report import SwapReport
+from sdgp_accel.roofline import GPU
 from sdgp_accel.timing import Stats
 
 SCHEMA = 1
@@ -91,7 +92,8 @@ class BenchmarkReport:
 
     accelerated: whether any layer ran on sparse tensor cores. Where it is false, the SDGP times are those of an
     emulation, or of the dense backward where nothing was pruned, and no saving is stated anywhere. contenders: dense,
-    SDGP, then both the other way, compiled or eager.
+    SDGP, then both the other way, compiled or eager. prediction: None where shapes alone do not run the model;
+    ``settings["unpredicted"]`` says why.
     """
 
     name: str
@@ -99,7 +101,7 @@ class BenchmarkReport:
     accelerated: bool
     contenders: tuple[ContenderResult, ...]
     swap: SwapReport
-    prediction: PlanReport
+    prediction: PlanReport | None
     settings: dict[str, Any]
     provenance: dict[str, Any]
 
@@ -140,7 +142,10 @@ class BenchmarkReport:
     @property
     def verdict(self) -> str:
         """What the numbers say, in words."""
-        prediction = f"What the {self.prediction.gpu.title} could save is predicted below."
+        if self.prediction is None:
+            prediction = f"What a GPU could save is not predicted: {self.settings['unpredicted']}."
+        else:
+            prediction = f"What the {self.prediction.gpu.title} could save is predicted below."
         if self.outcome == "emulated":
             where = "a GPU that runs no layer sparse" if self.provenance["gpu"] else "a CPU"
             return (
@@ -181,7 +186,7 @@ class BenchmarkReport:
             "fastest_sdgp": self.fastest_sdgp.name,
             "sdgp_over_dense": ratios,
             "swap": self.swap.to_dict(),
-            "prediction": self.prediction.to_dict(),
+            "prediction": None if self.prediction is None else self.prediction.to_dict(),
             "layers": [asdict(group) for group in self.layers],
             "settings": self.settings,
             "provenance": self.provenance,
@@ -189,8 +194,9 @@ class BenchmarkReport:
 
     @property
     def layers(self) -> list[LayerGroup]:
-        """Measured and predicted backward of equal layers; empty on a CPU and where compilation hides the layers."""
-        if self.provenance["gpu"] is None:
+        """Measured and predicted backward of equal layers; empty on a CPU, where compilation hides the layers and where
+        nothing is predicted."""
+        if self.provenance["gpu"] is None or self.prediction is None:
             return []
         dense, ours = self.contenders[0].layers, self.sdgp.layers
         found = []
@@ -226,10 +232,10 @@ class BenchmarkReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._table()
-        if self.layers:
-            yield self._layer_table()
+        if self.layers and self.prediction is not None:
+            yield self._layer_table(self.prediction.gpu)
         yield Panel(Text(self.verdict), border_style=_COLOURS[self.outcome], expand=False)
-        if not self.accelerated:
+        if not self.accelerated and self.prediction is not None:
             yield self.prediction
 
     def _table(self) -> Table:
@@ -260,11 +266,11 @@ class BenchmarkReport:
         table.add_row("peak MiB in a step", *(f"{c.peak_bytes / 2**20:,.1f}" for c in self.contenders))
         return table
 
-    def _layer_table(self) -> Table:
+    def _layer_table(self, gpu: GPU) -> Table:
         table = Table(
             box=box.SIMPLE_HEAD,
             title="backward of the layers, compression included: ms per step",
-            caption=f"roofline: predicted dense ms and two-pass saving on the {self.prediction.gpu.title}",
+            caption=f"roofline: predicted dense ms and two-pass saving on the {gpu.title}",
         )
         table.add_column("layer", overflow="fold", min_width=10)
         for header in ("T×K→C", "dense", "roofline", "SDGP", "saves", "roofline"):

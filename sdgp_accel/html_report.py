@@ -87,7 +87,7 @@ def render(report: Mapping[str, Any]) -> str:
         strip_height=len(strips) * STRIP_ROW,
         memory=_memory(contenders),
         measured=_measured_rows(report["layers"]),
-        predicted=_predicted_rows(report["prediction"]),
+        predicted=_predicted_rows(report["prediction"]) if report["prediction"] else [],
         provenance=_flatten(report["provenance"]),
         settings=_flatten(report["settings"]),
         raw=json.dumps(report).replace("<", "\\u003c"),  # nothing in it may end the script element that carries it

@@ -225,6 +225,59 @@ def test_a_peer_that_cannot_run_is_left_out(fake_clock: FakeClock, monkeypatch: 
         benchmark(_small_model(), _small_batch(), DETERMINISTIC, compile=True, peers=True, steps=1, warmup=1)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_compiled_model_runs_eagerly_unless_the_contenders_are_compiled(
+    compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compilations: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compilations.append("compiled")
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiler(model, backend=backend))
+    report = benchmark(
+        compiler(_small_model(), backend=backend), _small_batch(), DETERMINISTIC, compile=compile, steps=1
+    )
+    assert bool(compilations) == compile
+    assert [contender.compiled for contender in report.contenders] == [compile] * 2
+
+
+class _ReadsValues(nn.Linear):
+    """A model whose forward depends on values, as a router's does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x if x.sum().item() > 0 else -x)
+
+
+def test_a_model_that_shapes_alone_do_not_run_has_no_prediction(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), _ReadsValues(16, 8))
+    report = benchmark(model, _small_batch(), DETERMINISTIC, steps=1, warmup=0)
+    assert report.prediction is None
+    why = "the forward of Sequential cannot run on shapes alone"
+    assert report.settings["unpredicted"].startswith(why)
+    assert f"not predicted: {why}" in report.verdict
+    assert "not predicted" in str(report)
+    report.save_json(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["prediction"] is None
+    report.save_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert why in page
+    assert "layers gain" not in page
+    measured = replace(measured_report((0.8, 0.8, 0.8)), prediction=None, settings=report.settings)
+    assert measured.layers == []
+    assert "0.800" in str(measured)
+
+
+def test_an_unknown_gpu_is_refused_before_anything_runs() -> None:
+    def loss_fn(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("ran")
+
+    with pytest.raises(ValueError, match="gpu must be one of"):
+        benchmark(_small_model(), _small_batch(), loss_fn=loss_fn, gpu="h1000")
+
+
 def test_the_fastest_of_each_side_are_compared() -> None:
     report = measured_report((0.8, 0.81, 0.79))
     compiled = _contender("SDGP, compiled", True, (0.7, 0.7, 0.7), {})
