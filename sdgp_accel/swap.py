@@ -55,14 +55,14 @@ def accelerate_(model: nn.Module, config: SDGPConfig | None = None, filter_fn: F
     RuntimeError where ``fallback="error"`` and a layer cannot run on the kernels.
     """
     steps = plan_swap(model, config, filter_fn)
+    report = SwapReport(tuple(step.report for step in steps))
+    if not report.swapped:  # here, where nothing has changed yet: a warning may be an error
+        warnings.warn("accelerate_ found no layer to swap in this model; see the returned report", stacklevel=2)
     for step in steps:
         if step.config is not None:
             swap_layer(step.module, step.config)
         elif isinstance(step.module, SDGPLayer):
             restore_layer(step.module)
-    report = SwapReport(tuple(step.report for step in steps))
-    if not report.swapped:
-        warnings.warn("accelerate_ found no layer to swap in this model; see the returned report", stacklevel=2)
     return report
 
 

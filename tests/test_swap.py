@@ -370,6 +370,16 @@ def test_a_warning_made_an_error_leaves_nothing_half_swapped(config: dict[str, A
     assert not any("sdgp" in key for m in model for key in vars(m))
 
 
+def test_a_warning_made_an_error_restores_no_layer() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    sdgp.accelerate_(model, sdgp.SDGPConfig(backend="reference"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="found no layer to swap"):
+            sdgp.accelerate_(model, sdgp.SDGPConfig(grad_input="dense", grad_weight="dense"))
+    assert isinstance(model[0], sdgp.SDGPLinear)
+
+
 @pytest.mark.parametrize("construct", ["layer", "accelerate_"])
 def test_linear_with_sample_channel_scope_warns_once_at_construction(construct: str, nothing_decided: None) -> None:
     config = sdgp.SDGPConfig(prune="rescale_magnitude", scope="sample_channel", backend="reference")

@@ -412,7 +412,13 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "FAILED: head wgrad" in result.output
     result = CliRunner().invoke(main, ["validate", "digits", "--device", "cpu", "--layers", "no_such_layer"])
     assert result.exit_code == 1
-    assert "no layer was checked" in result.output
+    assert "no layer was checked: not selected" in result.output
+    result = CliRunner().invoke(main, ["validate", "digits", "--device", "cpu", "--pattern", "4:4"])
+    assert result.exit_code == 1
+    assert "the configuration prunes neither pass" in result.output
+    result = CliRunner().invoke(main, ["validate", "digits", "--seed", str(2**64)])
+    assert result.exit_code == 2
+    assert "'--seed'" in result.output
     result = CliRunner().invoke(main, ["validate", "no_such_model"])
     assert result.exit_code == 1
     assert "no_such_model" in result.output

@@ -30,7 +30,9 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
 @click.option("--precision", type=click.Choice(list(PRECISIONS)), default="fp32", help="What the layers compute in.")
 @click.option("--draws", type=click.IntRange(min=0), default=8, help="Draws of mvue to estimate its bias from.")
 @click.option("--layers", "patterns", multiple=True, metavar="GLOB", help="Only layers of these names; repeatable.")
-@click.option("--seed", type=int, default=0, help="Of the model, the batch and the draws.")
+@click.option(
+    "--seed", type=click.IntRange(-(2**63), 2**64 - 1), default=0, help="Of the model, the batch and the draws."
+)
 @config_options
 @click.option("--json", "json_path", type=OutputFile(), help="Write every check here.")
 def command(
@@ -66,6 +68,7 @@ def command(
     for check in report.failures:
         console.print(f"FAILED: {check.layer} {check.pass_name}: {check.problem}", highlight=False, soft_wrap=True)
     if not report.checks:
-        raise click.ClickException("no layer was checked; see --layers")
+        reasons = dict.fromkeys(layer.reason for layer in report.swap.skipped)
+        raise click.ClickException(f"no layer was checked: {'; '.join(reasons) or 'none has a backward pass'}")
     if not report.ok:
         raise SystemExit(1)
