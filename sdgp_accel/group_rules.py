@@ -60,7 +60,7 @@ class Scratch:
         self._memory: dict[str, Tensor] = {}
         self._buffers: dict[tuple[str, tuple[int, ...], torch.dtype], Planes] = {}
         self._constants: dict[object, Tensor] = {}
-        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._slab = self._bytes(0)
 
     def planes(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Planes:
         if self.device.type != "cpu":
@@ -90,11 +90,15 @@ class Scratch:
     def _allocate(self, size: int) -> Tensor:
         aligned = -(-size // 4096) * 4096
         if aligned < 1 << 16:
-            return torch.empty(size, dtype=torch.uint8)
+            return self._bytes(size)
         if self._slab.numel() < aligned:
-            self._slab = in_huge_pages(torch.empty(max(aligned, SLAB_BYTES), dtype=torch.uint8))
+            self._slab = in_huge_pages(self._bytes(max(aligned, SLAB_BYTES)))
         memory, self._slab = self._slab[:size], self._slab[aligned:]
         return memory
+
+    @staticmethod
+    def _bytes(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever torch.set_default_device says
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

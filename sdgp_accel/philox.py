@@ -124,7 +124,7 @@ class GroupWords:
     def __init__(self, rng: Rng, total: int = 1 << 56) -> None:
         """total: how many groups there are; fewer than 2^32 take less time."""
         # On the host two 0-dim tensors, which torch takes as numbers on any device.
-        key, offset = (rng.seed if isinstance(rng.seed, Tensor) else torch.tensor(rng.seed)).unbind()
+        key, offset = (rng.seed if isinstance(rng.seed, Tensor) else torch.tensor(rng.seed, device="cpu")).unbind()
         self._keys = round_keys((key & MASK32, (key >> 32) & MASK32))
         self._c2 = offset & MASK32
         self._c3 = torch.full_like(offset, (2 * rng.rank + rng.pass_index) & MASK32)

@@ -16,6 +16,7 @@ from sdgp_accel import group_rules
 from sdgp_accel.config import FUNCTIONS, PruneSpec, SDGPConfig
 from sdgp_accel.philox import Rng
 from sdgp_accel.pruning import prune, prune_matrix
+from sdgp_accel.semi_structured import compress
 from tests import oracle
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -289,6 +290,15 @@ def test_pieces_hold_whole_groups(groups: int) -> None:
     kept = prune(x, SDGPConfig(prune="magnitude"))
     largest = x.abs().sort(dim=1, descending=True, stable=True).indices[:, :2]  # of so many groups some have ties
     assert torch.equal(kept, torch.zeros_like(x).scatter(1, largest, x.gather(1, largest)))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_default_device_changes_nothing(function: str) -> None:
+    x, config = torch.randn(64, 96), SDGPConfig(prune=function)
+    expected = prune(x, config, seed=3)
+    with torch.device("meta"):  # as torch.set_default_device, of whatever x is not on
+        assert torch.equal(prune(x, config, seed=3), expected)
+        assert torch.equal(compress(x, config, seed=3, layout="sm90_k64").decompress(), expected)
 
 
 def test_seeds() -> None:
