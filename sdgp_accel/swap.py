@@ -10,6 +10,7 @@ import contextlib
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -215,7 +216,8 @@ def tune(
     batch: what a DataLoader yields: a tensor, a mapping of keyword arguments, or (inputs, targets). config: decide
     for what ``accelerate_(model, config)`` would make of the model; None for the layers that are swapped already.
     autocast: the dtype of the autocast that training runs under. One forward pass; the model is left as it was. Layers
-    that the pass does not reach are reported as `accelerate_` reports them.
+    that the pass does not reach are reported as `accelerate_` reports them, those that `set_active_` has switched off
+    with what they run when they are on again.
 
     Raises what `accelerate_` raises for `model` and `config`, and ValueError or TypeError for a bad `batch` or
     `autocast`.
@@ -247,7 +249,14 @@ def tune(
         for handle in handles:
             handle.remove()
     layers = zip(steps, listed, strict=True)
-    return SwapReport(tuple(report.decided(decisions.get(step.module)) for step, report in layers))
+    return SwapReport(tuple(_decided(step.module, report, decisions.get(step.module)) for step, report in layers))
+
+
+def _decided(module: nn.Module, listed: LayerReport, decision: Decision | None) -> LayerReport:
+    report = listed.decided(decision)
+    if decision is None or not isinstance(module, SDGPLayer) or module.sdgp_active:
+        return report
+    return replace(report, reason=f"{report.reason}; switched off by set_active_, and dense until it is on again")
 
 
 def check_model(model: object) -> None:

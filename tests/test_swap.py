@@ -728,6 +728,15 @@ def test_the_switch_is_kept_by_everything_but_restore() -> None:
     assert model[0].sdgp_active
 
 
+def test_tune_says_of_a_switched_off_layer_what_it_runs_when_it_is_on() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sdgp.accelerate_(model, sdgp.SDGPConfig(backend="reference"))
+    model[0].sdgp_active = False
+    off, on = sdgp.tune(model, torch.randn(4, 8)).layers
+    assert (off.dgrad, off.backend) == (on.dgrad, on.backend) == ("mvue 2:4", "reference")
+    assert off.reason == f"{on.reason}; switched off by set_active_, and dense until it is on again"
+
+
 def test_switching_what_cannot_be_switched() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; got int"):
         sdgp.set_active_(3, True)
