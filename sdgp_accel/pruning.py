@@ -54,8 +54,8 @@ def prune(
         whole `Rng`. The default draws from torch's generator of x's device. Random numbers are indexed by the row-major
         index of the group in the grid of groups (x's shape with ``ceil(size / m)`` in place of `dim`'s size).
 
-    Returns a new tensor of x's shape, dtype and (where x is dense) strides. Dropped values are +0. A group that
-    holds a NaN or inf is pruned by magnitude and left unscaled, whatever the function.
+    Returns a new tensor of x's shape, dtype and (where x is dense) strides, without a graph. Dropped values are +0. A
+    group that holds a NaN or inf is pruned by magnitude and left unscaled, whatever the function.
 
     Raises TypeError for anything but a floating-point tensor of these dtypes and for a `dim` that is no int, ValueError
     for a `dim` out of range and for a scope that x's shape does not have.
@@ -71,7 +71,7 @@ def prune(
     scope = config.scope or ("sample_channel" if x.ndim == 4 else "group")
     spec = PruneSpec(getattr(config.functions, pass_name), config.n, config.m, scope, config.eps)
     if spec.is_dense:
-        return x.clone()
+        return x.detach().clone()
     rng = _as_rng(seed, pass_name, x.device) if spec.is_random else None
     return _prune(x, spec, dim % x.ndim, _sum_dims(spec, x), rng)
 

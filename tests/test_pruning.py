@@ -197,9 +197,10 @@ def test_empty_tensors(function: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_n_equal_to_m_keeps_everything(function: str) -> None:
-    x = torch.randn(5, 9)
+    x = torch.randn(5, 9, requires_grad=True)
     pruned = prune(x, SDGPConfig(prune=function, n=4, m=4))
     assert torch.equal(pruned, x)
+    assert not pruned.requires_grad  # as every pruned tensor
     assert pruned.data_ptr() != x.data_ptr()
 
 
