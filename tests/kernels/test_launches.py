@@ -197,15 +197,16 @@ def hopper_extension(tmp_path_factory):
 def test_on_hopper_wgrad_overlaps_dgrad_with_nothing_between(hopper_extension, options, wants_dgrad):
     """Flags of shared tiles are cleared before all else. What comes behind waits for all."""
     simulator, kernels = hopper_extension
-    t, c, n = 512, 128, 200
-    pruned = {"dgrad_k": c, "dgrad_words": 8, "wgrad_k": t} if wants_dgrad else {"wgrad_k": t}
+    t, c, n, stream = 512, 256, 200, 1 << 44
+    pruned = {"dgrad_k": c, "dgrad_words": 16, "wgrad_k": t} if wants_dgrad else {"wgrad_k": t}
     prune_compress = kernels.PruneCompress(
         function="magnitude", n=2, m=4, dtype="f16", t=t, c=c, row_stride=c, **pruned
     )  # fmt: skip
     shared = {"sm_count": 6, "cluster_size": 1, "out_is_float": False}
-    dgrad = kernels.SparseGemm("sdgp_sm90_dgrad_f16_128x128", m=t, n=n, k=c, padded_k=c, **shared)
+    dgrad = kernels.SparseGemm("sdgp_sm90_dgrad_f16_128x128", m=t, n=n, k=c, padded_k=c, owned_blocks=1, **shared)
     wgrad = kernels.SparseGemm("sdgp_sm90_wgrad_f16_128x128", m=c, n=n, k=t, padded_k=t, **shared, **options)
-    sizes = [t * c, t * c // 8, t * c, t * c // 8, 6 * 4 * (128 * 128 + 8)]  # operands, and a workspace for either
+    workspace = max(6 * 4 * (128 * 128 + 8), 4 * options.get("splits", 0) * c * n)
+    sizes = [t * c, t * c // 8, t * c, t * c // 8, workspace, workspace]  # operands, and what products put aside
     places = [sum(sizes[:i]) for i in range(len(sizes))]
     dy, weight, x = (simulator.put(torch.randn(*shape).half()) for shape in ((t, c), (c, n), (t, n)))
 
@@ -220,20 +221,21 @@ def test_on_hopper_wgrad_overlaps_dgrad_with_nothing_between(hopper_extension, o
         operands = dict(zip(("dgrad_values", "dgrad_metadata", "wgrad_values", "wgrad_metadata"), at, strict=False))
         prune_compress(dy=dy.data_ptr(), **operands)
         if wants_dgrad:
-            dgrad(at[0], at[1], weight.data_ptr(), expected[0].data_ptr())
+            dgrad(at[0], at[1], weight.data_ptr(), expected[0].data_ptr(), at[5])
         wgrad(at[2], at[3], x.data_ptr(), expected[1].data_ptr(), at[4])
     assert not any(launch.overlaps for launch in simulator.runtime.launches if "sum_partials" not in launch.kernel)
 
     sweep = (prune_compress, None, tuple(places[:2]) if wants_dgrad else None, tuple(places[2:4]), 0, 0, 0)
     backward = kernels.Backward(
-        [sweep], (dgrad, tuple(places[:2]), 0) if wants_dgrad else None, (wgrad, tuple(places[2:4]), places[4])
+        [sweep], (dgrad, tuple(places[:2]), places[5]) if wants_dgrad else None, (wgrad, tuple(places[2:4]), places[4])
     )
     block, *got = outputs()
     simulator.runtime.launches.clear()
-    with simulator.checked():
+    simulator.runtime.queue.clear()
+    with simulator.checked(), simulator.following_global_memory():
         backward(
             dy.data_ptr(), block.data_ptr(), weight=weight.data_ptr(), dx=got[0].data_ptr(), x=x.data_ptr(),
-            dw=got[1].data_ptr(),
+            dw=got[1].data_ptr(), stream=stream,
         )  # fmt: skip
     for ours, theirs in list(zip(got, expected, strict=True))[not wants_dgrad :]:
         assert torch.equal(ours.view(torch.int16), theirs.view(torch.int16))
@@ -245,6 +247,9 @@ def test_on_hopper_wgrad_overlaps_dgrad_with_nothing_between(hopper_extension, o
     for launch, (kernel, overlaps) in zip(simulator.runtime.launches, launches, strict=True):
         assert kernel in launch.kernel
         assert launch.overlaps is overlaps
+    prepared = ["memset"] * (wants_dgrad + ("owned_blocks" in options))
+    queued = [*prepared, *(launch.kernel for launch in simulator.runtime.launches)]
+    assert list(simulator.runtime.queue) == [(name, stream) for name in queued]
 
 
 def test_a_backward_of_two_rules_sums_the_bias_gradient_once(engine):

@@ -3,7 +3,9 @@ nothing that orders the two. CTAs of a cluster count as one.
 
 Order comes from atomics that return a value, and from acquire, release and volatile accesses: each passes on, at its
 address, everything its CTA knows, and learns what was passed on there before. (Fences are taken for granted.) Other
-atomics and TMA reductions may meet each other, not ordinary accesses. A kernel's end orders everything.
+atomics and TMA reductions may meet each other, not ordinary accesses. A kernel's end orders everything, but for kernels
+that overlap the one before them (programmatic dependent launch): until a CTA has executed griddepcontrol.wait, it may
+not touch what that one writes, or write what it reads, nor what those before did that it overlaps in turn.
 
 Following every access takes time and 8 bytes per byte, so it is asked for: `SimEngine.following_global_memory`.
 Per 2 bytes of global memory the detector keeps the last write and the last read as launch, CTA and the CTA's clock.
@@ -38,15 +40,24 @@ class GlobalRaces:
         self.follows = False
         self.launch = 0
         self.histories: dict[int, tuple[Region, Array, Array]] = {}  # by region: last writes and reads
+        self.running = 0  # the first launch that may not have ended when this one begins
         self.begin(1)
 
-    def begin(self, ctas: int) -> None:
+    def begin(self, ctas: int, *, overlaps: bool = False) -> None:
         """A launch of this many CTAs (clusters)."""
+        if not overlaps:
+            self.running = self.launch + 1
         self.launch += 1
+        self.waited = np.zeros(ctas if self.follows else 1, bool)
         self.clock = np.ones(ctas if self.follows else 1, np.int64)
         self.known: Array | None = None  # [cta, cta]: up to which clock of the second the first knows; None: nothing
         self.passed_on: dict[int, Array] = {}  # by address
         self.histories = {key: found for key, found in self.histories.items() if found[0] in self.memory.regions}
+
+    def wait(self, ctas: Array) -> None:
+        """These have seen the kernels before end."""
+        if self.follows:
+            self.waited[ctas] = True
 
     def synchronise(self, address: Array, ctas: Array) -> None:
         """Accesses that order what is before them and what is after."""
@@ -64,7 +75,7 @@ class GlobalRaces:
 
     def access(self, address: Array, ctas: Array, width: int, *, write: bool, atomic: bool = False) -> None:
         """Checks and records; raises Bad with the lane."""
-        if not self.follows or width < 2 or self.clock.size == 1:
+        if not self.follows or width < 2:
             return
         left = np.arange(address.size)
         while left.size:
@@ -103,8 +114,13 @@ class GlobalRaces:
             raise Bad("global-race", int(lanes[lane]), "two CTAs write these bytes, and nothing orders them")
 
     def _check(self, last: Array, ctas: Array, lanes: Array, what: str, atomic: bool) -> None:
-        other = last >> SHIFT & FIELD
-        wrong = (last >> LAUNCH == self.launch) & (other != ctas[:, None])
+        launch, other = last >> LAUNCH, last >> SHIFT & FIELD
+        early = (launch >= self.running) & (launch < self.launch) & ~self.waited[ctas][:, None]
+        if early.any():
+            lane = int(np.nonzero(early)[0][0])
+            detail = f"{what} by a kernel that this one overlaps, and no griddepcontrol.wait before"
+            raise Bad("global-race", int(lanes[lane]), detail)
+        wrong = (launch == self.launch) & (other != ctas[:, None])
         if not wrong.any():
             return
         if atomic:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from .faults import SimError
 from .program import Program, decode
 from .ptx import Kernel, Module
 from .scheduler import Scheduler
@@ -68,14 +67,12 @@ class Launcher:
         if len(_waves) > CACHED_WAVES:
             del _waves[next(iter(_waves))]
         wave.counters = Counters()
-        self.device.memory.races.begin(total // size)
+        self.device.memory.races.begin(total // size, overlaps=overlaps)
         with np.errstate(all="ignore"):
             for first in range(0, numbers.size, ctas):
                 wave.start(numbers[first : first + ctas], grid, params)
                 Scheduler(wave).run()
-                if overlaps and not wave.waited[: numbers.size - first].all():
-                    detail = "a block ends without griddepcontrol.wait, and with it perhaps before the kernel before"
-                    raise SimError("launch", detail, kernel=kernel.name)
+                wave.check_end(numbers.size - first, overlaps=overlaps)
         return wave.counters
 
 

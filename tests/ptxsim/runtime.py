@@ -8,6 +8,7 @@ import importlib.machinery
 import importlib.util
 import os
 import struct
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -40,10 +41,11 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "register_image": (None, _I, _P),
     "register_function": (None, _I, _P, ctypes.c_char_p),
     "register_variable": (None, _I, _P, ctypes.c_char_p, _S),
-    "launch": (_I, _P, ctypes.POINTER(ctypes.c_uint), _S, ctypes.POINTER(_P)),
+    "launch": (_I, _P, ctypes.POINTER(ctypes.c_uint), _S, ctypes.POINTER(_P), _P),
     "allocate": (_P, _S),
     "release": (_I, _P),
     "written": (None, _P, _S),
+    "cleared": (None, _P),
     "set_attribute": (_I, _P, _I, _I),
     "get_attribute": (_I, _P, _I),
     "symbol": (_P, _P),
@@ -82,6 +84,7 @@ class Launch:
     shared: int
     counters: Counters
     overlaps: bool = False  # with the kernel before it in the stream
+    holds_gil: bool = False  # while it launches
 
 
 def fatbin_ptx(address: int, compute_capability: tuple[int, int]) -> tuple[str | None, str]:
@@ -125,6 +128,7 @@ class Runtime:
         self.functions: dict[int, Function] = {}
         self.variables: dict[int, tuple[Image, str]] = {}
         self.launches: list[Launch] = []
+        self.queue: deque[tuple[str, int]] = deque(maxlen=1000)  # the latest kernels and memsets, each with its stream
         self.poison_shared = False
         self.choice: Choice | None = None  # of the blocks to run; None: all
         self.error: BaseException | None = None
@@ -210,7 +214,7 @@ class Runtime:
             image.kernels[function.name] = (module, module.kernels[function.name])
         return image.kernels[function.name]
 
-    def _launch(self, host: int, dims: Any, shared: int, args: Any) -> int:
+    def _launch(self, host: int, dims: Any, shared: int, args: Any, stream: int | None) -> int:
         grid, block = (dims[0], dims[1], dims[2]), (dims[3], dims[4], dims[5])
         try:
             function = self.functions[host]
@@ -236,7 +240,8 @@ class Runtime:
             counters = launcher.launch(
                 module, kernel, grid, block, shared, bytes(packed), cluster, self.choice, bool(dims[9])
             )
-            self.launches.append(Launch(kernel.name, grid, block, shared, counters, bool(dims[9])))
+            self.queue.append((kernel.name, stream or 0))
+            self.launches.append(Launch(kernel.name, grid, block, shared, counters, bool(dims[9]), bool(dims[10])))
         except BaseException as error:  # SimError; a bug or a test's timeout must not vanish in the C caller either
             self.error = error
             return LAUNCH_FAILURE
@@ -257,6 +262,9 @@ class Runtime:
     def _written(self, pointer: int, size: int) -> None:
         if self.memory.find(pointer) is not None:
             self.memory.mark(pointer, size, READY)
+
+    def _cleared(self, stream: int | None) -> None:
+        self.queue.append(("memset", stream or 0))
 
     def _set_attribute(self, host: int, attribute: int, value: int) -> int:
         function = self.functions.get(host)

@@ -25,7 +25,9 @@ from .memory import GUARD, LIVE, READY, SHARED_BASE, Bad, Bytes
 
 Array = NDArray[Any]
 
-RANK_SHIFT = 24  # a shared::cluster address is offset | (rank + 1) << 24; plain offsets mean the own CTA
+# A shared::cluster address is offset | (rank + 1) << 24; plain offsets mean the own CTA. On a GPU it is the rank itself
+# that stands there, in the address of every variable of a kernel in clusters.
+RANK_SHIFT = 24
 TMA_LOAD, TMA_STORE, TENSOR = 0, 1, 2  # agents of a CTA; TENSOR + i for warpgroup i
 _PROXY = "the async proxy reads what ordinary stores wrote: no fence.proxy.async in between"
 
@@ -132,6 +134,11 @@ class SharedMemory(Bytes):
         self.initialised[warps] = self.known[warps]
         self.initialised[warps, self.column_of_warp[warps]] = self.clock[warps]
         self.clock[warps] += 1
+
+    def has_fenced(self, warp: int, clock: int) -> bool:
+        """Whether the async proxy sees the mbarriers that `warp` initialised at `clock`."""
+        column = self.column_of_warp[warp]
+        return bool(max(self.initialised[warp, column], self.fenced[warp, column]) >= clock)
 
     def release_initialised(self, warps: Array) -> tuple[Array, Array]:
         """What `warps` pass on with a relaxed arrival: `release` as of their latest fence.mbarrier_init."""

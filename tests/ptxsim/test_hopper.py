@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ MISTAKES = [  # number in broken_sm90.cu, the fault, a part of its description
     ("im2col_map_for_tiles", 16, "launch", "does not fit the instruction"),
     ("no_map", 17, "launch", "not a tiled tensor map"),
     ("wait_before_initialisation", 18, "shared-race", "its initialisation by thread 0"),
+    ("initialisation_without_fence", 19, "shared-race", "no fence.mbarrier_init or fence.proxy.async by thread 0"),
 ]
 
 
@@ -71,6 +73,15 @@ def test_mistake_is_reported_by_name(hopper, library, name, mistake, kind, detai
         _run(hopper, library, mistake)
     assert caught.value.kind == kind
     assert detail in caught.value.detail
+
+
+def test_registers_that_nobody_gives_up_are_reported(hopper, library):
+    from .faults import SimError
+
+    with hopper.checked():
+        assert library.share_registers(0) == 0
+    with pytest.raises(SimError, match="asks for 80896 registers in all and was launched with 64512"), hopper.checked():
+        library.share_registers(1)
 
 
 def test_wait_for_a_phase_beyond_the_next_is_reported(hopper, library):
@@ -235,6 +246,32 @@ def test_a_kernel_that_overlaps_the_one_before_and_may_end_before_it_is_reported
     with pytest.raises(SimError, match=r"a block ends without griddepcontrol.wait") as caught:
         _swap_in_clusters(hopper, 5)
     assert caught.value.kind == "launch"
+
+
+@pytest.mark.parametrize("mistake", [0, 6], ids=["none", "waits_late"])
+def test_a_kernel_that_reads_what_the_one_before_may_not_have_written_is_reported(hopper, mistake):
+    from .engine import pointer
+    from .faults import SimError
+
+    library = hopper.load(build_library(HERE / "kernels" / "cluster.cu", arch="90a"))
+    x, y, z = (hopper.empty(1, 2, 64, dtype=torch.int32) for _ in range(3))
+    hopper.initialised(x.copy_(torch.randint(1000, x.shape)))
+    with hopper.following_global_memory(), hopper.checked():
+        library.run(pointer(x), pointer(y), 2, 0)
+    late = pytest.raises(SimError, match="written by a kernel that this one overlaps") if mistake else nullcontext()
+    with hopper.following_global_memory(), late, hopper.checked():
+        assert library.run(pointer(y), pointer(z), 2, mistake) == 0
+
+
+def test_the_address_of_shared_memory_names_its_cta_in_a_cluster(hopper):
+    from .engine import pointer
+
+    library = hopper.load(build_library(HERE / "kernels" / "cluster.cu", arch="90a"))
+    for cluster in (1, 2):
+        ranks = hopper.empty(4, dtype=torch.int32)
+        with hopper.checked():
+            assert library.name(pointer(ranks), 4, cluster) == 0
+        assert ((ranks[::2] == ranks[1::2]) == (cluster == 1)).all()
 
 
 STORE, ADD, MIN, MAX = range(4)  # operations of tma_reduce.cu

@@ -705,6 +705,7 @@ def test_bulk_copy_and_phase_token(launcher):
     setp.ne.u32 %p1, %r10, 0;
     @%p1 bra OTHERS;
     mbarrier.init.shared::cta.b64 [%r6], 64;
+    fence.mbarrier_init.release.cluster;
     OTHERS:
     bar.sync 0;
     @%p1 bra ARRIVE;

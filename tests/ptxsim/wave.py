@@ -14,12 +14,13 @@ from .in_flight import InFlight
 from .memory import LIVE, READY, SHARED_BASE, Bad, Bytes, GlobalMemory
 from .program import Program, is_poll
 from .ptx import TYPE_BYTES, Instr
-from .shared import SharedMemory
+from .shared import RANK_SHIFT, SharedMemory
 
 if TYPE_CHECKING:
     from .isa.hopper import Mbarrier
 
 Array = NDArray[Any]
+REGISTERS = 65536  # of a multiprocessor
 Closure = Callable[[], Any]
 Dim3 = tuple[int, int, int]
 
@@ -75,6 +76,8 @@ class Wave:
         self.mask = np.zeros(self.size, bool)
         self.exited = np.zeros(self.size, bool)
         self.waited = np.zeros(ctas, bool)  # for the kernel before in the stream
+        self.registers_at_launch = min(255, REGISTERS // self.padded) // 8 * 8  # of a thread, at most
+        self.registers = np.zeros(self.warps, np.int64)  # of a thread of each warp, as setmaxnreg leaves them
         self.owner = np.zeros(self.size, np.int64)
         self.scratch = np.zeros(self.size, bool)  # predicate & mask of the instruction in flight
         self.carry = np.zeros(self.size, bool)  # the condition-code register
@@ -182,6 +185,12 @@ class Wave:
             return "param", program.params[name][0]
         return "global", self.device.symbols[name]
 
+    def address_bits(self, name: str) -> Array | int:
+        """What stands above a variable's address when it is taken: of shared memory in a cluster, whose it is."""
+        if self.cluster == 1 or self.address_of(name)[0] != "shared":
+            return 0
+        return self.special["%cluster_ctarank"].astype(np.uint64) + np.uint64(1) << np.uint64(RANK_SHIFT)
+
     # ---- faults ---------------------------------------------------------------------------------------------------
 
     def thread_name(self, thread: int) -> str:
@@ -200,6 +209,16 @@ class Wave:
             text=instr.text if instr else "",
             thread=self.thread_name(thread),
         )
+
+    def check_end(self, ctas: int, *, overlaps: bool) -> None:
+        """Faults that only the end of the first `ctas` CTAs shows. overlaps: with the kernel before."""
+        if overlaps and not self.waited[:ctas].all():
+            detail = "a block ends without griddepcontrol.wait, and with it perhaps before the kernel before"
+            raise SimError("launch", detail, kernel=self.program.kernel.name)
+        held = int(self.registers.reshape(self.ctas, -1).sum(axis=1).max()) * 32
+        if held > (had := self.registers_at_launch * self.padded):
+            detail = f"setmaxnreg waits for ever: a block asks for {held} registers in all and was launched with {had}"
+            raise SimError("deadlock", detail, kernel=self.program.kernel.name)
 
     def blame(self, bad: Bad, instr: Instr, threads: Array | None) -> SimError:
         return self.fault(bad.kind, bad.detail, instr, bad.lane if threads is None else int(threads[bad.lane]))
@@ -223,6 +242,7 @@ class Wave:
         self.shared.need = LIVE if self.device.poison_shared else READY
         self.exited[:] = np.repeat(~used, self.padded) | (self.tid >= self.threads)
         self.waited[:] = False
+        self.registers[:] = self.registers_at_launch
         self.mbarriers.clear()
         self.in_flight.reset()
         self.events = 0

@@ -95,7 +95,7 @@ class Binder:
         if isinstance(operand, Imm):
             return constant(operand, dtype)
         if isinstance(operand, Sym):
-            return self.symbol_address(operand, dtype)
+            return self.symbol_address(operand, dtype, self.wave.address_bits(operand.name))
         array = self.storage(operand)
         if dtype == np.bool_ or array.dtype == np.bool_:
             if array.dtype != dtype:
@@ -107,9 +107,9 @@ class Binder:
             return array.view(unsigned(dtype.itemsize))[:: array.itemsize // dtype.itemsize].view(dtype)
         raise self.unknown(f"{array.itemsize}-byte register read as {dtype}")
 
-    def symbol_address(self, symbol: Sym, dtype: Any) -> Array:
+    def symbol_address(self, symbol: Sym, dtype: Any, bits: Array | int = 0) -> Array:
         _, address = self.wave.address_of(symbol.name)
-        return np.array(address + symbol.offset, np.uint64).astype(dtype)
+        return (np.array(address + symbol.offset, np.uint64) | np.array(bits, np.uint64)).astype(dtype)
 
     def dst(self, operand: Operand, dtype: Any) -> Array:
         """The array to write `dtype` results to; wider registers are extended by the dtype's signedness."""

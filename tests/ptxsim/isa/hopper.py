@@ -395,7 +395,13 @@ def write_transfer(b: Binder, thread: int, cta: int, place: Array, data: Array, 
     offsets = wave.shared.offsets(place, np.full(place.size, thread), 16, awaited=True)
     wave.shared.agent_write(offsets, 16, data, cta, TMA_LOAD, thread // 32)
     where = int(wave.shared.offsets(np.array([barrier_at]), np.array([thread]), 8, awaited=True)[0])
-    _transfer(wave, _barrier(b, where, thread), size, cta)
+    barrier = _barrier(b, where, thread)
+    initialised, clock = barrier.initialised
+    if not wave.shared.has_fenced(initialised // 32, clock):
+        who = wave.shared.describe(int(wave.shared.name[initialised]))
+        detail = f"TMA counts on an mbarrier: no fence.mbarrier_init or fence.proxy.async by {who} after its init"
+        raise wave.fault("shared-race", detail, b.instr, thread)
+    _transfer(wave, barrier, size, cta)
     wave.shared.agent_clock[cta, TMA_LOAD] += 1
 
 
@@ -477,7 +483,12 @@ def mapa(b: Binder) -> Make:
 def setmaxnreg(b: Binder) -> Make:
     from .tensor import full_warps
 
-    return b.masks(lambda mask: full_warps(b, mask) is None)
+    count = int(b.src(b.args[0], np.uint32))
+
+    def run(mask: Array) -> None:
+        b.wave.registers[full_warps(b, mask)] = count
+
+    return b.masks(run)
 
 
 @op("fence")

@@ -99,10 +99,11 @@ def griddepcontrol(b: Binder) -> Make:
         return lambda mask: lambda: None
     if b.mods != ("wait",):
         raise b.unknown("only .wait and .launch_dependents")
-    waited, padded = b.wave.waited, b.wave.padded
+    wave = b.wave
 
     def wait(threads: Array) -> None:
-        waited[threads // padded] = True
+        wave.waited[threads // wave.padded] = True
+        wave.memory.races.wait(wave.owner[threads])
 
     return b.lanes(wait)
 

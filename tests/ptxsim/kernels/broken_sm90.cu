@@ -8,7 +8,7 @@
 
 enum Mistake { kNone, kLostArrive, kWrongBytes, kWrongSwizzle, kNoBarrierWait, kNoProxyFence, kNoWgmmaWait, kHalfWarpgroup, kEarlyRead, kNoFence,
                kNoCopyWait, kFillOverStore, kFillOverCopy, kEarlyRefill, kMisplaced, kOtherRank, kIm2col,
-               kNoMap, kEarlyWait };
+               kNoMap, kEarlyWait, kNoInitFence };
 
 constexpr int kN = 64, kTileBytes = kN * kN * 2;
 
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(128) product(const __nv_bfloat16* a, const __g
   if (mistake == kFillOverCopy) __syncthreads();
   if (thread == 0) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (mistake != kNoInitFence) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     if (mistake == kIm2col) load_3d_tile(b_at, b_map, barrier);
     else load_tile(b_at + (mistake == kMisplaced ? 64 : 0), b_map, barrier);
     const uint32_t bytes = kTileBytes + (mistake == kWrongBytes ? 16 : 0);
@@ -121,6 +121,17 @@ __global__ void __launch_bounds__(64) fill_twice(int mistake) {
   }
 }
 
+// Two warpgroups take registers that the third gives up; `mistake`: it does not.
+__global__ void __launch_bounds__(384, 1) take_registers(int mistake) {
+  if (threadIdx.x >= 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(232));
+  else if (!mistake) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(40));
+}
+
+extern "C" int share_registers(int mistake) {
+  take_registers<<<1, 384>>>(mistake);
+  return cudaGetLastError();
+}
+
 extern "C" int run_twice(int mistake) {
   fill_twice<<<1, 64>>>(mistake);
   return cudaGetLastError();
@@ -133,6 +144,7 @@ __global__ void bulk_copy(const char* from, char* to, int size, int target, int 
   const uint32_t bytes_at = static_cast<uint32_t>(__cvta_generic_to_shared(bytes)) + target;
   const uint32_t full = static_cast<uint32_t>(__cvta_generic_to_shared(barriers)) + barrier;
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full));
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(bytes_at), "l"(from),
                "r"(size), "r"(full) : "memory");
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(size) : "memory");

@@ -1,10 +1,10 @@
 // Two blocks of a cluster swap their numbers through each other's shared memory. `mistake`: the one or the other does not
-// wait, or waits for an arrival that orders nothing, or the blocks do not for the kernel that they overlap.
+// wait, or waits for an arrival that orders nothing, or the blocks do not for the kernel that they overlap, or too late.
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
-enum Mistake { kNone, kReadsEarly, kLeavesEarly, kExitsEarly, kRelaxed, kEndsEarly };
+enum Mistake { kNone, kReadsEarly, kLeavesEarly, kExitsEarly, kRelaxed, kEndsEarly, kWaitsLate };
 
 constexpr int kThreads = 64;
 
@@ -26,9 +26,10 @@ __device__ void meet(bool relaxed = false) {
 
 __global__ void swap(const int* x, int* y, int mistake) {
   __shared__ int pushed[kThreads], pulled[kThreads];
-  if (mistake != kEndsEarly) asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (mistake < kEndsEarly) asm volatile("griddepcontrol.wait;" ::: "memory");
   const int i = threadIdx.x, here = blockIdx.x * kThreads + i;
   pulled[i] = x[here];
+  if (mistake == kWaitsLate) asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(at_other(&pushed[i])), "r"(x[here]) : "memory");
   if (mistake != kReadsEarly) meet(mistake == kRelaxed);
   int theirs;
@@ -38,6 +39,21 @@ __global__ void swap(const int* x, int* y, int mistake) {
   if (mistake == kExitsEarly) return;
   if (mistake != kLeavesEarly) meet();
   pulled[i] = 0;
+}
+
+// Which CTA of the cluster the address of a shared variable names, as it is taken.
+__global__ void name_cta(int* ranks) {
+  __shared__ int mine[kThreads];
+  mine[threadIdx.x] = 0;
+  ranks[blockIdx.x] = static_cast<int>(static_cast<uint32_t>(__cvta_generic_to_shared(mine)) >> 24);
+}
+
+extern "C" int name(int* ranks, int blocks, int cluster) {
+  cudaLaunchAttribute attribute{cudaLaunchAttributeClusterDimension};
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t launch{dim3(blocks), 1, 0, nullptr, &attribute, 1};
+  cudaLaunchKernelEx(&launch, name_cta, ranks);
+  return cudaGetLastError();
 }
 
 extern "C" int run(const int* x, int* y, int blocks, int mistake) {

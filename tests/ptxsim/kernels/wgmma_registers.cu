@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(128)
   const uint32_t barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&full));
   if (threadIdx.x == 0) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(kBytes) : "memory");
     for (int k = 0; k < kN * 2; k += width)
       asm volatile(

@@ -13,15 +13,19 @@ struct callbacks {
   void (*register_image)(int image, const void *data);
   void (*register_function)(int image, const void *host, const char *name);
   void (*register_variable)(int image, const void *host, const char *name, size_t size);
-  int (*launch)(const void *host, const unsigned *dims, size_t shared, void **args);
+  int (*launch)(const void *host, const unsigned *dims, size_t shared, void **args, void *stream);
   void *(*allocate)(size_t size);
   int (*release)(void *pointer);
   void (*written)(void *pointer, size_t size);
+  void (*cleared)(void *stream);
   int (*set_attribute)(const void *host, int attribute, int value);
   int (*get_attribute)(const void *host, int what); /* 0 static shared bytes, 1 max threads, 2 local bytes; or minus an error */
   void *(*symbol)(const void *host);
   const char *(*message)(int error);
 };
+
+/* Python's, where the process has one. */
+extern int PyGILState_Check(void) __attribute__((weak));
 
 static struct callbacks cb;
 static int major = 8, minor = 0;
@@ -85,14 +89,16 @@ cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, 
   *(void **)stream = config[depth].stream;
   return cudaSuccess;
 }
-static cudaError_t launch(const void *host, dim3 grid, dim3 block, size_t shared, void **args, dim3 cluster, unsigned overlaps) {
-  unsigned dims[10] = {grid.x, grid.y, grid.z, block.x, block.y, block.z, cluster.x, cluster.y, cluster.z, overlaps};
-  return done((cudaError_t)cb.launch(host, dims, shared, args));
+static cudaError_t launch(const void *host, dim3 grid, dim3 block, size_t shared, void **args, cudaStream_t stream, dim3 cluster,
+                          unsigned overlaps) {
+  unsigned holds_gil = PyGILState_Check && PyGILState_Check();
+  unsigned dims[11] = {grid.x,    grid.y,    grid.z,    block.x,  block.y,  block.z,
+                       cluster.x, cluster.y, cluster.z, overlaps, holds_gil};
+  return done((cudaError_t)cb.launch(host, dims, shared, args, stream));
 }
 cudaError_t cudaLaunchKernel(const void *host, dim3 grid, dim3 block, void **args, size_t shared, cudaStream_t stream) {
-  (void)stream;
   dim3 one = {1, 1, 1};
-  return launch(host, grid, block, shared, args, one, 0);
+  return launch(host, grid, block, shared, args, stream, one, 0);
 }
 cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *host) {
   *kernel = (cudaKernel_t)host;
@@ -111,7 +117,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *host, v
       overlaps = c->attrs[i].val.programmaticStreamSerializationAllowed != 0;
       if (overlaps && major < 9) return done(cudaErrorNotSupported);
     }
-  return launch(host, c->gridDim, c->blockDim, c->dynamicSmemBytes, args, cluster, overlaps);
+  return launch(host, c->gridDim, c->blockDim, c->dynamicSmemBytes, args, c->stream, cluster, overlaps);
 }
 
 /* ---- memory ---- */
@@ -137,7 +143,10 @@ cudaError_t cudaMemset(void *to, int value, size_t size) {
   cb.written(to, size);
   return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t stream) { (void)stream; return cudaMemset(to, value, size); }
+cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t stream) {
+  cb.cleared(stream);
+  return cudaMemset(to, value, size);
+}
 cudaError_t cudaGetSymbolAddress(void **pointer, const void *symbol) {
   *pointer = cb.symbol(symbol);
   return done(*pointer ? cudaSuccess : cudaErrorInvalidSymbol);
