@@ -56,10 +56,22 @@ PYBIND11_MODULE(_C, module) {
         return std::string(error == cudaSuccess ? "" : cudaGetErrorString(static_cast<cudaError_t>(error)));
       },
       "Why kernels of this build cannot be launched on the current device, in CUDA's words; empty where they can.");
-  module.def("bias_partial_rows", &sdgp_bias_partial_rows, py::arg("t"), py::arg("c"),
-             "Rows of the workspace bias_partials, float32 [rows, c].");
-  module.def("scope_workspace", &sdgp_scope_workspace, py::arg("t"), py::arg("c"), py::arg("positions_per_sample"),
-             "Values of the workspace `sums` of ScopeScales, float64; it may be null where that is 0.");
+  module.def(
+      "bias_partial_rows",
+      [](int64_t t, int64_t c) {
+        sdgp::check_matrix(t, c, c);
+        return sdgp_bias_partial_rows(t, c);
+      },
+      py::arg("t"), py::arg("c"), "Rows of the workspace bias_partials, float32 [rows, c].");
+  module.def(
+      "scope_workspace",
+      [](int64_t t, int64_t c, int64_t positions_per_sample) {
+        sdgp::check_matrix(t, c, c);
+        sdgp::check_samples(positions_per_sample, t);
+        return sdgp_scope_workspace(t, c, positions_per_sample);
+      },
+      py::arg("t"), py::arg("c"), py::arg("positions_per_sample"),
+      "Values of the workspace `sums` of ScopeScales, float64; it may be null where that is 0.");
   py::class_<PruneCompress, std::shared_ptr<PruneCompress>>(
       module, "PruneCompress", py::module_local(),
       "Prune dY [t, c] and compress it along both axes; SdgpPruneCompress in "

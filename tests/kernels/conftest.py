@@ -37,8 +37,8 @@ class GpuEngine:
         return torch.empty(shape, dtype=dtype, device="cuda")
 
     @contextlib.contextmanager
-    def launching(self) -> Iterator[None]:
-        """Around calls of `kernels`; waits for them and raises what went wrong."""
+    def launching(self, stream: int = 0) -> Iterator[None]:
+        """Around calls of `kernels` in a stream; waits for them and raises what went wrong."""
         yield
         torch.cuda.synchronize()
 
@@ -75,10 +75,15 @@ class SimulatorEngine:
         return self._sim.empty(*shape, dtype=dtype)
 
     @contextlib.contextmanager
-    def launching(self) -> Iterator[None]:
-        """Around calls of `kernels`; raises what the simulator found."""
+    def launching(self, stream: int = 0) -> Iterator[None]:
+        """Around calls of `kernels` in a stream; raises what the simulator found."""
+        runtime = self._sim.runtime
+        runtime.queue.clear()
+        first = len(runtime.launches)
         with self._sim.checked():
             yield
+        assert all(where == stream for _, where in runtime.queue), "something was put into another stream"
+        assert not any(launch.holds_gil for launch in runtime.launches[first:]), "a launch held the GIL"
 
     def traffic(self) -> tuple[int, int]:
         """Bytes that kernels have read from and written to global memory since the last call."""

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from cutlass_ops import build_kernels
+from sdgp_accel.config import PruneSpec
+from sdgp_accel.pruning import prune_matrix
 from sdgp_accel.semi_structured import compress_matrix
 from tests.kernels.products import SimulatorEngine, assert_close, sparse_matrix, toolkit_for_simulator
 
@@ -120,7 +122,7 @@ def test_products_that_do_not_exist_are_named(engine, name):
 @pytest.mark.parametrize(("wants_dgrad", "scope"), [(True, 12), (True, None), (False, None), (False, 12)])
 def test_a_backward_is_its_launches_one_after_another(engine, wants_dgrad, scope):
     """The same bits, in a block of the same layout; random numbers by address or, without dgrad, by value."""
-    t, c, n = 96, 72, 24
+    t, c, n, stream = 96, 72, 24, 0 if engine.name == "gpu" else 1 << 44
     rule = {"n": 2, "m": 4, "eps": 1e-8, "dtype": "f16", "t": t, "c": c, "row_stride": c, "positions_per_sample": scope}
     lengths = {"dgrad_k": 128 * wants_dgrad, "wgrad_k": 128}
     prune_compress = engine.kernels.PruneCompress(
@@ -148,14 +150,15 @@ def test_a_backward_is_its_launches_one_after_another(engine, wants_dgrad, scope
     at = [block.data_ptr() + place for place in places]
     operands = dict(zip(("dgrad_values", "dgrad_metadata", "wgrad_values", "wgrad_metadata"), at[:4], strict=True))
     scales = {} if scope is None else {"dgrad_scale": at[5], "wgrad_scale": at[6]}
-    with engine.launching():
+    with engine.launching(stream):
         if scope_scales is not None:
-            scope_scales(dy=dy.data_ptr(), sums=at[4], **scales)
+            scope_scales(dy=dy.data_ptr(), sums=at[4], **scales, stream=stream)
         random = dict(zip(("seed", "key", "offset", "rank"), numbers, strict=True))
-        prune_compress(dy=dy.data_ptr(), **operands, bias=db.data_ptr(), bias_partials=at[4], **random, **scales)
+        sums = {"bias": db.data_ptr(), "bias_partials": at[4]}
+        prune_compress(dy=dy.data_ptr(), **operands, **sums, **random, **scales, stream=stream)
         if wants_dgrad:
-            dgrad(at[0], at[1], weight.data_ptr(), dx.data_ptr(), at[7])
-        wgrad(at[2], at[3], x.data_ptr(), dw.data_ptr(), at[8])
+            dgrad(at[0], at[1], weight.data_ptr(), dx.data_ptr(), workspace=at[7], stream=stream)
+        wgrad(at[2], at[3], x.data_ptr(), dw.data_ptr(), workspace=at[8], stream=stream)
 
     sweep = (prune_compress, scope_scales, tuple(places[:2]) if wants_dgrad else None, tuple(places[2:4]), *places[4:7])
     backward = engine.kernels.Backward(
@@ -164,10 +167,10 @@ def test_a_backward_is_its_launches_one_after_another(engine, wants_dgrad, scope
         (wgrad, tuple(places[2:4]), places[8]),
     )
     block, dx, dw, db = second = outputs()
-    with engine.launching():
+    with engine.launching(stream):
         backward(
             dy.data_ptr(), block.data_ptr(), db.data_ptr(), *numbers, weight.data_ptr(), dx.data_ptr(), x.data_ptr(),
-            dw.data_ptr(), 0,
+            dw.data_ptr(), stream,
         )  # fmt: skip
     operands = slice(0 if wants_dgrad else places[2], places[4])
     partials = slice(places[7] if wants_dgrad else places[8], None)
@@ -178,18 +181,59 @@ def test_a_backward_is_its_launches_one_after_another(engine, wants_dgrad, scope
 
 
 @pytest.fixture(scope="module")
-def hopper_extension(tmp_path_factory):
-    """The simulator of an H100, and an extension with the PTX of a few instances for it."""
-    from tests.ptxsim.engine import SimEngine
-
+def hopper_library(tmp_path_factory):
+    """An extension with the PTX of a few instances for an H100."""
     toolkit, archs = toolkit_for_simulator(), ("compute_90a",)
-    names = ("magnitude_2_4", "sm90_dgrad_f16_128x128", "sm90_wgrad_f16_128x128")
+    names = ("magnitude_2_4", "sm90_dgrad_f16_128x128", "sm90_wgrad_f16_128x128", "sm90_conv_dgrad_bf16_128x128")
     names += ("partial_sums", "bias_sum", "scope_scales", "device_check")
     objects = [build_kernels.compile_instance(toolkit, build_kernels.INSTANCES / f"{name}.cu", archs) for name in names]
     path = tmp_path_factory.mktemp("hopper") / "_C.so"
     build_kernels.link(toolkit, [build_kernels._compile_bindings(toolkit, archs), *objects], path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def hopper_extension(hopper_library):
+    """The simulator of an H100, and that extension on it."""
+    from tests.ptxsim.engine import SimEngine
+
     simulator = SimEngine((9, 0))
-    return simulator, simulator.load_module(path, "hopper._C")  # by another name: pybind11 keeps modules by theirs
+    return simulator, simulator.load_module(hopper_library, "hopper._C")  # pybind11 keeps modules by their names
+
+
+def test_a_device_without_code_is_told_in_cudas_words(hopper_library, hopper_extension):
+    from tests.ptxsim.engine import SimEngine
+
+    simulator, kernels = hopper_extension
+    with simulator.checked():
+        assert kernels.device_problem() == ""
+    ampere = SimEngine((8, 0))
+    kernels = ampere.load_module(hopper_library, "ampere._C")
+    with ampere.checked():
+        assert kernels.device_problem() == "no kernel image is available for execution on the device"
+
+
+def test_what_the_driver_refuses_is_told_and_leaves_no_error(hopper_extension):
+    """A launch of no block, since there is not even one cluster, and a tensor map with a corner too far out."""
+    simulator, kernels = hopper_extension
+    arguments = {"padded_k": 128, "sm_count": 1}
+    gemm = kernels.SparseGemm("sdgp_sm90_dgrad_f16_128x128", m=40, n=24, k=72, cluster_size=2, **arguments)
+    window, shape = (1, 1, 200, 0, 1, 1), (1, 8, 8, 16, 408, 8, 24, 1, 1)
+    conv = kernels.SparseConv("sdgp_sm90_conv_dgrad_bf16_128x128", shape=shape, window=window, **arguments)
+    dy, values = simulator.put(torch.randn(16, 16).half()), simulator.empty(16, 8, dtype=torch.float16)
+    metadata = simulator.empty(16, 1, dtype=torch.int16)
+    prune_compress = kernels.PruneCompress(
+        function="magnitude", n=2, m=4, dtype="f16", t=16, c=16, row_stride=16, dgrad_k=16
+    )
+    failures = (
+        (gemm, "sdgp_sm90_dgrad_f16_128x128: invalid configuration argument"),
+        (conv, "sdgp_sm90_conv_dgrad_bf16_128x128: tensor map rejected, CUresult 1"),
+    )
+    for launch, message in failures:
+        with simulator.checked(), pytest.raises(RuntimeError, match=message):
+            launch(**ADDRESSES)
+        with simulator.checked():  # which looks for errors
+            prune_compress(dy.data_ptr(), values.data_ptr(), metadata.data_ptr())
 
 
 @pytest.mark.parametrize("options", [{"splits": 2}, {"owned_blocks": 2}], ids=str)
@@ -250,6 +294,31 @@ def test_on_hopper_wgrad_overlaps_dgrad_with_nothing_between(hopper_extension, o
     prepared = ["memset"] * (wants_dgrad + ("owned_blocks" in options))
     queued = [*prepared, *(launch.kernel for launch in simulator.runtime.launches)]
     assert list(simulator.runtime.queue) == [(name, stream) for name in queued]
+
+
+def test_on_hopper_wgrad_does_not_overlap_a_dgrad_that_launches_nothing(hopper_extension):
+    """One that would add to a result where no pixel meets a tap of the filter; before it, the operand is written."""
+    simulator, kernels = hopper_extension
+    t, c, n = 6, 8, 8
+    rule = {"n": 2, "m": 4, "dtype": "f16", "t": t, "c": c, "row_stride": c}
+    prune_compress = kernels.PruneCompress(function="magnitude", **rule, wgrad_k=128)
+    dgrad = kernels.SparseConv(
+        "sdgp_sm90_conv_dgrad_bf16_128x128", shape=(3, 1, 2, n, 1, 2, c, 1, 1), window=(3, 3, 1, 1, 1, 1), padded_k=16,
+        sm_count=4, accumulate=True,
+    )  # fmt: skip
+    shared = {"m": c, "n": n, "k": t, "padded_k": 128, "sm_count": 4, "cluster_size": 1}
+    wgrad = kernels.SparseGemm("sdgp_sm90_wgrad_f16_128x128", **shared)
+    block, dw = simulator.empty(64 * 8 * 2 + 8 * 8 * 2, dtype=torch.uint8), simulator.empty(c, n, dtype=torch.float16)
+    dy, x, weight = (simulator.put(torch.randn(*shape).half()) for shape in ((t, c), (t, n), (c, n)))
+    sweep = (prune_compress, None, None, (0, 64 * 8 * 2), 0, 0, 0)
+    backward = kernels.Backward([sweep], (dgrad, (0, 0), 0), (wgrad, (0, 64 * 8 * 2), 0))
+    with simulator.following_global_memory(), simulator.checked():
+        backward(
+            dy.data_ptr(), block.data_ptr(), weight=weight.data_ptr(), dx=dy.data_ptr(), x=x.data_ptr(),
+            dw=dw.data_ptr(),
+        )  # fmt: skip
+    kept = prune_matrix(dy.clone(), PruneSpec("magnitude", 2, 4), 0, 1, None).double()
+    assert_close(dw, kept.t() @ x.double(), kept.t().abs() @ x.double().abs(), t)
 
 
 def test_a_backward_of_two_rules_sums_the_bias_gradient_once(engine):

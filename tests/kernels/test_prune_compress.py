@@ -291,6 +291,27 @@ def test_random_numbers_differ(engine):
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(words, 2))
 
 
+@pytest.mark.parametrize("positions_per_sample", [0, 20, 520])
+def test_one_factor_alone(engine, positions_per_sample):
+    """Of a scope that blocks finish themselves and of others."""
+    x, names = make_gradient("normal", 520, 24, torch.float16), ("dgrad_scale", "wgrad_scale")
+    scopes = len(x) // positions_per_sample * 24 if positions_per_sample else 1
+    device_x, sums = engine.put(x), engine.empty(520 * 24, dtype=torch.float64)
+    launch = engine.kernels.ScopeScales(
+        n=2, m=4, dtype="f16", t=520, c=24, row_stride=24, positions_per_sample=positions_per_sample, eps=0.0
+    )
+    factors = []
+    for wanted in (names, names[:1], names[1:]):
+        outputs = {name: engine.empty(scopes, dtype=torch.float32) for name in wanted}
+        with engine.launching():
+            launch(device_x.data_ptr(), sums.data_ptr(), **{name: out.data_ptr() for name, out in outputs.items()})
+        factors.append(outputs)
+    both, *alone = factors
+    for (name,), outputs in zip((names[:1], names[1:]), alone, strict=True):
+        assert torch.equal(outputs[name], both[name])
+    assert not torch.equal(both["dgrad_scale"], both["wgrad_scale"])
+
+
 def test_bytes_moved(engine):
     """Of a 16-bit value: 2 bytes read, 9/16 of them written for each operand, and the bias gradient's partial sums."""
     if engine.large:
@@ -387,6 +408,18 @@ def test_bad_arguments_of_the_operand_along_positions_are_named(engine, argument
     (pointers if argument in pointers else shape)[argument] = value
     with pytest.raises(ValueError, match=argument):
         engine.kernels.PruneCompress(**shape)(**pointers)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("t", 0), ("c", 0), ("t", -5), ("positions_per_sample", -1), ("positions_per_sample", 7)]
+)
+def test_bad_sizes_of_workspaces_are_named(engine, argument, value):
+    sizes = {"t": 36, "c": 8, "positions_per_sample": 0} | {argument: value}
+    with pytest.raises(ValueError, match=argument):
+        engine.kernels.scope_workspace(**sizes)
+    if sizes.pop("positions_per_sample") == 0:
+        with pytest.raises(ValueError, match=argument):
+            engine.kernels.bias_partial_rows(**sizes)
 
 
 def test_an_operand_fills_the_tiles_of_its_layout(engine):

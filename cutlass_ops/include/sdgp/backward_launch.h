@@ -48,8 +48,9 @@ class Backward {
       bias = 0;  // the first pass has summed it
     }
     run(dgrad_, block, weight, dx, stream, SDGP_STEP_MULTIPLY);
-    // What it reads was complete before dgrad began, which is one kernel at least and directly before it.
-    run(wgrad_, block, x, dw, stream, SDGP_STEP_MULTIPLY, dgrad_.has_value());
+    // What it reads was complete before dgrad began, if that is one kernel at least and directly before it.
+    run(wgrad_, block, x, dw, stream, SDGP_STEP_MULTIPLY,
+        dgrad_.has_value() && std::get<0>(*dgrad_)->always_launches());
   }
 
  private:

@@ -186,6 +186,8 @@ class Product {
                           int32_t step, bool overlaps) const = 0;
   // Whether there is something to do in SDGP_STEP_PREPARE.
   virtual bool needs_preparation() const = 0;
+  // Whether it writes its result, for which it takes a kernel at least. What adds to a result may have nothing to add.
+  virtual bool always_launches() const = 0;
 };
 
 // Problem: SdgpSparseGemm or SdgpSparseConv, which call alike what is alike.
@@ -227,6 +229,7 @@ class ProductOf : public Product {
   }
 
   bool needs_preparation() const override { return problem_.owned_blocks > 0; }
+  bool always_launches() const override { return problem_.accumulate == 0; }
 
  protected:
   std::string name_;
