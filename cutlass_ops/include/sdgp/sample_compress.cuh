@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kBlockThreads, Rule::kBlocksPerMultiprocessor)
             {zip_low(x[0].x, x[1].x), zip_high(x[0].x, x[1].x), zip_low(x[0].y, x[1].y), zip_high(x[0].y, x[1].y)},
             {zip_low(x[2].x, x[3].x), zip_high(x[2].x, x[3].x), zip_low(x[2].y, x[3].y), zip_high(x[2].y, x[3].y)},
             wgrad_group + 4 * half, 2, streams[1], wgrad_random, wgrad_close, t - row >= kRows,
-            [&](int) { return static_cast<int>(t - row); }, packed);
+            [&](int) { return static_cast<int>(min(t - row, int64_t{kRows})); }, packed);
 #pragma unroll
         for (int i = kBatch - 1; i >= 0; --i) word = append_nibble(word, packed[i]);
         // In the place of what has been read: the first and the second kept of each quad.
