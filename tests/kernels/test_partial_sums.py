@@ -77,7 +77,7 @@ def test_the_sum_is_added_to_what_is_there(simulated, splits, count, shift, dtyp
 
 
 def test_blocks_take_turns_at_more_outputs_than_they_hold(simulated):
-    """With one multiprocessor, 4 blocks; of rows of threads, too."""
+    """With one multiprocessor, 4 blocks. Rows of threads there are only where every block has one turn."""
     for splits, count in ((2, 9000), (4, 2000), (64, 516)):
         out, exact, magnitudes = sums(simulated, splits, count, torch.float32, sms=1)
         assert ((out.double() - exact).abs() <= magnitudes * splits * 2.0**-24 + 1e-7).all()
