@@ -64,7 +64,12 @@ PRUNE_ROW = {
 PRUNE = {
     "benchmark": "kernels",
     "provenance": ORIGIN,
-    "rows": [PRUNE_ROW, PRUNE_ROW | {"case": "one pass", "needs": BOTH | {"dgrad": False}}],
+    "rows": [
+        PRUNE_ROW,
+        PRUNE_ROW | {"case": "no dgrad", "needs": BOTH | {"dgrad": False}, "clones": 9.0},
+        PRUNE_ROW | {"case": "no wgrad", "needs": BOTH | {"wgrad": False}, "clones": 9.0},
+        PRUNE_ROW | {"case": "bias", "needs": BOTH | {"bias": True}, "clones": 9.0},
+    ],
 }
 
 
@@ -95,6 +100,25 @@ def build(section, folder, content):
 def test_everything_is_in_step_with_the_results():
     result = CliRunner().invoke(report.main, ["--check"])
     assert result.exit_code == 0, result.output
+
+
+def test_the_command_writes_what_is_stale_and_check_only_names_it(tmp_path, monkeypatch):
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    results.mkdir()
+    readme.write_text("".join(f"<!-- results: {name} -->\nold\n<!-- end -->\n" for name in report.SECTIONS))
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "RESULTS", results)
+    for result in ([], GEMM):  # nothing there yet, then pages and picture of another result
+        (results / "gemm.json").write_text(json.dumps(result))
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+        checked = CliRunner().invoke(report.main, ["--check"])
+        assert checked.exit_code == 1
+        assert "out of step with bench/results/: README.md and speed.md and speed.png;" in checked.output
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+        assert CliRunner().invoke(report.main, []).exit_code == 0
+        assert CliRunner().invoke(report.main, ["--check"]).exit_code == 0
+        assert "old" not in readme.read_text()
+        assert ("| fc, 64 positions |" in (results / "speed.md").read_text()) == bool(result)
 
 
 @pytest.mark.parametrize("section", ["layers", "gemm", "prune", "convergence"])
@@ -178,16 +202,63 @@ def test_layers(tmp_path):
     assert "[result.json](result.json): A GPU, driver 580, 1 MHz, 2 W, CUDA 13.0, torch 2.11.0" in text
 
 
+def test_work_and_rate_of_a_layer_by_hand(tmp_path):
+    """2 · 10,000 · 1000 · 5000 = 10^11 FLOP per pass; dY 100 MB, X 20 MB, W 10 MB; two passes in 0.6 ms."""
+    geometry = LINEAR | {"tokens": 10_000, "in_channels": 1000, "out_channels": 5000}
+    text = build("layers", tmp_path, LAYERS | {"rows": [LAYERS["rows"][0] | {"geometry": geometry}]})
+    assert "| a.fc | 1000 → 5000, 10000 | 100.0, 130 | `mvue` | 600 | 333 | " in text
+
+
 def test_layers_of_a_known_gpu_have_predictions_beside_them(tmp_path):
+    """Measured: four times the dense ops predicted, twice prune + compress, five times the sparse products."""
     known = {**ORIGIN, "gpu": {**ORIGIN["gpu"], "name": "NVIDIA H100 80GB HBM3"}}
-    row = LAYERS["rows"][0]
+    row = LAYERS["rows"][0] | {"geometry": LINEAR | {"tokens": 8192, "in_channels": 1024, "out_channels": 1024}}
     predicted = predict(row, GPUS["h100-measured"])
-    row = {**row, "milliseconds": {**predicted._asdict(), "compress_both": 2 * predicted.compress_both}}
+    dense, sparse, compress = predicted.dense_dgrad, predicted.sparse_dgrad, predicted.compress_both
+    row["milliseconds"] = {
+        **dict.fromkeys(("dense_dgrad", "dense_wgrad"), 4 * dense),
+        **dict.fromkeys(("sparse_dgrad", "sparse_wgrad"), 5 * sparse),
+        "compress_both": 2 * compress,
+    }
     text = build("layers", tmp_path, {**LAYERS, "provenance": known, "rows": [row]})
     assert "the roofline H100-MEASURED (`sdgp plan`)" in text
-    assert "dense 1.00 ×; prune + compress 0.50 ×; products 1.00 ×; whole backward " in text
-    speedup = tables.times(predicted.dense / predicted.totals()[True, True])
-    assert f"| {speedup} | dgrad + wgrad sparse" in text
+    whole = (compress + 2 * sparse) / (2 * compress + 10 * sparse)
+    assert f"dense 0.25 ×; prune + compress 0.50 ×; products 0.20 ×; whole backward {whole:.2f} ×" in text
+    cells = text.splitlines()[2].split(" | ")
+    microseconds = [tables.microseconds(1e3 * value) for value in (2 * dense, 2 * compress, compress)]
+    assert cells[6:9] == microseconds
+    assert cells[11] == tables.times(dense / sparse)
+    assert cells[13] == tables.times(2 * dense / (compress + 2 * sparse))
+
+
+def test_claims_about_layers_are_of_one_prune_function_each(tmp_path):
+    """Median and range of the layers that ran; `auto` counts as pruning where it prunes either pass."""
+    ran, unsupported = LAYERS["rows"]
+    rows = [
+        ran | {"backward_speedup": speedup, "auto_prunes": prunes, "auto_speedup": auto}
+        for speedup, prunes, auto in ((0.5, [False, False], 1), (2, [True, True], 2), (1, [False, True], 1.25))
+    ]
+    other = ran | {"prune": "random", "backward_speedup": 7.0, "auto_speedup": 8.0}
+    claims = tables.layer_claims(LAYERS | {"rows": [*rows, unsupported, other]})
+    assert claims == [
+        "`mvue`: 1.00 × (0.50–2.00); `auto` prunes 2 of 3 layers: 1.25 × (1.00–2.00)",
+        "`random`: 7.00 ×; `auto` prunes 1 of 1 layers: 8.00 ×",
+    ]
+
+
+def test_a_step_against_eager_dense_alone_says_so():
+    """Also where SDGP's own step was compiled."""
+    contenders = [contender("dense", 10), contender("SDGP, compiled", 7, sdgp=True)]
+    eager = STEP | {"contenders": contenders, "sdgp_over_dense": {"dense": {"median": 0.7}}}
+    assert tables.step_claims(eager)[0].endswith("+30.0 % (eager; compiled: not measured yet)")
+    assert tables.step_claims(STEP) == ["resnet9, batch 512, `mvue`: +10.0 %"]
+
+
+def test_the_machine_is_told_as_it_was_under_load_and_with_every_caveat():
+    loaded = {"driver_version": "580", "clocks.sm": "3 MHz", "power.draw": "4 W"}
+    origin = ORIGIN | {"gpu": ORIGIN["gpu"] | {"state_under_load": loaded}, "note": "One part was not timed."}
+    wanted = "A GPU, driver 580, 3 MHz, 4 W, CUDA 13.0, torch 2.11.0, revision 0123456789ab. One part was not timed"
+    assert tables.machine({"provenance": origin}) == wanted
 
 
 def test_gemm(tmp_path):
@@ -198,7 +269,7 @@ def test_gemm(tmp_path):
 def test_prune(tmp_path):
     text = build("prune", tmp_path, PRUNE)
     assert "| a.fc | 64 × 32 bfloat16 | mvue | 35.0 | **3.50 ×** | 0.50 × |" in text
-    assert "one pass" not in text
+    assert not any(other in text for other in ("no dgrad", "no wgrad", "bias"))
 
 
 def test_step_time_compares_with_the_fastest_dense_step(tmp_path):
