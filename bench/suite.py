@@ -254,6 +254,7 @@ def outcomes(
         seconds = now() - start
         if code is None:
             yield case, Outcome("killed", seconds, f"took longer than {seconds:.0f} s, about {estimate:.0f} expected")
+            broken = "the build was killed" if case.name == "build" else ""
         elif code:
             yield case, Outcome("failed", seconds, f"exit code {code}")
             broken = "the build failed" if case.name == "build" else ""

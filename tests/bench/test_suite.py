@@ -86,6 +86,11 @@ def test_a_failure_stops_nothing_but_the_builds_does(tmp_path: Path) -> None:
     clock.execute = lambda case, limit: 1  # type: ignore[method-assign]
     found = outcomes(cases, run_of(tmp_path), clock, float("inf"))
     assert [outcome.reason for outcome in found.values()] == ["exit code 1", "the build failed", "the build failed"]
+    clock = Time(build=1e9)
+    found = outcomes(cases, run_of(tmp_path), clock, float("inf"))
+    assert [outcome.status for outcome in found.values()] == ["killed", "skipped", "skipped"]
+    assert found["next"].reason == "the build was killed"
+    assert clock.ran == ["build"]
 
 
 def test_nothing_runs_without_a_build_but_one_that_is_there_takes_no_time(
