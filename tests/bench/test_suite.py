@@ -19,7 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from bench import suite
+from bench import suite, tables
 from bench.suite import Case, Machine, Outcome, Run
 
 MACHINE = Machine("Made-up GPU", "90a", {"gpu": {"name": "Made-up GPU"}})
@@ -153,14 +153,19 @@ def test_estimates_come_from_the_last_run_on_the_same_gpu(tmp_path: Path) -> Non
 
 def test_the_digest_is_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "ROOT", tmp_path)
-    (tmp_path / "bench" / "deep").mkdir(parents=True)
-    source = tmp_path / "bench" / "deep" / "a.py"
-    source.write_text("one")
-    first = suite.source_digest()
+    sources = [tmp_path / name for name in ("bench/deep/a.py", "cutlass_ops/a.cuh", "tests/a.py", "sdgp_accel/a.yaml")]
+    for source in sources:
+        source.parent.mkdir(parents=True)
+        source.write_text("one")
+    seen = {suite.source_digest()}
     (tmp_path / "bench" / "result.json").write_text("{}")
-    assert suite.source_digest() == first
-    source.write_text("two")
-    assert suite.source_digest() != first
+    assert suite.source_digest() in seen
+    for source in sources:
+        source.write_text("two")
+        seen.add(suite.source_digest())
+    assert len(seen) == 1 + len(sources)
+    source.rename(source.with_name("b.yaml"))
+    assert suite.source_digest() not in seen
 
 
 def test_a_process_that_overruns_ends_with_all_it_started(tmp_path: Path) -> None:
@@ -206,11 +211,14 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     write = tmp_path / "write.py"
     write.write_text("import sys, pathlib; path = pathlib.Path(sys.argv[1]); path.write_text('{\"rows\": []}')")
     fail = tmp_path / "fail.py"
-    fail.write_text("import os; print('archs', os.environ['SDGP_CUDA_ARCHS']); raise SystemExit('went wrong')")
+    fail.write_text(
+        "import os; print('path', os.environ['PYTHONPATH']); print('archs', os.environ['SDGP_CUDA_ARCHS']);"
+        "raise SystemExit('went wrong')"
+    )
     cases = (
         BUILD,
         Case("one", f"{{python}} {write} {{result}}", 5),
-        Case("fails", f"{{python}} {fail}", 5),
+        Case("fails", f"{{python}} {fail} {{result}}", 5),
         Case("two", f"{{python}} {write} {{result}}", 5),
         Case("endless", f"{{python}} {write} {{result}}", 1e6),
     )
@@ -226,11 +234,12 @@ def call(*arguments: str | Path) -> Result:
     return CliRunner().invoke(suite.main, list(map(str, arguments)))
 
 
-def test_the_whole_path(small: Path) -> None:
+def test_the_whole_path(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "users_own")
     result = call("--out", small, "--minutes", 10)
     assert result.exit_code == 1
     assert "not passed: fails; logs are in" in result.output
-    assert "    archs 90a\n    went wrong" in result.output
+    assert f"    path {suite.ROOT}{os.pathsep}users_own\n    archs 90a\n    went wrong" in result.output
     (folder,) = small.iterdir()
     record = json.loads((folder / "suite-Made-up_GPU.json").read_text())
     assert record["provenance"] == MACHINE.origin
@@ -240,13 +249,33 @@ def test_the_whole_path(small: Path) -> None:
     one = record["cases"]["one"]
     assert (one["result"], one["log"], one["gpu"]) == ("one-Made-up_GPU.json", "one.log", {"power.draw": "1 W"})
     assert (folder / one["result"]).exists()
+    assert record["cases"]["fails"]["result"] is None
+    assert tables.CHECKS.accepts(record)
 
+    with monkeypatch.context() as there:
+        there.setattr(torch.cuda, "is_available", lambda: True)
+        assert f"skipped: {suite.DONE}" in call("--out", small, "--dry-run").output
     resumed = call("--out", small, "--minutes", 10)
     assert f"one{'':23} skipped: {suite.DONE}" in resumed.output
     assert "fails" in resumed.output.split("not passed: ")[1]
     assert json.loads((folder / "suite-Made-up_GPU.json").read_text())["cases"]["one"] == one
 
     assert suite.DONE not in call("--out", small, "--minutes", 10, "--again", "--only", "one", "--only", "two").output
+
+
+def test_what_ran_before_an_interruption_is_on_record(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = suite.execute
+
+    def interrupted(command: list[str], log: Path, *arguments: Any) -> int | None:
+        if log.stem == "two":
+            raise KeyboardInterrupt
+        return real(command, log, *arguments)
+
+    monkeypatch.setattr(suite, "execute", interrupted)
+    assert call("--out", small).exit_code == 1
+    (path,) = small.glob("*/suite-*.json")
+    ended = {name: case["status"] for name, case in json.loads(path.read_text())["cases"].items()}
+    assert ended == {"build": "passed", "one": "passed", "fails": "failed"}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"cases": []}', '{"cases": {"one": 3}}', "\\xff"])
@@ -291,6 +320,23 @@ def test_it_starts_beside_an_extension_that_does_not_load(tmp_path: Path) -> Non
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("build ")
+
+
+def test_whatever_is_selected_is_built_first() -> None:
+    assert [case.name for case in suite.select(["gemm", "over"])] == ["build", "gemm", "overhead", "gemm-sm80"]
+
+
+def test_the_sanitizer_fails_where_it_finds_something() -> None:
+    """By itself it ends as the tests do. Within torch's cached blocks it finds nothing."""
+    cases = [case for case in suite.CASES if case.name.startswith(("memcheck", "racecheck"))]
+    assert len(cases) == 6
+    for case in cases:
+        command = case.command.split()
+        assert command[command.index("--tool") + 1] == case.name.split("-")[0]
+        assert command.index("--error-exitcode") + 1 == command.index("1") < command.index("pytest")
+        assert "PYTORCH_NO_CUDA_MEMORY_CACHING=1" in command
+        if "-k" in command:
+            assert f"{command[-1]}(" in (suite.ROOT / command[-3]).read_text()
 
 
 def test_unknown_names_are_refused(small: Path) -> None:
