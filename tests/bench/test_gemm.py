@@ -57,7 +57,66 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: [float(len(name))] * repeats for name in contenders}
 
     monkeypatch.setattr(gemm, "time_in_turns", time_in_turns)
-    monkeypatch.setattr(gemm, "CACHE_BYTES", 3 * 2 * (48 * 32 + 32 * 24 + 48 * 24))
+    monkeypatch.setattr(gemm, "CACHE_BYTES", 3 * 2 * (48 * 32 + 32 * 24 + 48 * 24))  # of three times all operands
+
+
+@pytest.mark.parametrize("name", ["dgrad", "wgrad"])
+def test_every_contender_multiplies_the_same_operands_in_every_turn(
+    clock: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    contenders: dict[str, list[Any]] = {}
+    monkeypatch.setattr(gemm, "time_in_turns", lambda given, repeats: contenders.update(given) or {})
+    gemm.measure(MadeUp(), gemm.Layer("net.fc", 48, 24, 32), name, False, CPU)
+    results = [[closure().float() for closure in contenders[peer]] for peer in ("ours", "cublas")]
+    for own, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(own, theirs, atol=0.1, rtol=0.02)
+    assert len({float(result.sum()) for result in results[0]}) == 4
+
+
+def test_cusparselt_runs_with_what_its_own_search_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "_cslt_compress", lambda a: a)
+    found = SimpleNamespace(mm_search=lambda *arguments: (7, 3, 1, 40))
+    monkeypatch.setattr(torch._C, "_cusparselt", found, raising=False)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda a, b, **settings: ran.append(settings))
+    layer = gemm.Layer("net.fc", 48, 24, 32)
+    for closure in gemm.cslt([gemm.problem(MadeUp(), layer, "dgrad", CPU) for _ in range(2)]):
+        closure()
+    assert len(ran) == 3  # and once to see whether it runs
+    for settings in ran:
+        assert (settings["alg_id"], settings["split_k"]) == (7, 3)
+        assert settings.get("split_k_mode", settings.get("split_k_one_kernel")) == 1
+
+
+def test_turns_are_shuffled_and_timed_one_by_one_on_buffers_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of milliseconds that only the contenders move; warming up takes longer."""
+    now, calls = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.time = now[0]
+
+        def elapsed_time(self, end: Any) -> float:
+            return float(end.time - self.time)
+
+    def closure(name: str, buffer: int, milliseconds: float) -> Any:
+        def run() -> None:
+            warm_up = len(calls) < 2 * gemm.WARM_UP
+            now[0] += 100 if warm_up else milliseconds
+            calls.append((name, buffer))
+
+        return run
+
+    for name, stand_in in (("Event", Event), ("_sleep", lambda cycles: None), ("synchronize", lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    contenders = {"ours": [closure("ours", i, 0.25) for i in range(3)], "peer": [closure("peer", 0, 0.5)]}
+    assert gemm.time_in_turns(contenders, 9) == {"ours": pytest.approx([250] * 9), "peer": pytest.approx([500] * 9)}
+    assert [buffer for name, buffer in calls if name == "ours"] == [i % 3 for i in range(gemm.WARM_UP + 9)]
+    assert {name for name, _ in calls[::2]} == {"ours", "peer"}  # who comes first
 
 
 @pytest.mark.parametrize("name", ["dgrad", "wgrad"])
@@ -65,7 +124,7 @@ def test_a_row(clock: None, name: str) -> None:
     row = gemm.measure(MadeUp(), gemm.Layer("net.fc", 48, 24, 32), name, True, CPU)
     assert (row["m"], row["n"], row["k"]) == ((48, 24, 32) if name == "dgrad" else (32, 24, 48))
     assert row["relative_error"] < 1e-2
-    assert row["buffer_sets"] >= 2
+    assert (row["T"], row["buffer_sets"]) == (48, 4)
     assert {peer: sample[0] for peer, sample in row["us"].items()} == {"ours": 4.0, "cublas": 6.0}
     assert set(row["unavailable"]) == {"cslt", "semi_structured"}
     assert all(row["unavailable"].values())
@@ -77,6 +136,9 @@ def test_a_row(clock: None, name: str) -> None:
 def test_a_wrong_product_is_no_result(clock: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MadeUp, "tilings", lambda *arguments: (WRONG,))
     with pytest.raises(click.ClickException, match=r"net\.fc: wrong dgrad, relative error"):
+        gemm.measure(MadeUp(), gemm.Layer("net.fc", 48, 24, 32), "dgrad", False, CPU)
+    monkeypatch.setattr(MadeUp, "dgrad", lambda *arguments: torch.full((48, 24), float("nan")))
+    with pytest.raises(click.ClickException, match="relative error nan"):
         gemm.measure(MadeUp(), gemm.Layer("net.fc", 48, 24, 32), "dgrad", False, CPU)
     monkeypatch.setattr(MadeUp, "tilings", lambda *arguments: ())
     with pytest.raises(click.ClickException, match="no sparse wgrad on this GPU"):
@@ -105,8 +167,13 @@ def test_another_family_is_called_the_fallback(clock: None, monkeypatch: pytest.
     assert "sm80 fallback, dgrad, 1 shapes: 1.50 × cuBLAS (dense)" in tables.summary(tmp_path)
 
 
-def test_layers_are_distinct() -> None:
-    assert len({layer.name for layer in gemm.LAYERS}) == len(gemm.LAYERS)
+def test_layers_are_distinct_and_have_the_shapes_of_their_names() -> None:
+    layers = {layer.name: tuple(layer[1:]) for layer in gemm.LAYERS}
+    assert len(layers) == len(gemm.LAYERS)
+    assert layers["vit_large.fc1"] == (128 * 196, 1024, 4096)
+    assert layers["vit_large.fc2"] == (128 * 196, 4096, 1024)
+    assert layers["gpt2_xl.qkv"] == (16 * 1024, 1600, 4800)
+    assert layers["resnet50.1x1_1024_256"] == (256 * 14 * 14, 1024, 256)
 
 
 def test_readme_table_reads_the_result_file(tmp_path: Path) -> None:
