@@ -45,6 +45,46 @@ def test_made_up_measurements_are_found_again() -> None:
     assert all(ratio == pytest.approx(1) for ratios in fit_roofline.errors(rows, truth).values() for ratio in ratios)
 
 
+def test_only_what_is_bound_by_compute_and_of_both_operands_at_2_4_is_fitted() -> None:
+    """Rates and speed-ups by hand, each median another number than mean, dgrad's alone, or with what does not count."""
+    sheet, rows = GPUS["h100"], []
+    passes = {  # (dgrad, wgrad): rate over the peak, speed-up
+        "llm_4096.up": ((0.5, 0.6), (1.2, 1.4)),
+        "llm_4096.down": ((0.5, 0.6), (1.2, 1.4)),
+        "gpt2_xl.fc1": ((0.9, 0.9), (1.9, 1.9)),
+        "resnet50.1x1_64_64": ((0.02, 0.02), (1.0, 1.0)),  # bound by memory
+    }
+    for name, (rates, speedups) in passes.items():
+        geometry = layers.LAYERS[name]
+        dense = [1e3 * Work.of(geometry).flops / (rate * sheet.tflops * 1e12) for rate in rates]
+        sparse = [time / speedup for time, speedup in zip(dense, speedups, strict=True)]
+        row: dict[str, Any] = {"layer": name, "prune": "mvue", "geometry": geometry._asdict()}
+        names = ("dense_dgrad", "dense_wgrad", "sparse_dgrad", "sparse_wgrad")
+        row["milliseconds"] = {**dict(zip(names, dense + sparse, strict=True)), "compress_both": 1.0}
+        rows.append(row)
+    both = {"dgrad": True, "wgrad": True, "bias": False}
+    cases = [
+        ("mvue", both, 0.7, 2), ("mvue", both, 0.7, 3), ("mvue", both, 0.7, 10), ("rescale tensor", both, 0.7, 4),
+        ("mvue, half zeros", both, 0.7, 50), ("mvue 2:8", both, 0.7, 50),
+        *[("mvue", both | {"dgrad": False}, 0.1, 50)] * 7,
+    ]  # fmt: skip
+    kernels = []
+    for rule, needs, reached, cost in cases:
+        clone = 4 * 4096 * 1024 / (sheet.bandwidth * 1e12 * reached)
+        times = {"clone": {"median": 1e6 * clone}, "kernel": {"median": 1e6 * cost * clone * 2.125 / 2}}
+        kernels.append({"t": 4096, "c": 1024, "rule": rule, "needs": needs, "microseconds": times})
+    origin = {"gpu": {"name": "NVIDIA H100 80GB HBM3"}}
+    found = fit_roofline.fit("found", [{"provenance": origin, "rows": rows}], {"rows": kernels})
+    assert found == GPU("found", 989, 3.35, 0.6, 0.7, 1.4, {"mvue": 3.0, "rescale_magnitude tensor": 4.0})
+
+
+def test_an_error_is_predicted_over_measured() -> None:
+    gpu = GPUS["h100-measured"]
+    row: dict[str, Any] = {"prune": "mvue", "geometry": layers.LAYERS["llm_4096.up"]._asdict()}
+    row["milliseconds"] = {"dense_dgrad": 2 * predict(row, gpu).dense_dgrad, "dense_wgrad": None}
+    assert fit_roofline.errors([row], gpu) == {"dense_dgrad": [0.5]}
+
+
 def test_prediction_is_the_plans() -> None:
     row = {"prune": "mvue", "geometry": layers.LAYERS["llm_4096.up"]._asdict()}
     gpu = GPUS["h100-measured"]
