@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from sdgp_accel.training.distributed import join_world
+from sdgp_accel.training.distributed import World, join_world
 from sdgp_accel.training.loop import WEIGHTS
 
 WORKER = Path(__file__).parent / "two_processes.py"
@@ -44,6 +46,18 @@ def test_a_process_takes_the_gpu_of_its_place_on_the_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device must be 'cpu' or None"), join_world("cuda"):
         pass
+
+
+def test_shared_buffers_are_the_main_processes(monkeypatch):
+    """BatchNorm's running mean and variance, and how many batches it has seen."""
+    main, other, alone = (nn.BatchNorm1d(2) for _ in range(3))
+    main(torch.randn(8, 2))
+    sent = iter(list(main.buffers()))
+    monkeypatch.setattr(dist, "broadcast", lambda buffer, src: buffer.copy_(next(sent)) if src == 0 else None)
+    World(0, 1, torch.device("cpu")).share_buffers(alone)
+    World(1, 2, torch.device("cpu")).share_buffers(other)
+    assert all(map(torch.equal, other.buffers(), main.buffers()))
+    assert alone.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("function", ["rescale_magnitude", "mvue"])
