@@ -23,4 +23,6 @@ def test_every_case_is_measured(tmp_path: Path) -> None:
         (dense_forward, dense_backward), (forward, backward) = row["dense"], row["sdgp"]
         assert row["forward"] == forward - dense_forward
         assert row["backward"] == backward - dense_backward + row["replaced"]
+        replacement = row.get("no_ops", 0.0) if row["backend"] == "idle" else row["empty_ops"]
+        assert row["replaced"] == row["ops"] - replacement
         assert min(*row["dense"], *row["sdgp"], row["new_empty"]) > 0.0
