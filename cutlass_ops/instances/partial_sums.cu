@@ -17,12 +17,22 @@ constexpr int kMaxRows = 32;
 
 // A block has `rows` rows of threads over kThreads / rows runs of kVector outputs; each row adds up a stretch of the
 // splits, and the first the rows. kVector: 4, or 1 where that does not divide `count` or `out` is not aligned for it.
+// The pointers are not __restrict__: what is read through such ones has to be constant from the kernel's start on, and
+// the kernel before may still be writing the partial results then.
 template <typename Out, int kVector>
 __global__ void __launch_bounds__(kThreads)
-    sum_partials_kernel(const float* __restrict__ partials, Out* __restrict__ out, const int64_t count,
-                        const int splits, const int rows, const bool accumulate) {
+    sum_partials_kernel(const float* partials, Out* out, const int64_t count, const int splits, const int rows,
+                        const bool accumulate) {
   struct alignas(4 * kVector) Floats {
     float at[kVector];
+    __device__ __forceinline__ static Floats load(const float* from) {  // at once: of a struct, float by float
+      if constexpr (kVector == 1) {
+        return {*from};
+      } else {
+        const float4 value = *reinterpret_cast<const float4*>(from);
+        return {value.x, value.y, value.z, value.w};
+      }
+    }
     __device__ __forceinline__ void add(const Floats& other) {
 #pragma unroll
       for (int j = 0; j < kVector; ++j) at[j] += other.at[j];
@@ -44,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
     if (i < count) {
       const float* part = partials + first * count + i;
 #pragma unroll 4
-      for (int split = first; split < last; ++split, part += count) sum.add(*reinterpret_cast<const Floats*>(part));
+      for (int split = first; split < last; ++split, part += count) sum.add(Floats::load(part));
     }
     if (rows > 1) {
       __syncthreads();  // the block before has been read

@@ -10,7 +10,7 @@ extern "C" {
 // out[count] (+)= sum over splits of partials[splits, count], added in an order that depends on the sizes alone: the
 // same bits on every run. Rounded once.
 struct SdgpPartialSums {
-  const float* partials;
+  const float* partials;  // aligned to 16 bytes
   void* out;  // float32, bfloat16 or float16
   int64_t count;
   int32_t splits;
