@@ -56,8 +56,8 @@ class CudaClock:
         return float(start.elapsed_time(end)) * 1e-3
 
     def synchronize(self) -> None:
-        """Wait for the device."""
-        torch.cuda.synchronize(self._device)
+        """Wait for the current stream. Others may be waiting for other processes, as NCCL's do."""
+        torch.cuda.current_stream(self._device).synchronize()
 
 
 def clock_for(device: torch.device) -> Clock:

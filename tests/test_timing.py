@@ -30,6 +30,10 @@ def test_host_clock_runs_forward() -> None:
 def test_cuda_clock_uses_events_on_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded: list[tuple[str, float]] = []
 
+    class Stream(str):
+        def synchronize(self) -> None:
+            recorded.append((f"synchronized {self}", 0.0))
+
     class Event:
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
@@ -43,11 +47,12 @@ def test_cuda_clock_uses_events_on_the_current_stream(monkeypatch: pytest.Monkey
             return end.at - self.at
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: recorded.append(("synchronized", 0.0)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(f"stream of {device}"))
+    # NCCL's stream may be waiting for a process that waits for this one.
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("waited for all streams"))
     clock = clock_for(torch.device("cuda", 1))
     assert isinstance(clock, CudaClock)
     start, end = clock.mark(), clock.mark()
     clock.synchronize()
     assert clock.seconds(start, end) == pytest.approx(0.010)  # events tell milliseconds
-    assert [name for name, _ in recorded] == ["stream of cuda:1", "stream of cuda:1", "synchronized"]
+    assert [name for name, _ in recorded] == ["stream of cuda:1"] * 2 + ["synchronized stream of cuda:1"]
