@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from sdgp_accel.backends import warn_once
 from sdgp_accel.tuning.record import Tuned
@@ -23,7 +23,7 @@ from sdgp_accel.tuning.record import Tuned
 VARIABLE = "SDGP_TUNING_CACHE"
 SCHEMA = 1
 MAX_LAYERS = 1 << 14  # the oldest give way: sequences of every length would fill the disk
-LOCK_SECONDS = 10.0
+LOCK_SECONDS = 10.0  # once: training must not wait as long for each layer, whoever hangs with the lock
 
 
 def folder() -> Path | None:
@@ -50,6 +50,7 @@ class TuningCache:
         digest = hashlib.sha256(json.dumps(self._environment, sort_keys=True).encode()).hexdigest()
         self._path = folder / f"{digest[:32]}.json"
         self._layers = self._read()
+        self._patience = LOCK_SECONDS
 
     @property
     def path(self) -> Path:
@@ -68,11 +69,13 @@ class TuningCache:
         self._layers[key] = tuned
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self._path.with_suffix(".lock"), timeout=LOCK_SECONDS):
+            with FileLock(self._path.with_suffix(".lock"), timeout=self._patience):
                 self._layers = self._layers | self._read() | {key: tuned}  # some may never have been written
                 self._write()
         # OSError: filelock's Timeout is one, too. NotImplementedError: its word for a file system without locks.
         except (OSError, NotImplementedError) as error:
+            if isinstance(error, Timeout):
+                self._patience = 0.0
             warn_once(f"measured choices are not remembered in {self._path.parent}: {error}")
 
     def _read(self) -> dict[str, Tuned]:

@@ -104,6 +104,22 @@ def test_what_could_not_be_written_is_still_known_and_written_with_the_next(
     assert [again.get(key) for key in ("first", "second", "third")] == [TUNED, DENSE, DENSE]
 
 
+def test_a_lock_that_hangs_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model has dozens of layers to remember."""
+    monkeypatch.setattr(cache, "LOCK_SECONDS", 0.25)
+    remembering = TuningCache(tmp_path, ENVIRONMENT)
+    with cache.FileLock(remembering.path.with_suffix(".lock")):
+        start = time.monotonic()
+        with pytest.warns(UserWarning, match="not remembered in"):
+            remembering.add("a", DENSE)
+        for key in "bcd":
+            remembering.add(key, DENSE)
+        assert 0.25 <= time.monotonic() - start < 0.5
+    remembering.add("e", DENSE)
+    again = TuningCache(tmp_path, ENVIRONMENT)
+    assert [again.get(key) for key in "abcde"] == [DENSE] * 5
+
+
 def test_the_oldest_layers_give_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "MAX_LAYERS", 2)
     remembering = TuningCache(tmp_path, ENVIRONMENT)
