@@ -60,6 +60,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
     dtype = input.dtype if to is None else to
     deterministic = torch._C._get_deterministic_algorithms()
     decision = decide_linear(plan, input.shape, weight_shape[0], dtype, input.device, deterministic, weight.dtype)
+    decision = decision.where(input.requires_grad, weight.requires_grad)
     if decision.backend is None:
         return F.linear(input, weight, bias)
     if to is not None:
@@ -126,7 +127,7 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window,
     deterministic = torch._C._get_deterministic_algorithms()
     decision = decide_conv2d(
         plan, input_shape, weight_shape, window, channels_last, dtype, input.device, deterministic, weight.dtype
-    )
+    ).where(input.requires_grad, weight.requires_grad)
     if decision.backend is None:
         return F.conv2d(input, weight, bias, *window)
     if to is not None:
@@ -298,7 +299,7 @@ def _for_batches(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool
     if not torch._C._functorch.is_legacy_batchedtensor(dy):
         raise
     warn_once("layers run the ordinary dense backward for batches of gradients (is_grads_batched)")
-    return ops.run(dy, x, weight, bias, decision._replace(backend=None, bound=None))
+    return ops.run(dy, x, weight, bias, decision._replace(backend=None, bound=None, single=None))
 
 
 # The hooks of now; not to be asked for before torch 2.8, and taken for none there.

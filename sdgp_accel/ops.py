@@ -77,11 +77,13 @@ def run(dy: Tensor, x: Tensor | None, weight: Tensor | None, bias: bool, decisio
     Linear: dy [..., C_out], x [..., C_in]; Conv2d: dy [N, C_out, P, Q], x [N, C_in, H, W]. What the ops do, and what
     the eager backward calls directly.
     """
+    if decision.single is not None:
+        decision = decision.where(weight is not None, x is not None)
     if decision.bound is not None and not is_recording():
         gradients = decision.bound(dy, x, weight, bias)
         if gradients is not None:
             return gradients
-    geometry, backend, plan, draws, _, tilings, _, _ = decision
+    geometry, backend, plan, draws, _, tilings, *_ = decision
     prune_dgrad = backend is not None and weight is not None and plan.grad_input is not None
     prune_wgrad = backend is not None and x is not None and plan.grad_weight is not None
     with _autocast_off(device_type(dy)):

@@ -217,7 +217,7 @@ def tune(
     for what ``accelerate_(model, config)`` would make of the model; None for the layers that are swapped already.
     autocast: the dtype of the autocast that training runs under. One forward pass; the model is left as it was. Layers
     that the pass does not reach are reported as `accelerate_` reports them, those that `set_active_` has switched off
-    with what they run when they are on again.
+    with what they run when they are on again, and all as if their inputs needed a gradient.
 
     Raises what `accelerate_` raises for `model` and `config`, and ValueError or TypeError for a bad `batch` or
     `autocast`.
@@ -230,7 +230,8 @@ def tune(
     def after_forward(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         assert isinstance(module, (nn.Linear, nn.Conv2d))
         x = inputs[0] if inputs else named["input"]
-        decisions[module] = decide_layer(module, x.to(output.dtype), configs[module])[1]
+        decision = decide_layer(module, x.to(output.dtype), configs[module])[1]
+        decisions[module] = decision.where(True, module.weight.requires_grad)  # the pass does not tell of inputs
 
     steps = plan_swap(model, config, (lambda module, name: False) if config is None else None)
     listed = [describe_as_it_is(step.module, step.report) if config is None else step.report for step in steps]

@@ -141,7 +141,7 @@ def _watch(target: Target, checks: list[PassCheck], draws: int) -> torch.utils.h
 
         def on_gradient(dy: Tensor) -> None:
             with torch.no_grad():
-                call = _call(target, x.detach(), dy)
+                call = _call(target, x, dy)
                 wanted: list[Pass] = ["grad_input", "grad_weight"]
                 checks.extend(_check(label, call, name, draws) for name in wanted if needs[name])
 
@@ -162,10 +162,13 @@ def _watch(target: Target, checks: list[PassCheck], draws: int) -> torch.utils.h
 
 def _call(target: Target, x: Tensor, dy: Tensor) -> _Call:
     """The operands of the layer's backward: x padded and cast as the layer itself does it."""
-    x, decision = decide_layer(target.module, x.to(dy.dtype), target.config)
+    needs_dx, weight = x.requires_grad, target.module.weight
+    x, decision = decide_layer(target.module, x.detach().to(dy.dtype), target.config)
+    # Each pass is checked by itself, as it runs together with the other.
+    decision = decision.where(needs_dx, weight.requires_grad)._replace(single=None)
     if dy.dim() == 3 and isinstance(target.module, nn.Conv2d):
         dy = dy.unsqueeze(0)
-    return _Call(dy, x, target.module.weight.detach().to(dy.dtype), decision)
+    return _Call(dy, x, weight.detach().to(dy.dtype), decision)
 
 
 def _check(label: str, call: _Call, pass_name: Pass, draws: int) -> PassCheck:

@@ -164,7 +164,8 @@ class Decision(NamedTuple):
     """What runs the backward of one layer shape: the backend (None: the ordinary dense backward) and why.
 
     plan: resolved for this geometry; draws: the plan's, looked up once. times: what was measured, if anything.
-    bound: the backward as one call, where the backend has that for this shape.
+    bound: the backward as one call, where the backend has that for this shape. single: what runs in its place where
+    only dX, and where only dW is wanted; None: the same.
     """
 
     geometry: Geometry
@@ -175,11 +176,16 @@ class Decision(NamedTuple):
     tilings: Tilings = Tilings()
     times: BackwardTimes | None = None
     bound: BoundBackward | None = None
+    single: tuple[Decision, Decision] | None = None
 
     @property
     def name(self) -> str:
         """The backend's name, ``"dense"`` for None."""
         return "dense" if self.backend is None else self.backend.name
+
+    def where(self, dx: bool, dw: bool) -> Decision:
+        """What runs where dX, and where dW is wanted: of a first layer, or of a frozen one, only one of them is."""
+        return self if self.single is None or dx == dw else self.single[0 if dx else 1]
 
 
 def build_command() -> str:
@@ -252,6 +258,9 @@ def decide_conv2d(
 
 
 def _bound(decision: Decision, call: Call) -> Decision:
+    if decision.single is not None:
+        only_dx, only_dw = decision.single
+        decision = decision._replace(single=(_bound(only_dx, call), _bound(only_dw, call)))
     backend, plan = decision.backend, decision.plan
     if backend is None or plan.grad_input is None or plan.grad_weight is None:  # one pass is torch's own op
         return decision
@@ -270,17 +279,21 @@ def _tuned(decision: Decision, dtype: torch.dtype, device: torch.device, determi
     from sdgp_accel import tuning  # not needed where nothing is measured
 
     tuned = tuning.tune(backend, plan, geometry, dtype, device, deterministic)
-    prunes_dgrad, prunes_wgrad = tuned.prunes
-    plan = plan._replace(
-        grad_input=plan.grad_input if prunes_dgrad else None, grad_weight=plan.grad_weight if prunes_wgrad else None
-    )
-    if not plan.prunes:
-        return Decision(geometry, None, plan, False, tuned.reason, times=tuned.times)
     # Predicted choices name no tilings, and another rank's GPU may have some that this one has not.
     timed = tuning.find_tilings(tuned, backend, geometry, dtype, device) or Tilings()
     tilings = Tilings(timed.dgrad or best.dgrad, timed.wgrad or best.wgrad)
-    reason = tuned.reason + _conversions(geometry)
-    return Decision(geometry, backend, plan, plan.draws, reason, tilings, tuned.times)
+
+    def chosen(prunes_dgrad: bool, prunes_wgrad: bool, reason: str) -> Decision:
+        kept = plan._replace(
+            grad_input=plan.grad_input if prunes_dgrad else None, grad_weight=plan.grad_weight if prunes_wgrad else None
+        )
+        if not kept.prunes:
+            return Decision(geometry, None, kept, False, reason, times=tuned.times)
+        return Decision(geometry, backend, kept, kept.draws, reason + _conversions(geometry), tilings, tuned.times)
+
+    # With a pass that is not wanted left in the plan, the other one is still a single call of the extension.
+    only_dx, only_dw = (chosen(prunes, prunes, tuned.single_reason(index)) for index, prunes in enumerate(tuned.single))
+    return chosen(*tuned.prunes, tuned.reason)._replace(single=(only_dx, only_dw))
 
 
 def forget_decisions() -> None:
@@ -288,6 +301,9 @@ def forget_decisions() -> None:
     decide_linear.cache_clear()
     decide_conv2d.cache_clear()
     warn_once.cache_clear()
+    from sdgp_accel import tuning
+
+    tuning.forget()
 
 
 def decide(plan_text: str, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Decision:

@@ -9,17 +9,22 @@ is timed or remembered: the choice is predicted (`prediction`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import math
 import re
+from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 import sdgp_accel
 from sdgp_accel.backends import Backend, Tilings, gpu, warn_once
 from sdgp_accel.config import Pass
-from sdgp_accel.geometry import Conv2dGeometry, Geometry
+from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import LayerPlan, encode
 from sdgp_accel.tuning import cache
 from sdgp_accel.tuning.agreement import agreed
@@ -33,6 +38,14 @@ __all__ = ["BackwardTimes", "Measurement", "Tuned", "choose", "measure", "tune"]
 REQUIRED_GAIN = 0.01
 # What a pruned layer costs the host beyond the calls that are timed: its limit in bench/overhead.py.
 HOST_OVERHEAD_MS = 0.015
+# Of one layer, as many sizes of its input are timed. With sequences of every length each step may bring a new one, and
+# timing takes longer than it could save: sizes beyond these run as the nearest one does.
+TIMED_SIZES = 32
+
+Choice = TypeVar("Choice", bound=Hashable)
+
+# What this process has found out, by layer and settings, then by size.
+_timed: dict[Hashable, dict[Geometry, Tuned]] = {}
 
 
 def choose(measured: Measurement) -> tuple[bool, bool]:
@@ -41,14 +54,23 @@ def choose(measured: Measurement) -> tuple[bool, bool]:
     It has to gain twice: on the GPU, which decides where the host runs ahead of it, and where a backward takes as long
     as the GPU or as long as the host needs to launch it, whichever is longer.
     """
-    dense, on_gpu, host = (False, False), measured.device.totals(), measured.host.totals()
-    alone = {passes: max(ms, host[passes] + HOST_OVERHEAD_MS * any(passes)) for passes, ms in on_gpu.items()}
+    return _fastest(measured.device.totals(), measured.host.totals(), (False, False))
+
+
+def choose_single(measured: Measurement) -> tuple[bool, bool]:
+    """`choose` for dgrad and for wgrad where it is the only pass that is wanted."""
+    dgrad, wgrad = (_fastest(measured.device.single(i), measured.host.single(i), False) for i in (0, 1))
+    return dgrad, wgrad
+
+
+def _fastest(on_gpu: Mapping[Choice, float], host: Mapping[Choice, float], dense: Choice) -> Choice:
+    alone = {choice: max(ms, host[choice] + HOST_OVERHEAD_MS * (choice != dense)) for choice, ms in on_gpu.items()}
     gaining = [
-        passes
-        for passes in on_gpu
-        if all(times[passes] <= (1.0 - REQUIRED_GAIN) * times[dense] for times in (on_gpu, alone))
+        choice
+        for choice in on_gpu
+        if all(times[choice] <= (1.0 - REQUIRED_GAIN) * times[dense] for times in (on_gpu, alone))
     ]
-    return min(gaining, key=lambda passes: alone[passes], default=dense)
+    return min(gaining, key=lambda choice: alone[choice], default=dense)
 
 
 def tune(
@@ -66,14 +88,54 @@ def tune(
     """
     if deterministic:
         return predict(plan, geometry, device)
-    key = f"{encode(plan)} {geometry!r} {dtype}"
-    if isinstance(geometry, Conv2dGeometry):
-        key += f" cudnn.benchmark={torch.backends.cudnn.benchmark}"
+    settings = _settings(geometry)
+    timed = _timed.setdefault((backend, plan, _without_size(geometry), dtype, device, settings), {})
+    if geometry in timed:
+        return timed[geometry]
+    key = f"{encode(plan)} {geometry!r} {dtype} {settings}"
 
     def propose() -> str:
-        return json.dumps(_tune_here(key, backend, plan, geometry, dtype, device).to_dict())
+        return json.dumps(_tune_here(key, timed, backend, plan, geometry, dtype, device).to_dict())
 
-    return Tuned.from_dict(json.loads(agreed(key, propose)))
+    tuned = Tuned.from_dict(json.loads(agreed(key, propose)))
+    if tuned.times is not None:
+        timed[geometry] = tuned
+    return tuned
+
+
+def forget() -> None:
+    """What this process has found out, but not what is on disk."""
+    _timed.clear()
+
+
+def _settings(geometry: Geometry) -> str:
+    """The switches of torch that make the dense products of a layer faster or slower."""
+    if isinstance(geometry, Conv2dGeometry):
+        cudnn = torch.backends.cudnn
+        return f"cudnn: enabled={cudnn.enabled} benchmark={cudnn.benchmark} deterministic={cudnn.deterministic}"
+    matmul = torch.backends.cuda.matmul
+    names = (
+        "allow_fp16_accumulation",
+        "allow_fp16_reduced_precision_reduction",
+        "allow_bf16_reduced_precision_reduction",
+    )
+    found = [f"{name}={getattr(matmul, name, None)}" for name in names]  # the first one not before torch 2.7
+    return f"{torch.backends.cuda.preferred_blas_library()}: {' '.join(found)}"
+
+
+def _without_size(geometry: Geometry) -> Geometry:
+    """The same for all inputs of one layer."""
+    if isinstance(geometry, LinearGeometry):
+        return geometry._replace(tokens=0, positions_per_sample=0)
+    return geometry._replace(batch=0, height=0, width=0, out_height=0, out_width=0)
+
+
+def _as_the_nearest(timed: Mapping[Geometry, Tuned], geometry: Geometry) -> Tuned:
+    nearest = min(timed, key=lambda other: abs(math.log(other.positions / geometry.positions)))
+    reason = (
+        f"as with {nearest.positions} positions, of {len(timed)} sizes that have been timed: {timed[nearest].reason}"
+    )
+    return timed[nearest]._replace(reason=reason, times=None)
 
 
 def find_tilings(
@@ -91,9 +153,15 @@ def find_tilings(
 
 
 def _tune_here(
-    key: str, backend: Backend, plan: LayerPlan, geometry: Geometry, dtype: torch.dtype, device: torch.device
+    key: str,
+    timed: Mapping[Geometry, Tuned],
+    backend: Backend,
+    plan: LayerPlan,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tuned:
-    """What this machine remembers of the layer, or else measures now."""
+    """What this machine remembers of the layer, or else measures now, or takes from other sizes that are `timed`."""
     known = _remembered(backend, device)
     tuned = known.get(key) if known is not None else None
     if tuned is not None and find_tilings(tuned, backend, geometry, dtype, device) is not None:
@@ -101,8 +169,14 @@ def _tune_here(
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         reason = "first used while a CUDA graph was captured, where nothing can be timed: run one step before"
         return Tuned((False, False), reason)
+    if len(timed) >= TIMED_SIZES:
+        return _as_the_nearest(timed, geometry)
+    # Clock and kernels work on the current device, which need not be the layer's where a model is spread over several.
+    # Modes are the user's, for the layer itself: selective checkpointing would keep the products that are timed, and
+    # give them to the layers that ask for theirs in backward.
+    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with on_device, torch.no_grad(), torch.autocast(device.type, enabled=False), _disable_current_modes():
             measured = measure(backend, plan, geometry, dtype, device)
     except torch.OutOfMemoryError:
         return Tuned((False, False), "too little free memory to time the sparse kernels on this shape")
@@ -122,11 +196,12 @@ def _conclude(measured: Measurement) -> Tuned:
         reason = f"dense is faster here: {times.dense:.3f} ms, sparse {best:.3f} ms"
         if best < times.dense:
             reason += " on the GPU, but the host takes longer to launch it"
+    single = choose_single(measured)
     tilings = tuple(
-        str(tiling) if pruned and tiling is not None else None
-        for pruned, tiling in zip(prunes, measured.tilings, strict=True)
+        str(tiling) if tiling is not None and any(pruned) else None
+        for tiling, *pruned in zip(measured.tilings, prunes, single, strict=True)
     )
-    return Tuned(prunes, reason, (tilings[0], tilings[1]), times)
+    return Tuned(prunes, reason, (tilings[0], tilings[1]), times, single)
 
 
 def _remembered(backend: Backend, device: torch.device) -> cache.TuningCache | None:

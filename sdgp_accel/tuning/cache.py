@@ -21,7 +21,7 @@ from sdgp_accel.backends import warn_once
 from sdgp_accel.tuning.record import Tuned
 
 VARIABLE = "SDGP_TUNING_CACHE"
-SCHEMA = 1
+SCHEMA = 2
 MAX_LAYERS = 1 << 14  # the oldest give way: sequences of every length would fill the disk
 LOCK_SECONDS = 10.0  # once: training must not wait as long for each layer, whoever hangs with the lock
 

@@ -35,16 +35,23 @@ def predict(plan: LayerPlan, geometry: Geometry, device: torch.device) -> Tuned:
     if family is tiles.SM80_ANY or (is_beyond_mma and family is not tiles.SM90):
         reason = "deterministic algorithms, nothing is timed; predicted: dense outruns the kernels that take this layer"
         return Tuned((False, False), reason)
+    work = Work.of(geometry)
     gpu = device_figures(torch.cuda.get_device_name(device), facts.capability)
     gpu = replace(gpu, compress_costs={**COSTS_OF_COMPRESSION, **gpu.compress_costs})
-    seconds = {passes: _seconds(plan, Work.of(geometry), gpu, passes) for passes in CHOICES}
+    seconds = {passes: _seconds(plan, work, gpu, passes) for passes in CHOICES}
     possible = {passes: s for passes, s in seconds.items() if s is not None}
     dense = possible[False, False]
     best = min(possible, key=lambda passes: possible[passes])
     if possible[best] > (1.0 - REQUIRED_GAIN) * dense:
         best = (False, False)
     gain = f"{dense / possible[best]:.2f} × dense" if any(best) else "dense"
-    return Tuned(best, f"deterministic algorithms, nothing is timed; predicted for {gpu.title}: {gain}")
+    other = dense_seconds(work, gpu)  # the pass that is not wanted is a dense one in `possible`
+    dgrad_gains, wgrad_gains = (
+        possible.get(passes, dense) - other <= (1.0 - REQUIRED_GAIN) * (dense - other)
+        for passes in ((True, False), (False, True))
+    )
+    reason = f"deterministic algorithms, nothing is timed; predicted for {gpu.title}: {gain}"
+    return Tuned(best, reason, single=(dgrad_gains, wgrad_gains))
 
 
 def _seconds(plan: LayerPlan, work: Work, gpu: GPU, passes: tuple[bool, bool]) -> float | None:

@@ -26,6 +26,15 @@ class BackwardTimes(NamedTuple):
         """The ordinary backward."""
         return self.dense_dgrad + self.dense_wgrad if self.dense_both is None else self.dense_both
 
+    def single(self, index: int) -> dict[bool, float]:
+        """Milliseconds of dgrad (0) or wgrad (1) as the only pass that is wanted: not pruned, and pruned."""
+        product, compress, dense = (
+            (self.sparse_wgrad, self.compress_wgrad, self.dense_wgrad)
+            if index
+            else (self.sparse_dgrad, self.compress_dgrad, self.dense_dgrad)
+        )
+        return {False: dense} if product is None or compress is None else {False: dense, True: compress + product}
+
     def totals(self) -> dict[tuple[bool, bool], float]:
         """Milliseconds of the whole backward for each choice (dgrad pruned, wgrad pruned) that can run."""
         totals = {(False, False): self.dense}
@@ -44,18 +53,31 @@ class Tuned(NamedTuple):
     """The choice for one layer shape.
 
     prunes: whether (dgrad, wgrad) run pruned. tilings: `str` of the tiling of each pass, None for the backend's own.
-    times: on the GPU; None where the choice was not measured.
+    times: on the GPU; None where the choice was not measured. single: whether each pass runs pruned where it is the
+    only one that is wanted, and has to make up for prune + compress alone.
     """
 
     prunes: tuple[bool, bool]
     reason: str
     tilings: tuple[str | None, str | None] = (None, None)
     times: BackwardTimes | None = None
+    single: tuple[bool, bool] = (False, False)
+
+    def single_reason(self, index: int) -> str:
+        """`reason`, where dgrad (0) or wgrad (1) is the only pass that is wanted."""
+        if self.times is None:
+            return self.reason
+        times, name = self.times.single(index), ("dgrad", "wgrad")[index]
+        if True not in times:
+            return f"{name} alone, which is not to be pruned"
+        comparison = f"{name} alone takes {times[True]:.3f} ms, dense {times[False]:.3f} ms"
+        return f"measured: {comparison}" if self.single[index] else f"dense is faster here: {comparison}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for JSON."""
         times = None if self.times is None else self.times._asdict()
-        return {**self._asdict(), "prunes": list(self.prunes), "tilings": list(self.tilings), "times": times}
+        pairs = {"prunes": list(self.prunes), "tilings": list(self.tilings), "single": list(self.single)}
+        return {**self._asdict(), **pairs, "times": times}
 
     @classmethod
     def from_dict(cls, values: Any) -> Tuned:
@@ -69,10 +91,13 @@ class Tuned(NamedTuple):
                 _checked(values["reason"], str),
                 _pair(values["tilings"], str, type(None)),
                 times,
+                _pair(values["single"], bool),
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"not a tuned layer: {values!r:.200}") from error
-        if times is not None and tuned.prunes not in times.totals():
+        if times is not None and not (
+            tuned.prunes in times.totals() and all(tuned.single[index] in times.single(index) for index in (0, 1))
+        ):
             raise ValueError(f"not a tuned layer, its choice was never timed: {values!r:.200}")
         return tuned
 

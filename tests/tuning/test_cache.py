@@ -52,9 +52,9 @@ def test_every_environment_has_its_own(tmp_path: Path, change: dict[str, str]) -
     [
         "", "{", "null", "[]", "3", '"text"', "\x00\xff", "[" * 100_000, "{}", '{"schema": 1}',
         json.dumps({"schema": 0, "environment": ENVIRONMENT, "layers": {}}),
-        json.dumps({"schema": 1, "environment": ENVIRONMENT, "layers": {"layer": {}}}),
-        json.dumps({"schema": 1, "environment": ENVIRONMENT, "layers": []}),
-        json.dumps({"schema": 1, "environment": {"device": "foreign"}, "layers": {"layer": TUNED.to_dict()}}),
+        json.dumps({"schema": cache.SCHEMA, "environment": ENVIRONMENT, "layers": {"layer": {}}}),
+        json.dumps({"schema": cache.SCHEMA, "environment": ENVIRONMENT, "layers": []}),
+        json.dumps({"schema": cache.SCHEMA, "environment": {"device": "foreign"}, "layers": {"a": TUNED.to_dict()}}),
     ],
     ids=lambda text: text[:40] or "empty",
 )  # fmt: skip

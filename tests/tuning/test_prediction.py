@@ -49,6 +49,15 @@ def test_only_passes_of_the_plan_and_nothing_else_matters() -> None:
         assert {predict(one, WIDE, CUDA).prunes for _ in range(3)} == {passes}
 
 
+def test_one_pass_alone_has_to_make_up_for_its_compression() -> None:
+    assert predict(plan(), WIDE, CUDA).single == (True, True)
+    assert predict(plan(grad_weight="dense"), WIDE, CUDA).single == (True, False)
+    shares = LinearGeometry(16384, 3072, 3072)
+    assert predict(plan(), shares, CUDA).prunes == (True, True)
+    assert predict(plan(), shares, CUDA).single == (False, False)
+    assert predict(plan(), NARROW, CUDA).single == (False, False)
+
+
 def test_what_compression_costs_decides() -> None:
     conv = Conv2dGeometry.of((512, 256, 16, 16), (256, 256, 3, 3), (1, 1, 1, 1, 1, 1, 1), True)
     assert any(predict(plan("conv2d", prune="rescale_magnitude", scope="group"), conv, CUDA).prunes)

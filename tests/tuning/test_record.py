@@ -30,7 +30,19 @@ def test_what_was_timed_as_one_call_counts_and_not_its_parts() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("tuned", [TUNED, Tuned((False, False), "no memory")])
+def test_a_pass_that_is_the_only_one_pays_for_its_own_compression() -> None:
+    times = BackwardTimes(1.0, 2.0, 0.5, 0.75, 0.25, 0.125, 0.0625, dense_both=2.5, sparse_both=1.25)
+    assert times.single(0) == {False: 1.0, True: 0.125 + 0.5}
+    assert times.single(1) == {False: 2.0, True: 0.0625 + 0.75}
+    assert TIMES.single(1) == {False: 3.0}
+    tuned = Tuned((True, True), "measured", times=times, single=(True, False))
+    assert tuned.single_reason(0) == "measured: dgrad alone takes 0.625 ms, dense 1.000 ms"
+    assert tuned.single_reason(1) == "dense is faster here: wgrad alone takes 0.812 ms, dense 2.000 ms"
+    assert TUNED.single_reason(1) == "wgrad alone, which is not to be pruned"
+    assert Tuned((True, True), "predicted").single_reason(0) == "predicted"
+
+
+@pytest.mark.parametrize("tuned", [TUNED, TUNED._replace(single=(True, False)), Tuned((False, False), "no memory")])
 def test_round_trip(tuned: Tuned) -> None:
     assert Tuned.from_dict(json.loads(json.dumps(tuned.to_dict()))) == tuned
 
@@ -39,6 +51,7 @@ def test_round_trip(tuned: Tuned) -> None:
     "change",
     [
         {"prunes": [True]}, {"prunes": [1, 0]}, {"prunes": "tf"}, {"prunes": [False, True]}, {"reason": None},
+        {"single": [True]}, {"single": [False, True]},
         {"tilings": ["128x256"]}, {"tilings": [None, 3]}, {"times": {"dense_dgrad": 1.0}}, {"times": [1.0]},
         {"times": {"dense_dgrad": "1", "dense_wgrad": 1.0}}, {"times": {"dense": 1.0, "dense_wgrad": 1.0}},
     ],

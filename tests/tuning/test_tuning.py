@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from sdgp_accel import SDGPConfig, accelerate_, backends, functional, prune, tuning
+from sdgp_accel import SDGPConfig, SDGPLinear, accelerate_, backends, functional, ops, prune, tuning
 from sdgp_accel import tune as sdgp_tune
 from sdgp_accel.backends import Decision, Tilings, gpu
 from sdgp_accel.backends.reference import ReferenceBackend
 from sdgp_accel.geometry import LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
+from sdgp_accel.timing import HostClock
 from sdgp_accel.tuning import BackwardTimes, Measurement, Tuned, cache, choose, measurement
 
 CPU = torch.device("cpu")
@@ -236,6 +240,160 @@ def test_gradients_of_a_chosen_pass_are_pruned_and_of_the_other_dense(
     torch.testing.assert_close(weight.grad, prune(dy, config, dim=0).t() @ x.detach())
 
 
+# Both passes together gain 0.5 ms of 8; one of them has to pay nearly as much for prune + compress, and loses.
+SHARES = {**FAST, "compress_both": 3.5, "compress_dgrad": 2.5, "compress_wgrad": 1.9}
+
+
+def test_a_pass_that_is_the_only_one_is_chosen_for_itself() -> None:
+    assert choose(measured_times(SHARES)) == (True, True)
+    assert tuning.choose_single(measured_times(SHARES)) == (False, True)
+    assert tuning.choose_single(measured_times(SHARES, host=2.0)) == (False, False)  # two calls of 2 ms against one
+    only_dgrad = {name: ms for name, ms in SPARSE_DGRAD.items() if "sparse_wgrad" not in name}
+    assert tuning.choose_single(measured_times(only_dgrad)) == (True, False)
+
+
+def test_frozen_layers_and_first_ones_run_what_gains_for_their_only_gradient(
+    kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_times(monkeypatch, SHARES)
+    config = SDGPConfig(prune="magnitude")
+    dy = torch.randn(24, 32)
+
+    def run(needs_dx: bool, needs_dw: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, weight = torch.randn(24, 16, requires_grad=needs_dx), torch.randn(32, 16, requires_grad=needs_dw)
+        y = functional.linear(x, weight, plan=config)
+        y.backward(dy)
+        return y, x, weight
+
+    y, x, weight = run(True, False)  # frozen: exactly the dense path
+    assert type(y.grad_fn).__name__ == type(torch.nn.functional.linear(x, weight).grad_fn).__name__
+    y, x, weight = run(False, True)
+    torch.testing.assert_close(weight.grad, prune(dy, config, dim=0).t() @ x)
+    _, x, weight = run(True, True)
+    torch.testing.assert_close(weight.grad, prune(dy, config, dim=0).t() @ x.detach())
+    torch.testing.assert_close(x.grad, prune(dy, config, dim=1) @ weight.detach())
+
+
+def test_a_frozen_convolution_runs_what_gains_for_its_only_gradient(
+    kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_times(monkeypatch, SHARES)
+    x, weight = torch.randn(2, 8, 6, 5, requires_grad=True), torch.randn(16, 8, 3, 3)
+    assert type(functional.conv2d(x, weight).grad_fn).__name__ == "ConvolutionBackward0"
+    assert "_Conv2d" in type(functional.conv2d(x, weight.requires_grad_()).grad_fn).__name__
+
+
+def test_gradients_that_are_asked_for_alone_run_what_gains_alone(
+    kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an eager backward, and in the op of a compiled one."""
+    set_times(monkeypatch, SHARES)
+    x, weight = torch.randn(24, 16, requires_grad=True), torch.randn(32, 16, requires_grad=True)
+    dy = torch.randn(24, 32)
+    (dx,) = torch.autograd.grad(functional.linear(x, weight), x, dy)
+    torch.testing.assert_close(dx, dy @ weight.detach())
+    with torch.no_grad():
+        (dx,) = ops.linear_backward(dy, None, weight, False, plan_string("linear", SDGPConfig()))
+    torch.testing.assert_close(dx, dy @ weight.detach())
+
+
+def test_tune_reports_what_a_frozen_layer_runs(kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_times(monkeypatch, SHARES)
+    model = torch.nn.Linear(16, 32).requires_grad_(False)
+    report = sdgp_tune(model, torch.randn(24, 16), SDGPConfig()).layers[0]
+    assert report.reason == "dense is faster here: dgrad alone takes 4.500 ms, dense 4.000 ms"
+    assert sdgp_tune(model.requires_grad_(), torch.randn(24, 16), SDGPConfig()).layers[0].wgrad == "mvue 2:4"
+
+
+def test_what_is_timed_is_hidden_from_selective_checkpointing(
+    kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps the results of products, and hands them out in their order when it runs the layers again."""
+    monkeypatch.setattr(measurement, "clock_for", lambda device: HostClock())
+    layers = [SDGPLinear(16, 16, bias=False) for _ in range(2)]
+    model = torch.nn.Sequential(layers[0], torch.nn.Tanh(), layers[1])
+    x = torch.randn(8, 16, requires_grad=True)
+
+    def gradients(run: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        backends.forget_decisions()
+        monkeypatch.setattr(tuning, "choose", lambda measured: (False, False))
+        return list(torch.autograd.grad(run(model, x).square().sum(), [x, *model.parameters()]))
+
+    kept = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    expected = gradients(lambda model, x: model(x))
+    found = gradients(lambda model, x: checkpoint(model, x, use_reentrant=False, context_fn=kept))
+    assert all(map(torch.equal, expected, found))
+
+
+def test_timing_runs_on_the_layers_device(kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that is spread over several GPUs, most layers do not run on the current one."""
+    current: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def measured(*arguments: object) -> Measurement:
+        assert current == [torch.device("cuda", 1)]
+        return measured_times(SPARSE_DGRAD)
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(tuning, "measure", measured)
+    plan = decode(plan_string("linear", SDGPConfig()))
+    geometry = LinearGeometry(24, 16, 32)
+    assert tuning.tune(kernels, plan, geometry, torch.bfloat16, torch.device("cuda", 1), False).prunes == (True, False)
+    assert not current
+
+
+def test_a_shape_is_timed_once_whatever_its_parameters_are_kept_in(
+    kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast they are in float32, but not to a compiled backward, which must run what `tune` reports."""
+    measured = set_times(monkeypatch, SPARSE_DGRAD)
+    plan = plan_string("linear", SDGPConfig())
+    for dtype in (torch.float32, torch.bfloat16):
+        assert backends.decide_linear(plan, (24, 16), 32, torch.bfloat16, CPU, False, dtype).backend is kernels
+    assert len(measured) == 1
+
+
+def test_of_inputs_of_every_size_only_so_many_are_timed(kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that differ from step to step: each timing takes longer than the step."""
+    monkeypatch.setattr(tuning, "TIMED_SIZES", 3)
+    for tokens, times in ((8, SPARSE_DGRAD), (80, NO_GAIN), (800, SPARSE_DGRAD)):
+        set_times(monkeypatch, times)
+        decide(tokens=tokens)
+    monkeypatch.setattr(tuning, "measure", lambda *arguments: pytest.fail("timed a fourth size"))
+    chosen = {tokens: decide(tokens=tokens) for tokens in (4, 16, 40, 96, 240, 400, 4000)}
+    names = {tokens: decision.name for tokens, decision in chosen.items()}
+    sparse = backends.KERNELS
+    assert names == {4: sparse, 16: sparse, 40: "dense", 96: "dense", 240: "dense", 400: sparse, 4000: sparse}
+    assert chosen[400].tilings.dgrad == "better"
+    assert chosen[400].times is None
+    assert chosen[400].reason == (
+        "as with 800 positions, of 3 sizes that have been timed: measured: backward 6.700 ms, dense 8.000 ms"
+    )
+    assert decide(tokens=80).reason.startswith("dense is faster here")
+
+
+def test_other_layers_and_resolutions_count_by_themselves(
+    kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "TIMED_SIZES", 1)
+    measured = set_times(monkeypatch, SPARSE_DGRAD)
+    plan, window = plan_string("conv2d", SDGPConfig()), ((1, 1), (1, 1), (1, 1), 1)
+    for channels in (8, 12):
+        for size in (6, 7, 9):
+            shapes = (2, channels, size, size), (16, channels, 3, 3)
+            backends.decide_conv2d(plan, *shapes, window, True, torch.bfloat16, CPU, False, torch.bfloat16)
+    decide()
+    decide(SDGPConfig(prune="magnitude"))
+    decide(dtype=torch.float16)
+    assert len(measured) == 2 + 3
+
+
 # --- remembered --------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +434,30 @@ def test_convolutions_are_measured_for_each_layout_and_choice_of_cudnns_algorith
             decide_conv2d(channels_last=channels_last)
         next_process()
     assert len(measured) == 4
+
+
+@pytest.mark.parametrize(
+    ("module", "switch", "kind"),
+    [
+        (torch.backends.cudnn, "deterministic", "conv2d"),
+        (torch.backends.cudnn, "enabled", "conv2d"),
+        (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", "linear"),
+        (torch.backends.cuda.matmul, "allow_fp16_accumulation", "linear"),
+    ],
+)
+def test_layers_are_measured_for_each_setting_of_what_dense_products_depend_on(
+    remembering: FakeKernels, monkeypatch: pytest.MonkeyPatch, module: Any, switch: str, kind: str
+) -> None:
+    measured = set_times(monkeypatch, SPARSE_DGRAD)
+    before = getattr(module, switch)
+    try:
+        for value in (before, not before, before, not before):
+            setattr(module, switch, value)
+            decide() if kind == "linear" else decide_conv2d()
+            next_process()
+    finally:
+        setattr(module, switch, before)
+    assert len(measured) == 2
 
 
 def test_nothing_is_timed_under_autocast(kernels: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
