@@ -181,7 +181,12 @@ def _tune_here(
     except torch.OutOfMemoryError:
         return Tuned((False, False), "too little free memory to time the sparse kernels on this shape")
     tuned = _conclude(measured)
-    if known is not None:
+    if not measured.steady:
+        warn_once(
+            f"times on {device} differ a lot from round to round, as on a GPU that other processes use: what follows "
+            "from them is used now, but not remembered"
+        )
+    elif known is not None:
         known.add(key, tuned)
     return tuned
 

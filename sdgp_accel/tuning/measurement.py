@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -23,6 +23,9 @@ ROUNDS, LEAST_ROUNDS = 9, 3
 WARM_UP_ROUNDS = 3  # the first call of a cuDNN convolution may search for its algorithm
 BUDGET_MS = 5.0  # per candidate, beyond the warm-up and the least number of rounds
 TILINGS = 8  # of each pass, the most promising ones: the fastest in gemm-NVIDIA_H200.json are among them, or 1 % apart
+# A median beyond this multiple of the fastest round, and this much more, is not the work's own: processes that share a
+# GPU take turns of about a millisecond. Its clock falls by less under load (1.98 to 1.46 GHz, the files of step_time).
+STEADY, STEADY_MS = 1.5, 0.05
 
 # GPU cycles of waiting, about 2 ms, in which the host launches a whole round: otherwise the first candidates of a round
 # would be timed with the launch latency of an idle GPU, which a training step does not see.
@@ -32,18 +35,23 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 class Milliseconds(NamedTuple):
-    """Of one call: on the device, and of the host until the call returns."""
+    """Of one call: on the device, and of the host until the call returns. steady: whether the device's rounds agree."""
 
     device: float
     host: float
+    steady: bool = True
 
 
 class Measurement(NamedTuple):
-    """The times of one layer's backward on the device and on the host, with these tilings."""
+    """The times of one layer's backward on the device and on the host, with these tilings.
+
+    steady: False where the device was busy with something else at times.
+    """
 
     device: BackwardTimes
     host: BackwardTimes
     tilings: Tilings
+    steady: bool = True
 
 
 def measure(
@@ -90,6 +98,7 @@ def measure(
         BackwardTimes(**{name: ms.device for name, ms in times.items()}),
         BackwardTimes(**{name: ms.host for name, ms in times.items()}),
         tilings,
+        all(ms.steady for ms in times.values()),
     )
 
 
@@ -144,11 +153,13 @@ def median_milliseconds(candidates: Mapping[Name, Callable[[], Any]], device: to
             round_ms = sum(sample[-1].device for sample in samples.values())
             affordable = BUDGET_MS * len(candidates) / max(round_ms, 1e-6)
             rounds = min(ROUNDS, max(LEAST_ROUNDS, int(affordable)))
-    counted = {name: sample[WARM_UP_ROUNDS:] for name, sample in samples.items()}
-    return {
-        name: Milliseconds(*(statistics.median(times) for times in zip(*sample, strict=True)))
-        for name, sample in counted.items()
-    }
+    return {name: _median(sample[WARM_UP_ROUNDS:]) for name, sample in samples.items()}
+
+
+def _median(sample: Sequence[Milliseconds]) -> Milliseconds:
+    device, host = [ms.device for ms in sample], [ms.host for ms in sample]
+    median = statistics.median(device)
+    return Milliseconds(median, statistics.median(host), median <= STEADY * min(device) + STEADY_MS)
 
 
 def _operands(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

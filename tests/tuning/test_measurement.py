@@ -189,6 +189,34 @@ def test_the_middle_of_the_rounds_is_what_counts(monkeypatch: pytest.MonkeyPatch
     assert median_milliseconds({"a": call}, CPU)["a"].device == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(
+    ("milliseconds", "steady"),
+    [([1.0], True), ([1.0, 1.5], True), ([1.0, 2.0], False), ([0.01, 0.05], True), ([1.0] * 5 + [3.0] * 4, True)],
+)
+def test_rounds_that_differ_are_not_steady(
+    monkeypatch: pytest.MonkeyPatch, milliseconds: list[float], steady: bool
+) -> None:
+    """Another process has the GPU for milliseconds at a time; a clock that falls takes less, and so does an event."""
+    monkeypatch.setattr(measurement, "BUDGET_MS", 1e3)
+    timeline = Timeline(monkeypatch)
+    warm_up = [9.0] * measurement.WARM_UP_ROUNDS
+    candidates = {"a": timeline.call("a", *warm_up, *milliseconds), "b": timeline.call("b", 1.0)}
+    times = median_milliseconds(candidates, CPU)
+    assert (times["a"].steady, times["b"].steady) == (steady, True)
+
+
+def test_a_layer_is_timed_steadily_if_all_of_its_parts_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, unsteady = decode(plan_string("linear", SDGPConfig())), ["dense_both"]
+    monkeypatch.setattr(
+        measurement,
+        "median_milliseconds",
+        lambda candidates, device: {name: Milliseconds(1.0, 0.0, name not in unsteady) for name in candidates},
+    )
+    assert not measure(ReferenceBackend(), plan, LINEAR, torch.float32, CPU).steady
+    unsteady.clear()
+    assert measure(ReferenceBackend(), plan, LINEAR, torch.float32, CPU).steady
+
+
 def test_the_host_is_timed_in_milliseconds() -> None:
     times = median_milliseconds({"sleep": lambda: time.sleep(0.002)}, CPU)["sleep"]
     assert 2.0 <= times.host <= times.device < 1000.0

@@ -477,6 +477,20 @@ def test_nothing_is_timed_under_autocast(kernels: FakeKernels, monkeypatch: pyte
     assert not any(enabled)
 
 
+def test_what_a_busy_gpu_lets_measure_is_used_but_not_remembered(
+    remembering: FakeKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = measured_times(SPARSE_DGRAD)._replace(steady=False)
+    monkeypatch.setattr(tuning, "measure", lambda *arguments: measured)
+    with pytest.warns(UserWarning, match="as on a GPU that other processes use: .* not remembered"):
+        assert decide().backend is remembering
+    next_process()
+    calm = set_times(monkeypatch, NO_GAIN)
+    monkeypatch.setattr(tuning, "measure", measurement.measure)
+    assert decide().backend is None
+    assert len(calm) == 1
+
+
 def test_dense_is_remembered_too(remembering: FakeKernels, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = set_times(monkeypatch, NO_GAIN)
     assert decide().backend is None
