@@ -156,3 +156,17 @@ def test_a_world_size_of_whatever_kind_is_no_error(monkeypatch: pytest.MonkeyPat
         warnings.simplefilter("always")
         assert agreed("key", lambda: "value") == "value"
     assert len(caught) == (size == "eight")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_group_of_several_shares_what_is_proposed_under_a_name_of_its_own(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others keep keys in that store, too; and one process alone has no use for it."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: size)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    assert agreed("key", lambda: "value") == "value"
+    assert store.check(["sdgp_accel/key"]) == (size > 1)
+    assert not store.check(["key"])
