@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sdgp_accel.training import distributed
 from sdgp_accel.training.distributed import World, join_world
 from sdgp_accel.training.loop import WEIGHTS
 
@@ -58,6 +59,55 @@ def test_shared_buffers_are_the_main_processes(monkeypatch):
     World(1, 2, torch.device("cpu")).share_buffers(other)
     assert all(map(torch.equal, other.buffers(), main.buffers()))
     assert alone.num_batches_tracked == 0
+
+
+def test_sums_and_gathered_values_are_of_all_processes_and_the_first_one_is_the_main_one(monkeypatch):
+    cpu = torch.device("cpu")
+    alone, main, other = World(0, 1, cpu), World(0, 2, cpu), World(1, 2, cpu)
+    assert [world.is_main for world in (alone, main, other)] == [True, True, False]
+    assert alone.gather("a") == ["a"]
+    assert alone.sum(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
+
+    def gather(value, values):
+        if values is not None:
+            assert len(values) == 2
+            values[:] = [value, "b"]
+
+    monkeypatch.setattr(dist, "gather_object", gather)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.add_(10.0))
+    assert main.gather("a") == ["a", "b"]
+    assert other.gather("b") == []
+    tensor = torch.tensor([1.0, 2.0])
+    assert main.sum(tensor) is tensor
+    assert tensor.tolist() == [11.0, 12.0]
+
+
+def test_only_several_processes_wrap_the_model(monkeypatch):
+    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, device_ids: (model, device_ids))
+    model, gpu = nn.Linear(2, 2), torch.device("cuda", 1)
+    assert World(0, 1, gpu).parallel(model) is model
+    assert World(0, 2, torch.device("cpu")).parallel(model) == (model, None)
+    assert World(1, 2, gpu).parallel(model) == (model, [gpu])
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_processes_leave_together_and_end_the_group_that_they_made(exists, monkeypatch):
+    calls = []
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda *arguments, name=name: calls.append((name, *arguments)))
+    monkeypatch.setattr(dist, "is_initialized", lambda: exists)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setenv("RANK", "1")
+    made, ended = ([], []) if exists else ([("init_process_group", "gloo")], [("destroy_process_group",)])
+    with join_world("cpu") as world:
+        assert (world.rank, world.size) == (1, 2)
+        assert calls == made
+    assert calls == [*made, ("barrier",), *ended]
+    calls.clear()
+    with pytest.raises(InterruptedError), join_world("cpu"):  # the others may never come
+        raise InterruptedError
+    assert calls == [*made, *ended]
 
 
 @pytest.mark.parametrize("function", ["rescale_magnitude", "mvue"])
