@@ -159,7 +159,7 @@ def step_time(results: Path) -> str:
     found = files(STEP_TIME, results)
     rows = [[*row, source(path, "bench/results/")] for path, result in found for row in STEP_TIME.rows(result)]
     measured = {result["model"] for _, result in found}
-    rows += [[model, *[NOT_MEASURED] * 5, "", ""] for model in MODELS if model not in measured]
+    rows += [[model, *[NOT_MEASURED] * 5, "", "", ""] for model in MODELS if model not in measured]
     lines = table((*STEP_TIME.columns, "file"), rows)
     return "\n".join([*lines, *(f"\n{path.name}: {machine(result)}." for path, result in found)])
 
@@ -181,9 +181,24 @@ def step_row(result: Result) -> list[str]:
     return [
         step_label(result),
         *times,
-        NOT_MEASURED if saving is None else f"**{100 * saving:+.1f} %**{over_peers(result)}",
+        NOT_MEASURED if saving is None else f"**{100 * saving:+.1f} %**{within_spread(result)}{over_peers(result)}",
         predicted_saving(result),
+        peak_memory(result),
     ]
+
+
+def within_spread(result: Result) -> str:
+    """A remark where the steps do not tell the fastest SDGP from the fastest dense one (`BenchmarkReport.outcome`)."""
+    return ", within the spread" if result["outcome"] == "even" else ""
+
+
+def peak_memory(result: Result) -> str:
+    """Of the fastest SDGP step, and what that is over the fastest dense one's."""
+    sdgp, dense = (
+        min((c for c in result["contenders"] if c["sdgp"] == kind), key=lambda c: c["step"]["median"])["peak_bytes"]
+        for kind in (True, False)
+    )
+    return f"{sdgp / 2**30:.2f} ({100 * (sdgp / dense - 1):+.1f} %)"
 
 
 def step_label(result: Result) -> str:
@@ -214,7 +229,7 @@ def step_claims(result: Result) -> list[str]:
         return []
     has_compiled = any(c["compiled"] and not c["sdgp"] for c in result["contenders"])
     against = "" if has_compiled else f" (eager; compiled: {NOT_MEASURED})"
-    return [f"{step_label(result)}: {100 * saving:+.1f} %{against}"]
+    return [f"{step_label(result)}: {100 * saving:+.1f} %{within_spread(result)}{against}"]
 
 
 STEP_TIME = Section(
@@ -225,6 +240,7 @@ STEP_TIME = Section(
         *(f"{name}, ms" for name in CONTENDERS),
         "saved: fastest SDGP over fastest dense",
         "predicted, of the layers alone",
+        "peak memory, GiB (over dense)",
     ),
     lambda result: [step_row(result)],
     step_claims,

@@ -74,13 +74,20 @@ PRUNE = {
 
 
 def contender(name, milliseconds, sdgp=False):
-    return {"name": name, "sdgp": sdgp, "compiled": "compiled" in name, "step": {"median": milliseconds / 1e3}}
+    return {
+        "name": name,
+        "sdgp": sdgp,
+        "compiled": "compiled" in name,
+        "step": {"median": milliseconds / 1e3},
+        "peak_bytes": (3 if sdgp else 2) << 30,
+    }
 
 
 STEP = {
     "kind": "measurement",
     "model": "resnet9",
     "batch": 512,
+    "outcome": "faster",
     "contenders": [contender("dense", 10), contender("SDGP", 8, sdgp=True), contender("dense, compiled", 9)],
     "sdgp_over_dense": {"dense": {"median": 0.8}, "dense, compiled": {"median": 0.9}},
     "settings": {"config": {"prune": "mvue"}},
@@ -231,7 +238,7 @@ def test_layers_of_a_known_gpu_have_predictions_beside_them(tmp_path):
     assert cells[13] == tables.times(2 * dense / (compress + 2 * sparse))
 
 
-def test_claims_about_layers_are_of_one_prune_function_each(tmp_path):
+def test_claims_about_layers_are_of_one_prune_function_each():
     """Median and range of the layers that ran; `auto` counts as pruning where it prunes either pass."""
     ran, unsupported = LAYERS["rows"]
     rows = [
@@ -252,6 +259,12 @@ def test_a_step_against_eager_dense_alone_says_so():
     eager = STEP | {"contenders": contenders, "sdgp_over_dense": {"dense": {"median": 0.7}}}
     assert tables.step_claims(eager)[0].endswith("+30.0 % (eager; compiled: not measured yet)")
     assert tables.step_claims(STEP) == ["resnet9, batch 512, `mvue`: +10.0 %"]
+
+
+def test_a_saving_that_the_steps_do_not_bear_out_says_so(tmp_path):
+    even = STEP | {"outcome": "even"}
+    assert tables.step_claims(even) == ["resnet9, batch 512, `mvue`: +10.0 %, within the spread"]
+    assert "| **+10.0 %**, within the spread (dense +20.0 %;" in build("step_time", tmp_path, even)
 
 
 def test_the_machine_is_told_as_it_was_under_load_and_with_every_caveat():
@@ -276,7 +289,10 @@ def test_step_time_compares_with_the_fastest_dense_step(tmp_path):
     text = build("step_time", tmp_path, STEP)
     head = "| resnet9, batch 512, `mvue` | 10.00 | 9.00 | 8.00 |"
     saved = "**+10.0 %** (dense +20.0 %; dense, compiled +10.0 %)"
-    assert f"{head} not measured yet | {saved} | +10.0 %, X1 | [result.json](bench/results/result.json)" in text
+    assert (
+        f"{head} not measured yet | {saved} | +10.0 %, X1 | 3.00 (+50.0 %) | [result.json](bench/results/result.json)"
+        in text
+    )
     left_out = STEP["settings"] | {"left_out": {"SDGP, compiled": "no compiler"}}
     assert f"{head} does not run |" in build("step_time", tmp_path, STEP | {"settings": left_out})
     assert "result.json: A GPU, driver 580" in text
