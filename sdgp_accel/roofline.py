@@ -148,6 +148,7 @@ _DEVICE_NAMES = {
     "H100 PCIe": "h100-pcie",
     "H100": "h100",
     "GH200": "h100",
+    "H200 NVL": "h200",
     "H200": "h200-measured",
     "A100-SXM4-40GB": "a100-40",
     "A100-PCIE-40GB": "a100-40",

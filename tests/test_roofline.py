@@ -105,6 +105,7 @@ def test_unknown_names_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "entry"),
     [("NVIDIA H100 80GB HBM3", "h100-measured"), ("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA H100 NVL", "h100"),
+     ("NVIDIA H200", "h200-measured"), ("NVIDIA H200 NVL", "h200"), ("NVIDIA GH200 480GB", "h100"),
      ("NVIDIA A100-SXM4-40GB", "a100-40"), ("NVIDIA A100-SXM4-80GB", "a100-80"), ("NVIDIA A100 80GB PCIe", "a100-80"),
      ("NVIDIA A10", "a10"), ("NVIDIA A10G", "a10g"), ("NVIDIA A40", "a40"), ("NVIDIA L4", "l4"), ("NVIDIA L40", "l40"),
      ("NVIDIA L40S", "l40s"), ("NVIDIA RTX A6000", "rtx-a6000"), ("NVIDIA RTX A4000", None),
