@@ -153,8 +153,12 @@ def command(
     """Say what is built, what this machine would use, and what is missing.
 
     With a MODEL, also which kernel would run the backward of each of its layers (backend="cutlass"; "auto" measures on
-    the GPU and leaves dense what does not gain). Exits with 1 where a GPU with sparse tensor cores is here and the
-    kernels have not been built for it from these sources.
+    the GPU and leaves dense what does not gain): its family and tile, ×N where a sum is split into N parts, "shared"
+    where thread blocks share tiles. T×K→C is a layer's product in the forward pass: T output positions or tokens, K
+    inputs to each of C channels.
+
+    Exits with 1 where a GPU with sparse tensor cores is here and the kernels have not been built for it from these
+    sources.
     """
     findings = diagnose()
     where, layers = ("", ()) if model is None else _place(model, batch, image_size, seq_len, arch)

@@ -41,7 +41,8 @@ def command(
 ) -> None:
     """Predict what SDGP saves per layer of MODEL. From shapes alone: needs no GPU and runs nothing.
 
-    MODEL is resnet9 (the default), digits, gpt, conv_lm, ..., or the name of a torchvision or timm classifier.
+    MODEL is resnet9 (the default), digits, gpt, conv_lm, ..., or the name of a torchvision or timm classifier. T×K→C in
+    the table is a layer's product in the forward pass: T output positions or tokens, K inputs to each of C channels.
     """
     with torch.device("meta"):
         net = models.build(model, image_size=image_size, seq_len=seq_len)
