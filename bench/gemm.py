@@ -34,7 +34,8 @@ from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from bench import tables
-from sdgp_accel.backends import KERNELS, Backend, Needs, load
+from bench.gpu import find_kernels, result_path
+from sdgp_accel.backends import KERNELS, Backend, Needs
 from sdgp_accel.backends.tiles import SM80, SM90, Product, rank_tilings
 from sdgp_accel.config import Pass, PruneSpec
 from sdgp_accel.geometry import LinearGeometry
@@ -255,18 +256,8 @@ def measure(
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Where the results go.")
 def main(only: str, family: str | None, search: bool, minutes: float, path: Path | None) -> None:
     """Time the products of each layer in the list."""
-    if not torch.cuda.is_available():
-        raise click.ClickException("no CUDA device: there is nothing to time here")
-    device = torch.device("cuda", torch.cuda.current_device())
-    backend = load(KERNELS)
-    missing = "not installed" if backend is None else backend.unavailable(device)
-    if backend is None or missing is not None:
-        raise click.ClickException(f"the {KERNELS} kernels: {missing}")
-    if path is None:
-        path = (
-            Path("bench/results")
-            / f"gemm{'-' + family if family else ''}-{torch.cuda.get_device_name().replace(' ', '_')}.json"
-        )
+    backend, device = find_kernels()
+    path = path or result_path(f"gemm-{family}" if family else "gemm")
     started, rows = time.monotonic(), []
     result: dict[str, Any] = {"benchmark": "gemm", "results": rows}
     for layer, name in itertools.product(LAYERS, PASSES):

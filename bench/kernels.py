@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sdgp_accel.backends import KERNELS, Needs, load
+from bench.gpu import find_kernels, result_path
+from sdgp_accel.backends import KERNELS, Backend, Needs
 from sdgp_accel.config import PruneSpec
 from sdgp_accel.geometry import LinearGeometry
 from sdgp_accel.layer_plan import LayerPlan
@@ -73,12 +74,10 @@ def moved_bytes(t: int, c: int, needs: Needs) -> float:
     return 2.0 * t * c * (1 + 9 / 16 * (needs.dgrad + needs.wgrad)) + (4.0 * c if needs.bias else 0.0)
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(backend: Backend, case: Case, device: torch.device) -> dict[str, Any]:
     """Microseconds of the kernel and of its peers."""
-    backend = load(KERNELS)
-    assert backend is not None
     t, c, positions_per_sample = GRADIENTS[case.gradient]
-    spec, device = RULES[case.rule], torch.device("cuda")
+    spec = RULES[case.rule]
     plan = LayerPlan(spec, spec, KERNELS, "error")
     rng = Rng((1, 2)) if spec.is_random else None
     geometry = LinearGeometry(t, c, c, positions_per_sample)
@@ -143,19 +142,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Where the results go.")
 def main(path: Path | None) -> None:
     """Time prune+compress for gradients of real layers."""
-    if not torch.cuda.is_available():
-        raise click.ClickException("no CUDA device: there is nothing to time here (bench.static_evidence needs none)")
-    device = torch.device("cuda")
-    backend = load(KERNELS)
-    problem = "not installed" if backend is None else backend.unavailable(device)
-    if problem is not None:
-        raise click.ClickException(f"the {KERNELS} kernels: {problem}")
-    if path is None:
-        path = Path("bench/results") / f"kernels-{torch.cuda.get_device_name().replace(' ', '_')}.json"
+    backend, device = find_kernels(" (bench.static_evidence needs none)")
+    path = path or result_path("kernels")
     rows = []
     for case in CASES:
-        rows.append(measure(case))
-        path.write_text(json.dumps({"benchmark": "kernels", "provenance": provenance(device), "rows": rows}, indent=1))
+        rows.append(measure(backend, case, device))
+        result = {"benchmark": "kernels", "provenance": provenance(device), "rows": rows}
+        path.write_text(json.dumps(result, indent=1) + "\n")
     Console().print(table(rows))
 
 

@@ -21,8 +21,9 @@ import click
 import torch
 
 from bench import tables
+from bench.gpu import find_kernels, result_path
 from sdgp_accel import SDGPConfig, tuning
-from sdgp_accel.backends import KERNELS, Backend, load
+from sdgp_accel.backends import KERNELS, Backend
 from sdgp_accel.config import FUNCTIONS
 from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import decode, plan_string
@@ -95,9 +96,9 @@ LAYERS: dict[str, Geometry] = {
 }
 
 
-def time_layer(backend: Backend, name: str, function: str) -> dict[str, Any]:
+def time_layer(backend: Backend, name: str, function: str, device: torch.device) -> dict[str, Any]:
     """One result row: the times in milliseconds, or the reason why the kernels do not take the layer."""
-    geometry, device = LAYERS[name], torch.device("cuda")
+    geometry = LAYERS[name]
     kind = "linear" if isinstance(geometry, LinearGeometry) else "conv2d"
     # Group scope: the one that needs no pass of its own over the gradient.
     plan = decode(plan_string(kind, SDGPConfig(prune=function, scope="group", backend=KERNELS)))
@@ -137,22 +138,15 @@ def cases(only: str, functions: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Where the results go.")
 def main(only: str, functions: tuple[str, ...], minutes: float, path: Path | None) -> None:
     """Time the backward of each layer in the list, dense and sparse."""
-    if not torch.cuda.is_available():
-        raise click.ClickException("no CUDA device: there is nothing to measure here (see `sdgp plan` for predictions)")
-    device = torch.device("cuda")
-    backend = load(KERNELS)
-    problem = "not installed" if backend is None else backend.unavailable(device)
-    if backend is None or problem is not None:
-        raise click.ClickException(f"the {KERNELS} kernels: {problem}")
+    backend, device = find_kernels(" (see `sdgp plan` for predictions)")
     torch.backends.cudnn.benchmark = True
-    if path is None:
-        path = Path("bench/results") / f"layers-{torch.cuda.get_device_name().replace(' ', '_')}.json"
+    path = path or result_path("layers")
     started, rows = time.monotonic(), []
     result: dict[str, Any] = {"benchmark": "layers", "rows": rows}
     for name, function in cases(only, functions):
         if time.monotonic() - started > 60.0 * minutes:
             break
-        rows.append(time_layer(backend, name, function))
+        rows.append(time_layer(backend, name, function, device))
         result |= {"provenance": provenance(device), "rows": rows}
         path.write_text(json.dumps(result, indent=1) + "\n")
     tables.print_table(tables.LAYERS, result)

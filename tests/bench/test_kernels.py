@@ -52,14 +52,11 @@ def test_a_row_by_a_clock_that_is_made_up(
         return SimpleNamespace(replay=replay), None
 
     marks = SimpleNamespace(mark=lambda: clock[0], seconds=lambda a, b: b - a, synchronize=lambda: None)
-    on_cpu = SimpleNamespace(device=lambda name: torch.device("cpu"), randn=torch.randn, bfloat16=torch.bfloat16)
-    monkeypatch.setattr(kernels, "torch", on_cpu)
     monkeypatch.setattr(kernels, "CudaClock", lambda device: marks)
     monkeypatch.setattr(kernels, "captured", captured)
-    monkeypatch.setattr(kernels, "load", lambda name: ReferenceBackend())
     monkeypatch.setattr(kernels, "GRADIENTS", {"small": (t, c, 16)})
     monkeypatch.setattr(kernels, "L2_BYTES", 10 * t * c)
-    row = kernels.measure(kernels.Case("small", rule, needs, half_zeros=True))
+    row = kernels.measure(ReferenceBackend(), kernels.Case("small", rule, needs, half_zeros=True), torch.device("cpu"))
     assert len(seen) * 2 * t * c > 2 * kernels.L2_BYTES
     assert (row["case"], row["t"], row["c"], row["rule"]) == ("small", t, c, f"{rule}, half zeros")
     found = {name: times["median"] for name, times in row["microseconds"].items()}

@@ -41,7 +41,7 @@ def test_no_shape_twice() -> None:
 def test_a_row_of_every_layer(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     times = BackwardTimes(4.0, 4.0, 2.0, 2.5, compress_both=1.5, compress_dgrad=1.0, compress_wgrad=1.0)
     monkeypatch.setattr(tuning, "measure", lambda *arguments: Measurement(times, times, Tilings()))
-    row = layers.time_layer(ReferenceBackend(), name, "mvue")
+    row = layers.time_layer(ReferenceBackend(), name, "mvue", torch.device("cpu"))
     assert row["backward_milliseconds"] == 6.0
     assert row["backward_speedup"] == pytest.approx(8 / 6)
     assert row["auto_prunes"] == (True, True)
