@@ -152,7 +152,7 @@ def test_interrupted_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     assert checkpoint.load(path, ALONE, short(), model, optimizer, scaler) == Progress(epoch=1)
 
 
-def test_global_settings_are_put_back(tmp_path):
+def test_global_settings_are_put_back():
     before = torch.get_num_threads(), torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
     with loop.global_state(short(threads=before[0] + 1, deterministic=True), 0):
         assert torch.get_num_threads() == before[0] + 1
