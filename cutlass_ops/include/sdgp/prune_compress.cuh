@@ -132,10 +132,6 @@ __device__ __forceinline__ void prune_and_pack(uint32_t (&x)[M], uint32_t (&scal
   }
 }
 
-// The in-register part, for this kernel and for the epilogues of kernels that produce dY. x[r][p] holds channels 2p
-// (low half) and 2p + 1 (high half) of position r; kRows and kChannels are multiples of M. kIsScaled: x decides what is
-// kept, the values come from `scaled`; otherwise that is x, too.
-
 // A queue in registers drops its first item and takes another one at its end: a loop that need not be unrolled goes
 // through items and results in this way, since registers have no index. In an unrolled loop it costs nothing.
 template <int kItems, int kSize>
@@ -151,6 +147,10 @@ __device__ __forceinline__ void push(uint32_t (&queue)[kItems], uint32_t last) {
 #pragma unroll
   for (int i = 0; i < kItems; ++i) queue[i] = i + 1 < kItems ? queue[i + 1] : last;
 }
+
+// The work in registers, along either axis. x[r][p] holds channels 2p (low half) and 2p + 1 (high half) of position r;
+// kRows and kChannels are multiples of M. kIsScaled: x decides what is kept, the values come from `scaled`; otherwise
+// that is x, too.
 
 // Groups along channels. values[r][j]: the two kept of quad j of position r; metadata[r]: 4 bits per quad.
 // first_group: index of the group that starts at x[0][0]; a position has groups_per_row groups.

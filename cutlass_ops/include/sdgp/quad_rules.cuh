@@ -63,9 +63,9 @@ struct MvueQuad {
   static constexpr float kSmallestFreeSum = kIsHalf ? 0x1p-30f : 0x1p-70f;
   static constexpr uint32_t kEdge = 1u << 14;  // of u, as a random word: 64 units of 2^-24
 
-  // x01, x23: the group's elements 0, 1 and 2, 3; word: its random word. Clears `regular` where only `compress_any`
-  // gives the result: fewer than two non-zeros, NaN, inf, extreme exponents, one value that dwarfs the others, a last
-  // value of a few units of 2^-24, u at an edge.
+  // x01, x23: the group's elements 0, 1 and 2, 3; words: its random block, of which x is used. Clears `regular` where
+  // only `compress_any` gives the result: fewer than two non-zeros, NaN, inf, extreme exponents, one value that dwarfs
+  // the others, a last value of a few units of 2^-24, u at an edge.
   static __device__ __forceinline__ PackedQuad compress(uint32_t x01, uint32_t x23, const uint4& words, bool& regular) {
     using Traits = ElementTraits<Element>;
     const float a[4] = {fabsf(Traits::to_float(x01 & 0xffffu)), fabsf(Traits::to_float(x01 >> 16)),

@@ -22,9 +22,8 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 // Of all groups of copies but the last.
 __device__ __forceinline__ void wait_for_earlier_copies() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
-// Four quads in registers, x01 and x23, for this kernel and for the epilogues of kernels that produce dY. Quad i is
-// group `group` + i / 2 * stride + i % 2 and has length_of(i) elements, all four where `whole`; the groups have the
-// upper half of `group` in common, as `random` supposes, where `close`.
+// Four quads in registers, x01 and x23. Quad i is group `group` + i / 2 * stride + i % 2 and has length_of(i) elements,
+// all four where `whole`; the groups have the upper half of `group` in common, as `random` supposes, where `close`.
 template <typename Rule, typename LengthOf>
 __device__ __forceinline__ void compress_batch(const uint32_t (&x01)[kBatch], const uint32_t (&x23)[kBatch],
                                                uint64_t group, uint64_t stride, const Stream& stream,
