@@ -64,10 +64,10 @@ def test_a_measured_gpu_charges_the_prune_function() -> None:
 
 
 def test_resnet50_batch_256_takes_seconds() -> None:
-    start = time.monotonic()
+    start = time.process_time()  # of this process: a busy machine is not the plan's fault
     model, example = _meta("resnet50", 256)
     plan(model, example)
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
 
 
 def test_layers_are_those_of_the_model() -> None:
