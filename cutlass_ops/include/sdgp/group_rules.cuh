@@ -22,7 +22,7 @@ struct RuleParameters {
   float eps;      // rescale_magnitude
 };
 
-// Sets x to +0 outside the N largest keys of one group; a tie goes to the lower index.
+// Bit i: element i of one group has one of its N largest keys; a tie goes to the lower index.
 template <int N, int M>
 __device__ __forceinline__ uint32_t largest_two(const uint32_t (&keys)[M]) {
   static_assert(N == 1 || N == 2);
@@ -88,7 +88,7 @@ __device__ __forceinline__ float rescale_factor(float total, float kept, float e
 // How a rule is called. Every rule has prune(x, groups, parameters): sets the dropped elements of a pair of groups to
 // +0 and scales the kept. For 2:4 some have a shorter way to the packed form. kIsLong: a loop takes the groups of a
 // tile one pair after the other, since code for all of them at once, 12000 instructions, is more than an H100's caches
-// hold (mvue 2:8 took 10.4 times as long as a clone of dY, bench/results/kernels-NVIDIA_H100_80GB_HBM3.json).
+// hold (mvue 2:8 took 10.4 times as long as a clone of dY, bench/results/development/h100-8-kernels.json).
 enum class Packing {
   kFromPruned,  // prune, then pack what is not zero
   kPair,        // pack(x, parameters): a pair of quads
