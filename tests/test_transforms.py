@@ -168,6 +168,8 @@ def test_what_is_recorded_is_the_dense_model(record: str) -> None:
     """Its operators, so that it can be trained too, and convolutions that pad by name."""
     if record != "trace" and not hasattr(torch.compiler, "is_exporting"):
         pytest.skip(f"torch {torch.__version__} does not say that it exports")
+    if record == "strict export" and torch.torch_version.TorchVersion(torch.__version__) < (2, 9):
+        pytest.skip(f"torch {torch.__version__} does not say so while it traces")  # not in 2.7, not tried with 2.8
     operators = []
     x = torch.randn(2, 4, 4, 4)
     for model in twins(nn.Sequential(nn.Conv2d(4, 8, 3, padding="same"), nn.Flatten(2), nn.Linear(16, 8))):
