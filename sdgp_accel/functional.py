@@ -60,7 +60,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
     dtype = input.dtype if to is None else to
     deterministic = torch._C._get_deterministic_algorithms()
     decision = decide_linear(plan, input.shape, weight_shape[0], dtype, input.device, deterministic, weight.dtype)
-    decision = decision.where(input.requires_grad, weight.requires_grad)
+    if decision.single is not None:
+        decision = decision.where(input.requires_grad, weight.requires_grad)
     if decision.backend is None:
         return F.linear(input, weight, bias)
     if to is not None:
@@ -127,7 +128,9 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window,
     deterministic = torch._C._get_deterministic_algorithms()
     decision = decide_conv2d(
         plan, input_shape, weight_shape, window, channels_last, dtype, input.device, deterministic, weight.dtype
-    ).where(input.requires_grad, weight.requires_grad)
+    )
+    if decision.single is not None:
+        decision = decision.where(input.requires_grad, weight.requires_grad)
     if decision.backend is None:
         return F.conv2d(input, weight, bias, *window)
     if to is not None:
