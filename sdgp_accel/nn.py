@@ -141,6 +141,11 @@ def layer_kind(module: nn.Linear | nn.Conv2d) -> LayerKind:
     return "linear" if isinstance(module, nn.Linear) else "conv2d"
 
 
+def layer_input(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The input of a layer that was called with these arguments, as a forward hook gets them."""
+    return args[0] if args else named["input"]
+
+
 def decide_layer(module: nn.Linear | nn.Conv2d, input: Tensor, config: SDGPConfig) -> tuple[Tensor, Decision]:
     """What runs the backward of `module` under `config` on this input, and the input as that backward sees it:
     batched, and padded where the convolution itself does not pad. The input has the dtype that the layer computes in.

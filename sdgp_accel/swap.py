@@ -21,7 +21,7 @@ from sdgp_accel import batch as batches
 from sdgp_accel.backends import Decision, forget_decisions
 from sdgp_accel.config import SDGPConfig
 from sdgp_accel.layer_plan import decode, plan_string
-from sdgp_accel.nn import SDGPConv2d, SDGPLayer, SDGPLinear, decide_layer, layer_kind, warn_of_scope
+from sdgp_accel.nn import SDGPConv2d, SDGPLayer, SDGPLinear, decide_layer, layer_input, layer_kind, warn_of_scope
 from sdgp_accel.report import LayerReport, SwapReport, describe_as_it_is, describe_skipped, describe_swapped
 
 Filter = Callable[[nn.Module, str], bool] | str | Iterable[str] | None
@@ -229,7 +229,7 @@ def tune(
 
     def after_forward(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         assert isinstance(module, (nn.Linear, nn.Conv2d))
-        x = inputs[0] if inputs else named["input"]
+        x = layer_input(inputs, named)
         decision = decide_layer(module, x.to(output.dtype), configs[module])[1]
         decisions[module] = decision.where(True, module.weight.requires_grad)  # the pass does not tell of inputs
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sdgp_accel import batch as batches
+from sdgp_accel.nn import layer_input
 from sdgp_accel.roofline import Work
 
 
@@ -40,7 +41,7 @@ def trace(model: nn.Module, batch: Any) -> list[LayerCall]:
     def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
         def record(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
             assert isinstance(module, (nn.Linear, nn.Conv2d))
-            x = args[0] if args else named["input"]
+            x = layer_input(args, named)
             calls.append(LayerCall(name, module, _work(module, x, output), x))
 
         return record

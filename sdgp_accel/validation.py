@@ -32,7 +32,7 @@ from sdgp_accel.backends import Decision, dense
 from sdgp_accel.batch import LossFn
 from sdgp_accel.config import Pass, PruneSpec, SDGPConfig
 from sdgp_accel.geometry import Geometry, LinearGeometry
-from sdgp_accel.nn import SDGPLayer, decide_layer
+from sdgp_accel.nn import SDGPLayer, decide_layer, layer_input
 from sdgp_accel.pruning import prune_matrix
 from sdgp_accel.swap import Filter, check_model, left_as_it_was
 from sdgp_accel.targets import Target, find_targets, gemm_node
@@ -136,7 +136,7 @@ def _watch(target: Target, checks: list[PassCheck], draws: int) -> torch.utils.h
             return  # the first, gradient-free forward of activation checkpointing, or a frozen beginning
         calls += 1
         label = target.name if calls == 1 else f"{target.name} (call {calls})"
-        x = inputs[0] if inputs else named["input"]
+        x = layer_input(inputs, named)
         needs = {"grad_input": x.requires_grad, "grad_weight": target.module.weight.requires_grad}
 
         def on_gradient(dy: Tensor) -> None:
