@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import tables
+from bench.tables.layers import LAYERS
+from bench.tables.products import GEMM, PEERS, fallback, medians
+from bench.tables.pruning import PRUNE, both_operands
+from bench.tables.sections import NOT_MEASURED, Result, files, gpu_name
+from bench.tables.steps import CONTENDERS, STEP_TIME
 from sdgp_accel.tuning import BackwardTimes
 
-SECTIONS = (tables.STEP_TIME, tables.LAYERS, tables.GEMM, tables.PRUNE)
+SECTIONS = (STEP_TIME, LAYERS, GEMM, PRUNE)
 COLORS = {"mvue": "C0", "rescale_magnitude": "C1"}
 DIGEST = "Source"  # the PNG's text field
 
@@ -23,7 +27,7 @@ def digest(results: Path) -> str:
     """Of all the result files that the picture shows."""
     total = hashlib.sha256()
     for section in SECTIONS:
-        for path, _ in tables.files(section, results):
+        for path, _ in files(section, results):
             total.update(path.name.encode() + b"\0" + path.read_bytes())
     return total.hexdigest()
 
@@ -49,15 +53,15 @@ def draw(results: Path, path: Path) -> None:
     grid = figure.add_gridspec(2, 3, width_ratios=(1, 1.15, 1.15))
     panels = ((steps, grid[0, 0]), (layers, grid[:, 1]), (products, grid[:, 2]), (prune, grid[1, 0]))
     for (draw_panel, place), section in zip(panels, SECTIONS, strict=True):
-        draw_panel(figure.add_subplot(place), [result for _, result in tables.files(section, results)])
+        draw_panel(figure.add_subplot(place), [result for _, result in files(section, results)])
     figure.savefig(path, dpi=100, metadata={DIGEST: digest(results)})
     pyplot.close(figure)
 
 
-def steps(axis: Any, results: Sequence[tables.Result]) -> None:
+def steps(axis: Any, results: Sequence[Result]) -> None:
     """Bars: each contender's step over the fastest dense one."""
     axis.set_title("Whole training step over the fastest dense one (shorter is better)", fontsize="medium")
-    styles = dict(zip(tables.CONTENDERS, ("silver", "grey", "lightskyblue", "C0"), strict=True))
+    styles = dict(zip(CONTENDERS, ("silver", "grey", "lightskyblue", "C0"), strict=True))
     results = results[::-1]  # the first on top
     for row, result in enumerate(results):
         times = {contender["name"]: contender["step"]["median"] for contender in result["contenders"]}
@@ -74,19 +78,19 @@ def steps(axis: Any, results: Sequence[tables.Result]) -> None:
         axis.legend(loc="upper right", fontsize="small")
 
 
-def prune(axis: Any, results: Sequence[tables.Result]) -> None:
+def prune(axis: Any, results: Sequence[Result]) -> None:
     """Dots: prune + compress of one gradient over a copy of it, by rule."""
     axis.set_title(f"Prune + compress, both operands, over clone() ({gpus(results)})", fontsize="medium")
     found: dict[str, list[float]] = {}
     for result in results:
-        for row in tables.both_operands(result):
+        for row in both_operands(result):
             found.setdefault(row["rule"], []).append(row["clones"])
     for row, ratios in enumerate(found.values()):
         axis.plot(ratios, [row] * len(ratios), "o", color="C0", alpha=0.6)
     rows(axis, list(found))
 
 
-def layers(axis: Any, results: Sequence[tables.Result]) -> None:
+def layers(axis: Any, results: Sequence[Result]) -> None:
     """Dots: dense backward over sparse backward, with each prune function, and of the products alone."""
     axis.set_title(f"One layer's backward: speed over dense ({gpus(results)})", fontsize="medium")
     speedups: dict[str, dict[str, float]] = {}
@@ -110,9 +114,9 @@ def layers(axis: Any, results: Sequence[tables.Result]) -> None:
     legend_below(axis)
 
 
-def products(axis: Any, results: Sequence[tables.Result]) -> None:
+def products(axis: Any, results: Sequence[Result]) -> None:
     """Dots: peers' times over ours, where those are the GPU's own kernels."""
-    results = [result for result in results if tables.fallback(result) is None]
+    results = [result for result in results if fallback(result) is None]
     axis.set_title(f"Sparse products alone: speed over peers ({gpus(results)})", fontsize="medium")
     found = [row for result in results for row in result["results"]]
     order = list(dict.fromkeys(row["layer"] for row in found))[::-1]
@@ -120,11 +124,11 @@ def products(axis: Any, results: Sequence[tables.Result]) -> None:
         for name, marker in (("dgrad", "o"), ("wgrad", "s")):
             points = []
             for row in found:
-                us = tables.medians(row["us"])
+                us = medians(row["us"])
                 if row["pas"] == name and peer in us:
                     points.append((us[peer] / us["ours"], order.index(row["layer"])))
             if points:
-                label = f"{name}, over {tables.PEERS[peer]}"
+                label = f"{name}, over {PEERS[peer]}"
                 axis.plot(*zip(*points, strict=True), marker, color=color, alpha=0.7, markersize=5, label=label)
     rows(axis, order)
     legend_below(axis)
@@ -137,7 +141,7 @@ def rows(axis: Any, labels: Sequence[str]) -> None:
     axis.grid(axis="x", alpha=0.3)
     axis.margins(y=0.02)
     if not labels:
-        axis.text(0.5, 0.5, tables.NOT_MEASURED, ha="center", transform=axis.transAxes)
+        axis.text(0.5, 0.5, NOT_MEASURED, ha="center", transform=axis.transAxes)
 
 
 def legend_below(axis: Any) -> None:
@@ -145,11 +149,11 @@ def legend_below(axis: Any) -> None:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), ncols=2, fontsize="small")
 
 
-def gpus(results: Sequence[tables.Result]) -> str:
+def gpus(results: Sequence[Result]) -> str:
     """Those that `results` were measured on."""
     return ", ".join(dict.fromkeys(map(short, results)))
 
 
-def short(result: tables.Result) -> str:
+def short(result: Result) -> str:
     """The GPU's name without maker and memory."""
-    return " ".join(tables.gpu_name(result).removeprefix("NVIDIA ").split()[:1])
+    return " ".join(gpu_name(result).removeprefix("NVIDIA ").split()[:1])

@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-from bench import tables
 from bench.gpu import find_kernels, result_path
+from bench.tables.products import GEMM
+from bench.tables.sections import print_table
 from sdgp_accel.backends import KERNELS, Backend, Needs
 from sdgp_accel.backends.tiles import SM80, SM90, Product, rank_tilings
 from sdgp_accel.config import Pass, PruneSpec
@@ -265,7 +266,7 @@ def main(only: str, family: str | None, search: bool, minutes: float, path: Path
             rows.append(measure(backend, layer, name, search, device, family))
             result |= {"provenance": provenance(device)}
             path.write_text(json.dumps(result, indent=1) + "\n")
-    tables.print_table(tables.GEMM, result)
+    print_table(GEMM, result)
 
 
 if __name__ == "__main__":

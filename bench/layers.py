@@ -20,8 +20,9 @@ from typing import Any
 import click
 import torch
 
-from bench import tables
 from bench.gpu import find_kernels, result_path
+from bench.tables import layers as table
+from bench.tables.sections import print_table
 from sdgp_accel import SDGPConfig, tuning
 from sdgp_accel.backends import KERNELS, Backend
 from sdgp_accel.config import FUNCTIONS
@@ -149,7 +150,7 @@ def main(only: str, functions: tuple[str, ...], minutes: float, path: Path | Non
         rows.append(time_layer(backend, name, function, device))
         result |= {"provenance": provenance(device), "rows": rows}
         path.write_text(json.dumps(result, indent=1) + "\n")
-    tables.print_table(tables.LAYERS, result)
+    print_table(table.LAYERS, result)
 
 
 if __name__ == "__main__":

@@ -14,22 +14,25 @@ from pathlib import Path
 
 import click
 
-from bench import figure, tables
+from bench import figure
+from bench.tables.learning import convergence
+from bench.tables.pages import speed, summary
+from bench.tables.steps import step_time
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 SECTION = re.compile(r"(<!-- results: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 SECTIONS: dict[str, Callable[[Path], str]] = {
-    "summary": tables.summary,
-    "convergence": tables.convergence,
-    "step_time": tables.step_time,
+    "summary": summary,
+    "convergence": convergence,
+    "step_time": step_time,
 }
 
 
 def filled(text: str, results: Path) -> str:
     """`text` with every marked section built from `results`.
 
-    Raises ValueError for a marker that no section has or that no end follows, and `tables.DamagedResult`.
+    Raises ValueError for a marker that no section has or that no end follows, and `DamagedResult`.
     """
 
     def content(section: re.Match[str]) -> str:
@@ -47,7 +50,7 @@ def main(check: bool) -> None:
     """Write the result sections of the README, speed.md and speed.png."""
     text = README.read_text()
     try:
-        pages = {README: filled(text, RESULTS), RESULTS / "speed.md": tables.speed(RESULTS)}
+        pages = {README: filled(text, RESULTS), RESULTS / "speed.md": speed(RESULTS)}
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     if missing := set(SECTIONS) - {section["name"] for section in SECTION.finditer(text)}:

@@ -12,7 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bench import gemm, tables
+from bench import gemm
+from bench.tables.pages import summary
+from bench.tables.products import GEMM
+from bench.tables.sections import render
 from sdgp_accel.backends import Operands
 from sdgp_accel.backends.reference import ReferenceBackend
 from sdgp_accel.backends.tiles import Tiling
@@ -163,8 +166,8 @@ def test_another_family_is_called_the_fallback(clock: None, monkeypatch: pytest.
     assert {tiling.family for tiling in ran} == {"sm80"}
     assert row["fallback"] == "sm80"
     (tmp_path / "gemm.json").write_text(json.dumps({"benchmark": "gemm", "provenance": {}, "results": [row]}))
-    assert "These are the sm80 kernels, the fallback for" in tables.render(tables.GEMM, tmp_path)
-    assert "sm80 fallback, dgrad, 1 shapes: 1.50 × cuBLAS (dense)" in tables.summary(tmp_path)
+    assert "These are the sm80 kernels, the fallback for" in render(GEMM, tmp_path)
+    assert "sm80 fallback, dgrad, 1 shapes: 1.50 × cuBLAS (dense)" in summary(tmp_path)
 
 
 def test_layers_are_distinct_and_have_the_shapes_of_their_names() -> None:
@@ -181,7 +184,7 @@ def test_readme_table_reads_the_result_file(tmp_path: Path) -> None:
     row = (
         "| net.fc, 64 positions | wgrad | 512 × 256 × 64000 | 10.0 | 1678 | 1.50 × | not measured yet | does not run |"
     )
-    assert row in tables.render(tables.GEMM, tmp_path)
+    assert row in render(GEMM, tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

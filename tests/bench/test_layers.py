@@ -9,7 +9,9 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from bench import layers, tables
+from bench import layers
+from bench.tables.layers import LAYERS
+from bench.tables.sections import print_table
 from sdgp_accel import models, tuning
 from sdgp_accel.backends import Tilings
 from sdgp_accel.backends.reference import ReferenceBackend
@@ -47,7 +49,7 @@ def test_a_row_of_every_layer(name: str, monkeypatch: pytest.MonkeyPatch, capsys
     assert row["auto_prunes"] == (True, True)
     assert row["dense_gflop_per_pass"] == pytest.approx(1e-9 * Work.of(layers.LAYERS[name]).flops)
     result = {"provenance": {"gpu": {"name": "NVIDIA H100 80GB HBM3"}}, "rows": [row]}
-    tables.print_table(tables.LAYERS, result)
+    print_table(LAYERS, result)
     printed = capsys.readouterr().out
     assert name in printed
     assert "H100-MEASURED" in printed

@@ -6,9 +6,11 @@ import re
 import pytest
 from click.testing import CliRunner
 
-from bench import figure, report, tables
+from bench import figure, report
 from bench.prediction import predict
 from bench.step_time import MODELS
+from bench.tables import layers, products, pruning, sections, steps
+from bench.tables.pages import speed
 from sdgp_accel.roofline import GPUS
 
 LINEAR = {"tokens": 512, "in_channels": 64, "out_channels": 128, "positions_per_sample": 1}
@@ -96,12 +98,12 @@ STEP = {
 }
 
 
-PARTS = {"layers": tables.LAYERS, "gemm": tables.GEMM, "prune": tables.PRUNE}
+PARTS = {"layers": layers.LAYERS, "gemm": products.GEMM, "prune": pruning.PRUNE}
 
 
 def build(section, folder, content):
     (folder / "result.json").write_text(json.dumps(content))
-    return tables.render(PARTS[section], folder) if section in PARTS else report.SECTIONS[section](folder)
+    return sections.render(PARTS[section], folder) if section in PARTS else report.SECTIONS[section](folder)
 
 
 def test_everything_is_in_step_with_the_results():
@@ -136,7 +138,7 @@ def test_missing_results_are_named_as_such(section, tmp_path):
 
 def test_the_page_of_speeds_has_every_part(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(GEMM))
-    text = tables.speed(tmp_path)
+    text = speed(tmp_path)
     assert text.count("\n## ") == 3
     assert text.count("Not measured yet.") == 2
     assert "\nFrom [a.json](a.json): A GPU" in text
@@ -232,10 +234,10 @@ def test_layers_of_a_known_gpu_have_predictions_beside_them(tmp_path):
     whole = (compress + 2 * sparse) / (2 * compress + 10 * sparse)
     assert f"dense 0.25 ×; prune + compress 0.50 ×; products 0.20 ×; whole backward {whole:.2f} ×" in text
     cells = text.splitlines()[2].split(" | ")
-    microseconds = [tables.microseconds(1e3 * value) for value in (2 * dense, 2 * compress, compress)]
+    microseconds = [sections.microseconds(1e3 * value) for value in (2 * dense, 2 * compress, compress)]
     assert cells[6:9] == microseconds
-    assert cells[11] == tables.times(dense / sparse)
-    assert cells[13] == tables.times(2 * dense / (compress + 2 * sparse))
+    assert cells[11] == sections.times(dense / sparse)
+    assert cells[13] == sections.times(2 * dense / (compress + 2 * sparse))
 
 
 def test_claims_about_layers_are_of_one_prune_function_each():
@@ -246,7 +248,7 @@ def test_claims_about_layers_are_of_one_prune_function_each():
         for speedup, prunes, auto in ((0.5, [False, False], 1), (2, [True, True], 2), (1, [False, True], 1.25))
     ]
     other = ran | {"prune": "random", "backward_speedup": 7.0, "auto_speedup": 8.0}
-    claims = tables.layer_claims(LAYERS | {"rows": [*rows, unsupported, other]})
+    claims = layers.layer_claims(LAYERS | {"rows": [*rows, unsupported, other]})
     assert claims == [
         "`mvue`: 1.00 × (0.50–2.00); `auto` prunes 2 of 3 layers: 1.25 × (1.00–2.00)",
         "`random`: 7.00 ×; `auto` prunes 1 of 1 layers: 8.00 ×",
@@ -257,13 +259,13 @@ def test_a_step_against_eager_dense_alone_says_so():
     """Also where SDGP's own step was compiled."""
     contenders = [contender("dense", 10), contender("SDGP, compiled", 7, sdgp=True)]
     eager = STEP | {"contenders": contenders, "sdgp_over_dense": {"dense": {"median": 0.7}}}
-    assert tables.step_claims(eager)[0].endswith("+30.0 % (eager; compiled: not measured yet)")
-    assert tables.step_claims(STEP) == ["resnet9, batch 512, `mvue`: +10.0 %"]
+    assert steps.step_claims(eager)[0].endswith("+30.0 % (eager; compiled: not measured yet)")
+    assert steps.step_claims(STEP) == ["resnet9, batch 512, `mvue`: +10.0 %"]
 
 
 def test_a_saving_that_the_steps_do_not_bear_out_says_so(tmp_path):
     even = STEP | {"outcome": "even"}
-    assert tables.step_claims(even) == ["resnet9, batch 512, `mvue`: +10.0 %, within the spread"]
+    assert steps.step_claims(even) == ["resnet9, batch 512, `mvue`: +10.0 %, within the spread"]
     assert "| **+10.0 %**, within the spread (dense +20.0 %;" in build("step_time", tmp_path, even)
 
 
@@ -271,7 +273,7 @@ def test_the_machine_is_told_as_it_was_under_load_and_with_every_caveat():
     loaded = {"driver_version": "580", "clocks.sm": "3 MHz", "power.draw": "4 W"}
     origin = ORIGIN | {"gpu": ORIGIN["gpu"] | {"state_under_load": loaded}, "note": "One part was not timed."}
     wanted = "A GPU, driver 580, 3 MHz, 4 W, CUDA 13.0, torch 2.11.0, revision 0123456789ab. One part was not timed"
-    assert tables.machine({"provenance": origin}) == wanted
+    assert sections.machine({"provenance": origin}) == wanted
 
 
 def test_gemm(tmp_path):
@@ -300,7 +302,7 @@ def test_step_time_compares_with_the_fastest_dense_step(tmp_path):
 
 def test_what_is_pruned_how_is_in_the_name():
     config = {"prune": "magnitude", "grad_input": "sparse", "grad_weight": "dense"}
-    label = tables.step_label(STEP | {"settings": {"config": config}})
+    label = steps.step_label(STEP | {"settings": {"config": config}})
     assert label == "resnet9, batch 512, `magnitude`, grad_weight dense"
 
 

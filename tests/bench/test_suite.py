@@ -19,8 +19,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from bench import suite, tables
+from bench import suite
 from bench.suite import Case, Machine, Outcome, Run
+from bench.tables.checks import CHECKS
 
 MACHINE = Machine("Made-up GPU", "90a", {"gpu": {"name": "Made-up GPU"}})
 BUILD = Case("build", "{python} -c pass", 10)
@@ -250,7 +251,7 @@ def test_the_whole_path(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (one["result"], one["log"], one["gpu"]) == ("one-Made-up_GPU.json", "one.log", {"power.draw": "1 W"})
     assert (folder / one["result"]).exists()
     assert record["cases"]["fails"]["result"] is None
-    assert tables.CHECKS.accepts(record)
+    assert CHECKS.accepts(record)
 
     with monkeypatch.context() as there:
         there.setattr(torch.cuda, "is_available", lambda: True)
