@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from sdgp_accel.report import LayerReport, SwapReport
     from sdgp_accel.schedule import Schedule
     from sdgp_accel.semi_structured import compress
-    from sdgp_accel.swap import accelerate_, restore_, set_active_, tune
+    from sdgp_accel.swap import accelerate_, restore_, set_active_
+    from sdgp_accel.tuning.model import tune
     from sdgp_accel.validation import validate
 
 __version__ = "0.1.0"
@@ -62,7 +63,7 @@ _HOME = {
     "restore_": "swap",
     "set_active_": "swap",
     "set_data_parallel_rank": "philox",
-    "tune": "swap",
+    "tune": "tuning.model",
     "validate": "validation",
 }
 

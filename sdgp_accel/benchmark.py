@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sdgp_accel import batch as batches
 from sdgp_accel.benchmark_report import BenchmarkReport, ContenderResult
 from sdgp_accel.config import SDGPConfig
+from sdgp_accel.eligibility import Filter, check_model
 from sdgp_accel.memory import step_peak_bytes
 from sdgp_accel.nn import SDGPLayer
 from sdgp_accel.plan import plan
@@ -23,9 +24,10 @@ from sdgp_accel.provenance import gpu_state, provenance
 from sdgp_accel.report import SwapReport
 from sdgp_accel.roofline import GPU, gpu_figures, known_gpu
 from sdgp_accel.stages import StageRecorder
-from sdgp_accel.swap import Filter, check_model, restore_layer, tune
+from sdgp_accel.swap import restore_layer
 from sdgp_accel.targets import GEMM_NODES, Target, find_targets, gemm_node
 from sdgp_accel.timing import Clock, HostClock, Stats, clock_for
+from sdgp_accel.tuning.model import tune
 
 OptimizerFn = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

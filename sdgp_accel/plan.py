@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from sdgp_accel import batch as batches
 from sdgp_accel.backends.cutlass import takes_pattern
 from sdgp_accel.config import SDGPConfig
+from sdgp_accel.eligibility import Filter, check_model, checked_config, selector
 from sdgp_accel.layer_plan import DEFAULT_SCOPE
 from sdgp_accel.nn import SDGPLayer
 from sdgp_accel.roofline import GPU, SCHEDULES, Choice, Schedule, Work, best_backward, dense_seconds, gpu_figures
-from sdgp_accel.swap import Filter, check_model, checked_config, selector
 from sdgp_accel.targets import takes_own
 from sdgp_accel.trace import LayerCall, trace
 
@@ -38,7 +38,7 @@ MEANINGS: dict[Schedule, str] = {
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerPrediction:
     """One call of one layer: its GEMM, its dense times in seconds and the best backward under either schedule.
 
     dense_reason: why no pass of it can be sparse; empty where one can.
@@ -76,7 +76,7 @@ class PlanReport:
 
     gpu: GPU
     batch: int
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerPrediction, ...]
     left_out: Mapping[str, int]
 
     @property
@@ -191,9 +191,9 @@ class PlanReport:
     def _backward(self) -> float:
         return sum(layer.backward for layer in self.layers)
 
-    def groups(self) -> list[list[LayerPlan]]:
+    def groups(self) -> list[list[LayerPrediction]]:
         """Calls of the same kind and shape together, in the order of the first of each."""
-        groups: dict[tuple[str, Work, str], list[LayerPlan]] = {}
+        groups: dict[tuple[str, Work, str], list[LayerPrediction]] = {}
         for layer in self.layers:
             groups.setdefault((layer.kind, layer.work, layer.dense_reason), []).append(layer)
         return list(groups.values())
@@ -261,7 +261,7 @@ def _own_config(module: nn.Module) -> SDGPConfig:
     return SDGPConfig(grad_input="dense", grad_weight="dense")
 
 
-def _plan_layer(call: LayerCall, gpu: GPU, config: SDGPConfig, select: Select) -> LayerPlan:
+def _plan_layer(call: LayerCall, gpu: GPU, config: SDGPConfig, select: Select) -> LayerPrediction:
     name, module, work, _ = call
     reason = _dense_reason(call, config, select)
     wanted = [p for p in work.passes if getattr(config, p) == "sparse"]
@@ -272,7 +272,7 @@ def _plan_layer(call: LayerCall, gpu: GPU, config: SDGPConfig, select: Select) -
     specs = (config.spec("grad_input", scope), config.spec("grad_weight", scope))
     cost = max((gpu.compress_cost(spec) for spec in specs if spec is not None), default=1.0)
     two_pass, fused = (best_backward(work, gpu, schedule, cost) for schedule in SCHEDULES)
-    return LayerPlan(name, kind, work, dense, dense * len(work.passes), two_pass, fused, reason)
+    return LayerPrediction(name, kind, work, dense, dense * len(work.passes), two_pass, fused, reason)
 
 
 def _dense_reason(call: LayerCall, config: SDGPConfig, select: Select) -> str:

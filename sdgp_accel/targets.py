@@ -8,9 +8,10 @@ from torch import nn
 
 from sdgp_accel import functional
 from sdgp_accel.config import SDGPConfig
+from sdgp_accel.eligibility import Filter, selector
 from sdgp_accel.nn import SDGPLayer
 from sdgp_accel.report import SwapReport, describe_as_it_is
-from sdgp_accel.swap import Filter, plan_swap, selector, swap_layer
+from sdgp_accel.swap import plan_swap, swap_layer
 
 # Autograd's names for the nodes of aten ops end in a digit, those of Python functions (SDGP's layers) do not.
 GEMM_NODES = {"AddmmBackward0", "MmBackward0", "LinearBackward0", "ConvolutionBackward0"}

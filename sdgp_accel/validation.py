@@ -31,10 +31,11 @@ from sdgp_accel import ops, philox
 from sdgp_accel.backends import Decision, dense
 from sdgp_accel.batch import LossFn
 from sdgp_accel.config import Pass, PruneSpec, SDGPConfig
+from sdgp_accel.eligibility import Filter, check_model
 from sdgp_accel.geometry import Geometry, LinearGeometry
+from sdgp_accel.model_state import left_as_it_was
 from sdgp_accel.nn import SDGPLayer, decide_layer, layer_input
 from sdgp_accel.pruning import prune_matrix
-from sdgp_accel.swap import Filter, check_model, left_as_it_was
 from sdgp_accel.targets import Target, find_targets, gemm_node
 from sdgp_accel.validation_report import Bias, PassCheck, ValidationReport
 

@@ -547,7 +547,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, nothing_decided: None) -> Calla
 
 def test_kernels_are_used_where_they_fit_and_dense_where_not(pretend_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(FakeKernels())
-    monkeypatch.setattr(tuning, "tune", lambda *arguments: tuning.Tuned((True, True), "measured"))
+    monkeypatch.setattr(tuning, "tune_shape", lambda *arguments: tuning.Tuned((True, True), "measured"))
     model = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(8, 8, 3, groups=2)).to(torch.bfloat16)
     report = sdgp.accelerate_(model, sdgp.SDGPConfig(backend="cutlass"))
     assert [layer.backend for layer in report.layers] == ["cutlass", "dense"]
@@ -570,7 +570,7 @@ def test_tune_reports_what_each_layer_will_run(pretend_gpu: Any, monkeypatch: py
         parts = tuning.BackwardTimes(2.0, 3.0, sparse_dgrad=1.0, compress_dgrad=0.25)
         return tuning.Tuned((dgrad == "sparse", False), "measured", times=parts)
 
-    monkeypatch.setattr(tuning, "tune", tuned)
+    monkeypatch.setattr(tuning, "tune_shape", tuned)
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 16), nn.Linear(16, 4)).to(torch.bfloat16)
     report = sdgp.accelerate_(model, filter_fn=["0", "2"])
     assert {layer.reason for layer in report.swapped} == {"measured against dense at the first use of a shape"}
@@ -598,7 +598,7 @@ def test_tune_reports_what_each_layer_will_run(pretend_gpu: Any, monkeypatch: py
 
 def test_tune_decides_for_a_model_before_it_is_swapped(pretend_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(FakeKernels())
-    monkeypatch.setattr(tuning, "tune", lambda *arguments: tuning.Tuned((True, False), "measured"))
+    monkeypatch.setattr(tuning, "tune_shape", lambda *arguments: tuning.Tuned((True, False), "measured"))
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).to(torch.bfloat16)
     x = torch.randn(4, 8, dtype=torch.bfloat16)
     report = sdgp.tune(model, x, sdgp.SDGPConfig(prune="magnitude"))

@@ -281,7 +281,7 @@ def _tuned(decision: Decision, dtype: torch.dtype, device: torch.device, determi
         return decision._replace(tilings=best)
     from sdgp_accel import tuning  # not needed where nothing is measured
 
-    tuned = tuning.tune(backend, plan, geometry, dtype, device, deterministic)
+    tuned = tuning.tune_shape(backend, plan, geometry, dtype, device, deterministic)
     # Predicted choices name no tilings, and another rank's GPU may have some that this one has not.
     timed = tuning.find_tilings(tuned, backend, geometry, dtype, device) or Tilings()
     tilings = Tilings(timed.dgrad or best.dgrad, timed.wgrad or best.wgrad)

@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -28,52 +28,32 @@ from sdgp_accel.geometry import Conv2dGeometry, Geometry, LinearGeometry
 from sdgp_accel.layer_plan import LayerPlan, encode
 from sdgp_accel.tuning import cache
 from sdgp_accel.tuning.agreement import agreed
+from sdgp_accel.tuning.choice import choose, choose_single
 from sdgp_accel.tuning.measurement import Measurement, measure
 from sdgp_accel.tuning.prediction import predict
 from sdgp_accel.tuning.record import BackwardTimes, Tuned
 
-__all__ = ["BackwardTimes", "Measurement", "Tuned", "choose", "measure", "tune"]
+__all__ = ["BackwardTimes", "Measurement", "Tuned", "choose", "measure", "tune_shape"]
 
-# Sparse must win by more than the difference between two measurements of one kernel, a few tenths of a per cent here.
-REQUIRED_GAIN = 0.01
-# What a pruned layer costs the host beyond the calls that are timed: its limit in bench/overhead.py.
-HOST_OVERHEAD_MS = 0.015
 # Of one layer, as many sizes of its input are timed. With sequences of every length each step may bring a new one, and
 # timing takes longer than it could save: sizes beyond these run as the nearest one does.
 TIMED_SIZES = 32
-
-Choice = TypeVar("Choice", bound=Hashable)
 
 # What this process has found out, by layer and settings, then by size.
 _timed: dict[Hashable, dict[Geometry, Tuned]] = {}
 
 
-def choose(measured: Measurement) -> tuple[bool, bool]:
-    """The fastest choice of passes to prune; (False, False) unless it gains at least `REQUIRED_GAIN` over dense.
+class _Layer(NamedTuple):
+    """What is tuned: the backward of one layer on an input of one size, by the kernels of `backend`."""
 
-    It has to gain twice: on the GPU, which decides where the host runs ahead of it, and where a backward takes as long
-    as the GPU or as long as the host needs to launch it, whichever is longer.
-    """
-    return _fastest(measured.device.totals(), measured.host.totals(), (False, False))
-
-
-def choose_single(measured: Measurement) -> tuple[bool, bool]:
-    """`choose` for dgrad and for wgrad where it is the only pass that is wanted."""
-    dgrad, wgrad = (_fastest(measured.device.single(i), measured.host.single(i), False) for i in (0, 1))
-    return dgrad, wgrad
+    backend: Backend
+    plan: LayerPlan
+    geometry: Geometry
+    dtype: torch.dtype
+    device: torch.device
 
 
-def _fastest(on_gpu: Mapping[Choice, float], host: Mapping[Choice, float], dense: Choice) -> Choice:
-    alone = {choice: max(ms, host[choice] + HOST_OVERHEAD_MS * (choice != dense)) for choice, ms in on_gpu.items()}
-    gaining = [
-        choice
-        for choice in on_gpu
-        if all(times[choice] <= (1.0 - REQUIRED_GAIN) * times[dense] for times in (on_gpu, alone))
-    ]
-    return min(gaining, key=lambda choice: alone[choice], default=dense)
-
-
-def tune(
+def tune_shape(
     backend: Backend,
     plan: LayerPlan,
     geometry: Geometry,
@@ -95,7 +75,8 @@ def tune(
     key = f"{encode(plan)} {geometry!r} {dtype} {settings}"
 
     def propose() -> str:
-        return json.dumps(_tune_here(key, timed, backend, plan, geometry, dtype, device).to_dict())
+        layer = _Layer(backend, plan, geometry, dtype, device)
+        return json.dumps(_tune_here(layer, key, timed).to_dict())
 
     tuned = Tuned.from_dict(json.loads(agreed(key, propose)))
     if tuned.times is not None:
@@ -152,32 +133,25 @@ def find_tilings(
     return Tilings(*found)
 
 
-def _tune_here(
-    key: str,
-    timed: Mapping[Geometry, Tuned],
-    backend: Backend,
-    plan: LayerPlan,
-    geometry: Geometry,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tuned:
+def _tune_here(layer: _Layer, key: str, timed: Mapping[Geometry, Tuned]) -> Tuned:
     """What this machine remembers of the layer, or else measures now, or takes from other sizes that are `timed`."""
-    known = _remembered(backend, device)
+    device = layer.device
+    known = _remembered(layer.backend, device)
     tuned = known.get(key) if known is not None else None
-    if tuned is not None and find_tilings(tuned, backend, geometry, dtype, device) is not None:
+    if tuned is not None and find_tilings(tuned, layer.backend, layer.geometry, layer.dtype, device) is not None:
         return tuned._replace(reason=f"{tuned.reason} (remembered)")
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         reason = "first used while a CUDA graph was captured, where nothing can be timed: run one step before"
         return Tuned((False, False), reason)
     if len(timed) >= TIMED_SIZES:
-        return _as_the_nearest(timed, geometry)
+        return _as_the_nearest(timed, layer.geometry)
     # Clock and kernels work on the current device, which need not be the layer's where a model is spread over several.
     # Modes are the user's, for the layer itself: selective checkpointing would keep the products that are timed, and
     # give them to the layers that ask for theirs in backward.
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     try:
         with on_device, torch.no_grad(), torch.autocast(device.type, enabled=False), _disable_current_modes():
-            measured = measure(backend, plan, geometry, dtype, device)
+            measured = measure(*layer)
     except torch.OutOfMemoryError:
         return Tuned((False, False), "too little free memory to time the sparse kernels on this shape")
     tuned = _conclude(measured)

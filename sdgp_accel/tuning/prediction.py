@@ -16,7 +16,7 @@ from sdgp_accel.roofline import GPU, GPUS, Work, compress_seconds, dense_seconds
 from sdgp_accel.tuning.record import Tuned
 
 COSTS_OF_COMPRESSION = GPUS["h100-measured"].compress_costs  # where a GPU's own are not known
-REQUIRED_GAIN = 0.05  # the roofline errs: tests/tuning/test_prediction.py holds its choices to measured ones
+REQUIRED_PREDICTED_GAIN = 0.05  # the roofline errs: tests/tuning/test_prediction.py holds its choices to measured ones
 
 # From Hopper on data-centre GPUs (and Thor) have faster instructions than mma for dense products, wgmma and tcgen05,
 # which leave mma.sp behind: on an H200 its median speed was 0.6 to 0.7 of cuBLAS (bench/results/speed.md).
@@ -42,12 +42,12 @@ def predict(plan: LayerPlan, geometry: Geometry, device: torch.device) -> Tuned:
     possible = {passes: s for passes, s in seconds.items() if s is not None}
     dense = possible[False, False]
     best = min(possible, key=lambda passes: possible[passes])
-    if possible[best] > (1.0 - REQUIRED_GAIN) * dense:
+    if possible[best] > (1.0 - REQUIRED_PREDICTED_GAIN) * dense:
         best = (False, False)
     gain = f"{dense / possible[best]:.2f} × dense" if any(best) else "dense"
     other = dense_seconds(work, gpu)  # the pass that is not wanted is a dense one in `possible`
     dgrad_gains, wgrad_gains = (
-        possible.get(passes, dense) - other <= (1.0 - REQUIRED_GAIN) * (dense - other)
+        possible.get(passes, dense) - other <= (1.0 - REQUIRED_PREDICTED_GAIN) * (dense - other)
         for passes in ((True, False), (False, True))
     )
     reason = f"deterministic algorithms, nothing is timed; predicted for {gpu.title}: {gain}"

@@ -213,7 +213,7 @@ def test_nothing_is_timed_while_a_cuda_graph_is_captured(kernels: FakeKernels, m
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(tuning, "measure", lambda *arguments: pytest.fail("measured"))
     plan = decode(plan_string("linear", SDGPConfig()))
-    tuned = tuning.tune(kernels, plan, LinearGeometry(24, 16, 32), torch.bfloat16, torch.device("cuda"), False)
+    tuned = tuning.tune_shape(kernels, plan, LinearGeometry(24, 16, 32), torch.bfloat16, torch.device("cuda"), False)
     assert tuned.prunes == (False, False)
     assert "while a CUDA graph was captured" in tuned.reason
 
@@ -344,7 +344,8 @@ def test_timing_runs_on_the_layers_device(kernels: FakeKernels, monkeypatch: pyt
     monkeypatch.setattr(tuning, "measure", measured)
     plan = decode(plan_string("linear", SDGPConfig()))
     geometry = LinearGeometry(24, 16, 32)
-    assert tuning.tune(kernels, plan, geometry, torch.bfloat16, torch.device("cuda", 1), False).prunes == (True, False)
+    tuned = tuning.tune_shape(kernels, plan, geometry, torch.bfloat16, torch.device("cuda", 1), False)
+    assert tuned.prunes == (True, False)
     assert not current
 
 
