@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 
 import pytest
@@ -20,3 +21,10 @@ def no_remembered_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 def seeded(request: pytest.FixtureRequest) -> None:
     """A test draws the same random numbers alone as behind others, and others than its neighbours."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """torch.compile has seen no model yet: torch 2.7 and 2.8 count the recompilations of all models together."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

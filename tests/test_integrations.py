@@ -343,7 +343,6 @@ def test_compiled_mvue_draws_anew_for_each_layer_and_step() -> None:
 
 
 def test_swapping_a_compiled_model_recompiles_it() -> None:
-    torch.compiler.reset()  # torch 2.7 counts the recompilations of all models together
     model = conv_net()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     dense = gradients(model, compiled(batch()).square().sum())
@@ -360,7 +359,6 @@ def test_swapping_a_compiled_model_recompiles_it() -> None:
 
 
 def test_switching_a_compiled_model_recompiles_it_once_for_each_state() -> None:
-    torch.compiler.reset()
     model = conv_net()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -379,7 +377,6 @@ def test_switching_a_compiled_model_recompiles_it_once_for_each_state() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_autograd_prunes_what_ran_eagerly(autocast: bool) -> None:
-    torch.compiler.reset()
     model = conv_net()
     sdgp.accelerate_(model)
 
@@ -397,7 +394,6 @@ def test_compiled_autograd_prunes_what_ran_eagerly(autocast: bool) -> None:
 
 
 def test_export_and_trace_see_the_dense_forward() -> None:
-    torch.compiler.reset()
     model = conv_net().eval()
     sdgp.accelerate_(model)
     expected = model(batch())

@@ -94,7 +94,6 @@ def test_layers_whose_output_is_changed_in_place_are_checked() -> None:
 
 
 def test_compiled_models_are_checked_eagerly() -> None:
-    torch.compiler.reset()
     net = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
     sdgp.accelerate_(net)
     counter = CompileCounterWithBackend("aot_eager")
