@@ -247,11 +247,12 @@ def test_claims_about_layers_are_of_one_prune_function_each():
         ran | {"backward_speedup": speedup, "auto_prunes": prunes, "auto_speedup": auto}
         for speedup, prunes, auto in ((0.5, [False, False], 1), (2, [True, True], 2), (1, [False, True], 1.25))
     ]
-    other = ran | {"prune": "random", "backward_speedup": 7.0, "auto_speedup": 8.0}
+    times = {"dense_dgrad": 1, "dense_wgrad": 2, "dense_both": 2.5, "compress_wgrad": 0.25, "sparse_wgrad": 0.75}
+    other = ran | {"prune": "random", "backward_speedup": 7.0, "auto_speedup": 8.0, "milliseconds": times}
     claims = layers.layer_claims(LAYERS | {"rows": [*rows, unsupported, other]})
     assert claims == [
         "`mvue`: 1.00 × (0.50–2.00); `auto` prunes 2 of 3 layers: 1.25 × (1.00–2.00)",
-        "`random`: 7.00 ×; `auto` prunes 1 of 1 layers: 8.00 ×",
+        "`random`: 7.00 ×; `auto` prunes 1 of 1 layers: 8.00 ×; with the weight gradient alone pruned 1.25 ×",
     ]
 
 
