@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -234,6 +236,21 @@ def test_what_the_driver_refuses_is_told_and_leaves_no_error(hopper_extension):
             launch(**ADDRESSES)
         with simulator.checked():  # which looks for errors
             prune_compress(dy.data_ptr(), values.data_ptr(), metadata.data_ptr())
+
+
+@pytest.mark.parametrize("kind", ["SparseGemm", "SparseConv"])
+def test_a_thread_may_begin_with_a_product(hopper_extension, kind):
+    """As one of autograd's may. The driver encodes tensor maps only where a context is current, which the first call of
+    the runtime makes it; the launch itself, of no block, fails."""
+    _, kernels = hopper_extension
+    name, shape = "dgrad_f16_128x128", GEMM
+    if kind == "SparseConv":
+        name, shape = "conv_dgrad_bf16_128x128", CONV
+    launch = getattr(kernels, kind)(f"sdgp_sm90_{name}", **shape | {"sm_count": 1})
+    addresses = {name: 3 * address for name, address in ADDRESSES.items()}  # of which no map is remembered
+    with ThreadPoolExecutor(1) as thread:
+        error = thread.submit(launch, **addresses).exception()
+    assert "invalid configuration argument" in str(error)
 
 
 @pytest.mark.parametrize("options", [{"splits": 2}, {"owned_blocks": 2}], ids=str)

@@ -118,8 +118,10 @@ int launch_sparse_dgrad(const SdgpSparseConv& conv) {
   constexpr auto kType = kTensorMapType<typename Config::Element>;
   const int64_t values = conv.padded_k / 2, words = metadata_pitch(conv.padded_k);
   TensorMaps maps;
-  int error = im2col_map(maps.values, kType, conv.values, conv.n, conv.p, conv.q, values, gather.grid, kBlockK / 2,
-                         Config::kBlockM, CU_TENSOR_MAP_SWIZZLE_128B);
+  int error = allow_shared_memory<Config>();
+  if (error == 0)
+    error = im2col_map(maps.values, kType, conv.values, conv.n, conv.p, conv.q, values, gather.grid, kBlockK / 2,
+                       Config::kBlockM, CU_TENSOR_MAP_SWIZZLE_128B);
   if (error == 0)
     error = im2col_map(maps.metadata, CU_TENSOR_MAP_DATA_TYPE_UINT16, conv.metadata, conv.n, conv.p, conv.q, words,
                        gather.grid, kBlockK / 16, Config::kBlockM, CU_TENSOR_MAP_SWIZZLE_NONE);
@@ -139,7 +141,8 @@ int launch_sparse_wgrad(const SdgpSparseConv& conv) {
   if (!target.fits(k_tiles)) return cudaErrorInvalidValue;
   const PixelGrid grid{conv.p, conv.q, -conv.padding_h, -conv.padding_w, conv.stride_h, conv.stride_w};
   TensorMaps maps;
-  int error = matrix_operand_maps<Config>(maps, conv.values, conv.metadata, conv.c_out, conv.padded_k);
+  int error = allow_shared_memory<Config>();
+  if (error == 0) error = matrix_operand_maps<Config>(maps, conv.values, conv.metadata, conv.c_out, conv.padded_k);
   if (error == 0)
     error = im2col_map(maps.b, kTensorMapType<typename Config::Element>, conv.b, conv.n, conv.h, conv.w, conv.c_in,
                        grid, kSwizzleElements, kStageK / conv.cluster_size, CU_TENSOR_MAP_SWIZZLE_128B);

@@ -83,6 +83,15 @@ struct Target {
   bool fits(int k_tiles) const { return splits >= 1 && splits <= (k_tiles + kBlockTiles - 1) / kBlockTiles; }
 };
 
+// What every launch begins with: the attribute belongs to the current device. And the driver encodes tensor maps only
+// where a context is current, which it is in a thread from the first call of the runtime on; one of autograd's threads
+// may begin with a product.
+template <typename Config>
+cudaError_t allow_shared_memory() {
+  return cudaFuncSetAttribute(sparse_gemm_kernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              Config::kSharedBytes);
+}
+
 // The product has `parts` parts of `m` rows, `columns` columns and `k_tiles` (of which clusters may share some; 0:
 // not); the output is [rows, row_length].
 template <typename Config>
@@ -95,11 +104,6 @@ int launch(const TensorMaps& maps, const typename Config::Gather& gather, const 
   if (m_units * rows_per_unit > INT_MAX || n_tiles * Config::kBlockN > INT_MAX || units > INT_MAX || rows > INT_MAX ||
       row_length > INT_MAX)
     return cudaErrorInvalidConfiguration;
-  // Every time: the attribute belongs to the current device.
-  const cudaError_t attribute = cudaFuncSetAttribute(sparse_gemm_kernel<Config>,
-                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
-  if (attribute != cudaSuccess) return attribute;
-
   const int clusters = target.sm_count / target.cluster_size;
   Schedule schedule(static_cast<int>(m_units), static_cast<int>(n_tiles), parts, target.group_n, target.cluster_size);
   float* pieces = nullptr;
@@ -163,7 +167,8 @@ int launch_sparse_gemm(const SdgpSparseGemm& gemm) {
   const int k_tiles = (gemm.k + kStageK - 1) / kStageK;
   if (!target.fits(k_tiles)) return cudaErrorInvalidValue;
   TensorMaps maps;
-  int error = matrix_operand_maps<Config>(maps, gemm.values, gemm.metadata, gemm.m, gemm.padded_k);
+  int error = allow_shared_memory<Config>();
+  if (error == 0) error = matrix_operand_maps<Config>(maps, gemm.values, gemm.metadata, gemm.m, gemm.padded_k);
   if (error == 0)
     error = matrix_map(maps.b, kTensorMapType<typename Config::Element>, gemm.b, gemm.k, gemm.n,
                        kStageK / gemm.cluster_size, kSwizzleElements, CU_TENSOR_MAP_SWIZZLE_128B);

@@ -31,12 +31,15 @@ static struct callbacks cb;
 static int major = 8, minor = 0;
 static cudaError_t last = cudaSuccess;
 static int images = 0;
+/* A thread has a context from its first call of the runtime on that needs one; the driver's functions do not give it any. */
+static __thread int has_context = 0;
 
 void ptxsim_install(const struct callbacks *table) { cb = *table; }
 
 void ptxsim_select(int cc_major, int cc_minor) {
   major = cc_major;
   minor = cc_minor;
+  has_context = 1; /* as of a thread that has memory on the device */
 }
 
 static cudaError_t done(cudaError_t error) {
@@ -91,6 +94,7 @@ cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, 
 }
 static cudaError_t launch(const void *host, dim3 grid, dim3 block, size_t shared, void **args, cudaStream_t stream, dim3 cluster,
                           unsigned overlaps) {
+  has_context = 1;
   unsigned holds_gil = PyGILState_Check && PyGILState_Check();
   unsigned dims[11] = {grid.x,    grid.y,    grid.z,    block.x,  block.y,  block.z,
                        cluster.x, cluster.y, cluster.z, overlaps, holds_gil};
@@ -123,6 +127,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *host, v
 /* ---- memory ---- */
 
 cudaError_t cudaMalloc(void **pointer, size_t size) {
+  has_context = 1;
   *pointer = size ? cb.allocate(size) : NULL;
   return done(size && !*pointer ? cudaErrorMemoryAllocation : cudaSuccess);
 }
@@ -139,6 +144,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMe
   return cudaMemcpy(to, from, size, kind);
 }
 cudaError_t cudaMemset(void *to, int value, size_t size) {
+  has_context = 1;
   memset(to, value, size);
   cb.written(to, size);
   return cudaSuccess;
@@ -220,6 +226,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
   return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void *host, enum cudaFuncAttribute attribute, int value) {
+  has_context = 1;
   return done((cudaError_t)cb.set_attribute(host, attribute, value));
 }
 cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *host) {
@@ -288,6 +295,7 @@ static int element_bytes(CUtensorMapDataType type) {
 static CUresult record(struct tensor_map *map, CUtensorMapDataType type, cuuint32_t rank, void *address, const cuuint64_t *extents,
                        const cuuint64_t *strides, const cuuint32_t *steps, unsigned inner, CUtensorMapInterleave interleave,
                        CUtensorMapSwizzle swizzle, CUtensorMapFloatOOBfill fill) {
+  if (!has_context) return CUDA_ERROR_INVALID_CONTEXT;
   if (rank < 1 || rank > 5 || (uintptr_t)address % 16 || type > CU_TENSOR_MAP_DATA_TYPE_TFLOAT32_FTZ) return CUDA_ERROR_INVALID_VALUE;
   if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || swizzle > CU_TENSOR_MAP_SWIZZLE_128B || fill) return CUDA_ERROR_NOT_SUPPORTED;
   static const unsigned span[] = {1u << 30, 32, 64, 128};
