@@ -318,8 +318,8 @@ def decide(plan_text: str, geometry: Geometry, dtype: torch.dtype, device: torch
     """
     check_floating(dtype)
     plan = _resolve_scope(decode(plan_text), geometry)
-    if geometry.in_channels == 0:
-        return Decision(geometry, None, plan, False, "no input channels: both gradients are empty")
+    if 0 in (geometry.in_channels, geometry.positions, geometry.out_channels):
+        return Decision(geometry, None, plan, False, "an input or output without elements: nothing to prune")
     backend, reason = _choose(plan, geometry, dtype, device)
     return Decision(geometry, backend, plan, plan.draws, reason)
 

@@ -11,7 +11,7 @@ import torch
 
 import cutlass_ops
 from cutlass_ops import build_kernels
-from sdgp_accel import SDGPConfig
+from sdgp_accel import SDGPConfig, backends
 from sdgp_accel.backends import Call, Decision, Tilings, cutlass, dense, gpu, tiles
 from sdgp_accel.backends import products as sparse_products
 from sdgp_accel.backends.bound import SparseBackward
@@ -87,6 +87,14 @@ def test_unsupported_says_why(hopper, change, part):
 def test_empty_gradients_are_left_to_others(hopper):
     plan = decode(plan_string("linear", SDGPConfig(backend="cutlass")))
     assert "empty" in cutlass.BACKEND.unsupported(LinearGeometry(0, 8, 8), plan, torch.float16, CUDA)
+
+
+@pytest.mark.parametrize("geometry", [LinearGeometry(0, 8, 8), LinearGeometry(8, 8, 0)])
+def test_empty_gradients_are_no_error(hopper, monkeypatch, geometry):
+    """An expert without tokens: there is nothing that the kernels would have to take."""
+    monkeypatch.setattr(backends, "_no_sparse_tensor_cores", lambda device: None)
+    plan = plan_string("linear", SDGPConfig(fallback="error"))
+    assert backends.decide(plan, geometry, torch.float16, CUDA).backend is None
 
 
 @pytest.mark.parametrize("pass_name", ["grad_input", "grad_weight"])
