@@ -68,6 +68,7 @@ SHARED_CASES = [
     GemmCase("sm90_wgrad_bf16_128x192", 130, 504, 515, owned_blocks=2, accumulate=True),
     GemmCase("sm90_dgrad_bf16_128x256", 700, 200, 1100, owned_blocks=6, cluster_size=2),
     GemmCase("sm90_dgrad_f16_256x128", 300, 328, 700, owned_blocks=2, accumulate=True),
+    GemmCase("sm90_wgrad_bf16_256x128", 300, 136, 515, owned_blocks=2),  # a full round: nothing to share
 ]
 
 

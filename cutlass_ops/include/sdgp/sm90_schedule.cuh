@@ -58,10 +58,12 @@ struct Schedule {
         by_last_columns((n_tiles - 1) % by_columns.divisor + 1),
         whole_units(units) {}
 
-  // Shares the last round of `clusters` clusters; false where it is full, or k too short. Of one part.
+  // Shares the last round of `clusters` clusters, if it is not full: they may be fewer than when `owned_blocks` was
+  // chosen. False where k is too short. Of one part.
   bool share_last_round(int clusters, int k_tiles, int owned_blocks) {
     if (clusters < 1) return false;
     const int shared_units = units % clusters, blocks = (k_tiles + kBlockTiles - 1) / kBlockTiles;
+    if (shared_units == 0) return true;
     const int64_t helped_blocks = int64_t{shared_units} * (blocks - owned_blocks);
     if (owned_blocks < 1 || helped_blocks < 1 || helped_blocks > INT_MAX / 2) return false;
     const auto stretch = static_cast<int>((helped_blocks - 1) / (clusters - shared_units) + 1);
