@@ -7,11 +7,11 @@ augmented alike, and no data-loading state is ever saved.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -66,15 +66,15 @@ def load_data(recipe: Recipe, data_dir: Path | None, world: World) -> Data:
     return ImageFolders(recipe, world, data_dir)
 
 
-def generator_for(*numbers: int) -> torch.Generator:
-    """A CPU generator whose stream is a pure function of `numbers`, unrelated for different ones."""
-    return torch.Generator().manual_seed(_mix(*numbers))
+def generator_for(purpose: str, *numbers: int) -> torch.Generator:
+    """A CPU generator whose stream is a pure function of `purpose` and `numbers`, unrelated for different ones."""
+    return torch.Generator().manual_seed(_mix(purpose, *numbers))
 
 
 def epoch_order(recipe: Recipe, world: World, epoch: int, size: int) -> Tensor:
     """The indices of this process's batches in `epoch`: int64 [steps, batch_size] out of `size` images."""
     steps = _steps_per_epoch(recipe, world, size)
-    order = torch.randperm(size, generator=generator_for(recipe.seed, epoch))
+    order = torch.randperm(size, generator=generator_for("order", recipe.seed, epoch))
     return order[: steps * world.size * recipe.batch_size].view(steps, world.size, -1)[:, world.rank]
 
 
@@ -104,7 +104,7 @@ class InMemory:
     def train(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         order = epoch_order(self.recipe, self.world, epoch, len(self.train_labels)).to(self.world.device)
         for step in range(first_step, len(order)):
-            rng = generator_for(self.recipe.seed, epoch, step, self.world.rank)
+            rng = generator_for("augment", self.recipe.seed, epoch, step, self.world.rank)
             yield self._augmented(self.train_images[order[step]], rng), self.train_labels[order[step]]
 
     def test(self) -> Iterator[Batch]:
@@ -186,15 +186,16 @@ class _Seeded(Dataset[tuple[Tensor, int]]):
         image, label = self.images[index]
         # The default CPU generator alone: torch.manual_seed would seed the GPUs' too.
         state = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(_mix(*self.seed, index))
+        torch.default_generator.manual_seed(_mix("augment", *self.seed, index))
         try:
             return self.transform(image), label
         finally:
             torch.default_generator.set_state(state)
 
 
-def _mix(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+def _mix(*parts: str | int) -> int:
+    # Not numpy's SeedSequence, to which (1, 2) and (1, 2, 0) are the same.
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def _steps_per_epoch(recipe: Recipe, world: World, size: int) -> int:

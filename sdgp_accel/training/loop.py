@@ -124,7 +124,7 @@ def global_state(recipe: Recipe, rank: int) -> Iterator[None]:
 
     The settings are put back at the end.
     """
-    seed = generator_for(recipe.seed, rank).initial_seed()
+    seed = generator_for("process", recipe.seed, rank).initial_seed()
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (the global one: a user's model may draw from it)
     torch.manual_seed(seed)

@@ -14,6 +14,7 @@ from torchvision.datasets import CIFAR10
 from sdgp_accel.training import Augment, Resolution, augment, load_recipe
 from sdgp_accel.training.data import epoch_order, load_data
 from sdgp_accel.training.distributed import World
+from sdgp_accel.training.loop import global_state
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -112,15 +113,22 @@ def test_cifar10_augments_and_repeats(cifar10):
     assert not batches_equal(data.train(3), data.train(4))
 
 
-def test_every_batch_has_draws_of_its_own(cifar10, monkeypatch):
-    """In every run, epoch, step and process."""
-    seeds, recipe = [], replace(load_recipe("cifar10/dense"), batch_size=10)
+def test_no_two_streams_of_a_run_are_the_same(cifar10, monkeypatch):
+    """Those of the runs, processes, epochs and steps, and of the order of the images and their augmentation."""
+    seeds, recipe, permute = [], replace(load_recipe("cifar10/dense"), batch_size=10), torch.randperm
     monkeypatch.setattr(augment, "random_flip", lambda images, rng: seeds.append(rng.initial_seed()) or images)
     for seed, rank in itertools.product(range(2), range(2)):
-        data = load_data(replace(recipe, seed=seed), cifar10, World(rank, 2, torch.device("cpu")))
+        recipe = replace(recipe, seed=seed)
+        data = load_data(recipe, cifar10, World(rank, 2, torch.device("cpu")))
         for epoch in range(2):
             assert len(list(data.train(epoch))) == data.steps_per_epoch == 5
-    assert len(set(seeds)) == len(seeds) == 40
+        with global_state(recipe, rank):
+            seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == len(seeds) == 44
+    monkeypatch.setattr(torch, "randperm", lambda n, generator: seeds.append(generator.initial_seed()) or permute(n))
+    for seed, epoch in itertools.product(range(2), range(2)):  # of all processes
+        epoch_order(replace(recipe, seed=seed), ALONE, epoch, 100)
+    assert len(set(seeds)) == len(seeds) == 48
 
 
 def test_images_are_augmented_as_far_as_the_recipe_says(cifar10, monkeypatch):
