@@ -6,10 +6,10 @@
     python -m bench.suite --only gemm --again        # the cases whose names start so, also where a result exists
 
 Every case is a process of its own. Its log and its result go to runs/suite/<GPU>-<sources>/, where <sources> is a
-digest of the code (so it works in a copy without git, and counts changes that are not committed): the same code on the
-same GPU finds its earlier results and does not repeat them. suite-<GPU>.json there says what ran, how it ended, how
-long it took, and on what machine, driver and versions. To put results into the README, copy them to bench/results/ and
-run `python -m bench.report`.
+digest of the code (so it works in a copy without git, and counts changes that are not committed) and of the versions of
+torch, its libraries and the driver: with the same of all on the same GPU it finds its earlier results and does not
+repeat them. suite-<GPU>.json there says what ran, how it ended, how long it took, and on what machine, driver and
+versions. To put results into the README, copy them to bench/results/ and run `python -m bench.report`.
 
 Needs torch and a CUDA GPU, no virtual environment and no network. The extension is built for this GPU alone, and not at
 all where one in cutlass_ops/ has the stamp of these sources (`build_kernels.is_current`).
@@ -22,6 +22,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -51,6 +52,8 @@ DONE = "done before, with these sources on this GPU"
 
 PYTEST = "{python} -m pytest -q -p no:cacheprovider"
 TESTING = ("pytest", "pytest_timeout")
+PASSED = re.compile(r"\b[1-9]\d* passed\b")  # at the end of what pytest prints
+NOTHING_DONE = 5  # the exit code of a case that has not worked: pytest's own where it finds no tests
 
 
 class Case(NamedTuple):
@@ -167,6 +170,10 @@ class Run(NamedTuple):
         """The file that the case writes, for those that do."""
         return self.folder / f"{case.name}-{self.label}.json" if "{result}" in case.command else None
 
+    def log(self, case: Case) -> Path:
+        """What the case has printed."""
+        return self.folder / f"{case.name}.log"
+
     def command(self, case: Case) -> list[str]:
         """What to execute."""
         values = {"python": sys.executable, "result": self.result(case), "sanitizer": find_sanitizer()}
@@ -192,9 +199,11 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(map(str, homes)))
 
 
-def source_digest() -> str:
-    """Of every file that a result may depend on."""
-    digest = hashlib.sha256()
+def source_digest(machine: Machine) -> str:
+    """Of every file that a result may depend on, of the libraries' versions and the driver's."""
+    gpu = machine.origin.get("gpu") or {}
+    versions = machine.origin.get("versions"), gpu.get("cuda"), gpu.get("state", {}).get("driver_version")
+    digest = hashlib.sha256(repr(versions).encode())
     paths = (path for folder in SOURCES for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES)
     for path in sorted(paths):
         digest.update(f"\0{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes())
@@ -276,6 +285,17 @@ def execute(command: Sequence[str], log: Path, seconds: float, environment: dict
             stop(process)
 
 
+def has_worked(case: Case, run: Run) -> bool:
+    """Whether a case that ended well has written its result, or passed a test.
+
+    pytest is content where every test is skipped, as for want of kernels that load.
+    """
+    result = run.result(case)
+    if result is not None:
+        return result.exists()
+    return PYTEST not in case.command or PASSED.search(run.log(case).read_text(errors="replace")) is not None
+
+
 def stop(process: subprocess.Popen[Any]) -> None:
     """End the process and everything it started."""
     for kind in (signal.SIGTERM, signal.SIGKILL):
@@ -330,7 +350,7 @@ def main(minutes: float, names: Sequence[str], again: bool, is_dry_run: bool, ou
         raise click.BadParameter("nan is no length of time", param_hint="--minutes")
     cases = select(names)
     machine = Machine("no GPU", "", {}) if is_dry_run and not torch.cuda.is_available() else find_machine()
-    run = Run(machine, source_digest(), out.resolve())
+    run = Run(machine, source_digest(machine), out.resolve())
     record = read(run.record_path)
     if record is None:
         click.echo(f"{run.record_path} is no record of this suite: what it told of is run again", err=True)
@@ -349,17 +369,24 @@ def main(minutes: float, names: Sequence[str], again: bool, is_dry_run: bool, ou
 
     def run_case(case: Case, limit: float) -> int | None:
         click.echo(f"{case.name:26} about {run.estimate(case):.0f} s ... ", nl=False)
-        return execute(run.command(case), run.folder / f"{case.name}.log", limit, environment)
+        # What an earlier run left would be taken for this one's, where this one ends early.
+        record["cases"].pop(case.name, None)
+        write(run.record_path, record)
+        if (result := run.result(case)) is not None:
+            result.unlink(missing_ok=True)
+        code = execute(run.command(case), run.log(case), limit, environment)
+        return NOTHING_DONE if code == 0 and not has_worked(case, run) else code
 
     failed = []
     click.echo(f"{machine.gpu}: {len(cases)} cases, results and logs in {run.folder}")
     for case, outcome in outcomes(cases, run, minutes, record["cases"], again, run_case):
         if outcome.status in ("skipped", "left out"):
             click.echo(f"{case.name:26} {outcome.status}: {outcome.reason}")
-            record["cases"].setdefault(case.name, outcome._asdict())
+            if "command" not in record["cases"].get(case.name, {}):  # else it has run before
+                record["cases"][case.name] = outcome._asdict()
             continue
         click.echo(f"{outcome.status} after {outcome.seconds:.0f} s {outcome.reason}")
-        log, result = run.folder / f"{case.name}.log", run.result(case)
+        log, result = run.log(case), run.result(case)
         if outcome.status != "passed":
             failed.append(case.name)
             tail = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]

@@ -158,15 +158,24 @@ def test_the_digest_is_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for source in sources:
         source.parent.mkdir(parents=True)
         source.write_text("one")
-    seen = {suite.source_digest()}
+    seen = {suite.source_digest(MACHINE)}
     (tmp_path / "bench" / "result.json").write_text("{}")
-    assert suite.source_digest() in seen
+    assert suite.source_digest(MACHINE) in seen
     for source in sources:
         source.write_text("two")
-        seen.add(suite.source_digest())
+        seen.add(suite.source_digest(MACHINE))
     assert len(seen) == 1 + len(sources)
     source.rename(source.with_name("b.yaml"))
-    assert suite.source_digest() not in seen
+    assert suite.source_digest(MACHINE) not in seen
+
+
+def test_another_torch_or_driver_repeats_everything() -> None:
+    def digest(torch: str, driver: str) -> str:
+        gpu = {"name": "Made-up GPU", "state": {"driver_version": driver, "power.draw": os.urandom(4).hex()}}
+        return suite.source_digest(MACHINE._replace(origin={"versions": {"torch": torch}, "gpu": gpu}))
+
+    assert digest("2.6", "580") == digest("2.6", "580")
+    assert len({digest("2.6", "580"), digest("2.9", "580"), digest("2.6", "590")}) == 3
 
 
 def test_a_process_that_overruns_ends_with_all_it_started(tmp_path: Path) -> None:
@@ -277,6 +286,69 @@ def test_what_ran_before_an_interruption_is_on_record(small: Path, monkeypatch: 
     (path,) = small.glob("*/suite-*.json")
     ended = {name: case["status"] for name, case in json.loads(path.read_text())["cases"].items()}
     assert ended == {"build": "passed", "one": "passed", "fails": "failed"}
+
+
+def test_a_repeated_case_that_is_interrupted_is_not_done(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call("--out", small, "--minutes", 10)
+    (path,) = small.glob("*/one-*.json")
+
+    def interrupted(command: list[str], log: Path, *arguments: Any) -> int | None:
+        if log.stem == "one":
+            path.write_text("half of a result")
+            raise KeyboardInterrupt
+        return 0
+
+    with monkeypatch.context() as there:
+        there.setattr(suite, "execute", interrupted)
+        assert call("--out", small, "--again", "--only", "one").exit_code == 1
+    assert suite.DONE not in call("--out", small, "--only", "one").output
+    assert json.loads(path.read_text()) == {"rows": []}
+
+
+def test_a_repeated_case_that_fails_has_no_result(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call("--out", small, "--minutes", 10)
+    monkeypatch.setattr(suite, "execute", lambda command, log, *rest: log.write_text("out of memory") * 0 + 1)
+    monkeypatch.setattr(suite, "CASES", suite.CASES[1:])  # without the build
+    assert "not passed: two;" in call("--out", small, "--again", "--only", "two").output
+    (path,) = small.glob("*/suite-*.json")
+    record = json.loads(path.read_text())["cases"]
+    assert [record[name]["result"] for name in ("one", "two")] == ["one-Made-up_GPU.json", None]
+    assert not list(small.glob("*/two-*.json"))
+
+
+def test_the_last_reason_for_leaving_a_case_out_is_on_record(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as there:
+        there.setattr(suite, "execute", lambda command, log, *rest: log.write_text("no compiler") * 0 + 1)
+        call("--out", small)
+    (path,) = small.glob("*/suite-*.json")
+    assert json.loads(path.read_text())["cases"]["endless"]["reason"] == "the build failed"
+    call("--out", small, "--minutes", 10)
+    record = json.loads(path.read_text())["cases"]
+    assert record["endless"]["reason"].startswith("takes about 1000000 s")
+    call("--out", small, "--minutes", 0.1, "--again")
+    left_out = json.loads(path.read_text())["cases"]
+    assert [left_out[name] for name in ("one", "fails")] == [record[name] for name in ("one", "fails")]  # they have run
+
+
+@pytest.mark.parametrize(
+    ("printed", "status"), [("12 skipped in 3.1s", "failed"), ("1 passed, 11 skipped in 3s", "passed")]
+)
+def test_tests_that_are_all_skipped_have_not_passed(
+    small: Path, monkeypatch: pytest.MonkeyPatch, printed: str, status: str
+) -> None:
+    """As those of the kernels are where the extension does not load."""
+    monkeypatch.setattr(suite, "CASES", (BUILD, Case("tests", f"{suite.PYTEST} tests", 5)))
+    monkeypatch.setattr(suite, "execute", lambda command, log, *rest: log.write_text(printed) * 0)
+    call("--out", small)
+    (path,) = small.glob("*/suite-*.json")
+    assert {name: case["status"] for name, case in json.loads(path.read_text())["cases"].items()} == {
+        "build": "passed", "tests": status,
+    }  # fmt: skip
+
+
+def test_a_benchmark_without_a_result_has_not_passed(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "execute", lambda command, log, *rest: log.write_text("nothing to do") * 0)
+    assert "not passed: one;" in call("--out", small, "--only", "one").output
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"cases": []}', '{"cases": {"one": 3}}', "\\xff"])
