@@ -188,17 +188,18 @@ PEERS: dict[str, Callable[[Sequence[Problem]], list[Closure]]] = {
 def time_in_turns(contenders: dict[str, list[Closure]], repeats: int) -> dict[str, list[float]]:
     """Samples of microseconds of each contender: its closures, one per set of buffers, in turns with all others.
 
-    Each turn in an order of its own: on an H200 the first after the wait took up to 10 us longer.
+    Each turn in an order of its own: on an H200 the first after the wait took up to 10 us longer. Each call on the next
+    set of buffers, so that none finds W or X in the cache where the call before has read it.
     """
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in contenders}
-    order = random.Random(0)
-    for i in range(WARM_UP + repeats):
+    order, count = random.Random(0), itertools.count()
+    for _ in range(WARM_UP + repeats):
         torch.cuda._sleep(HEAD_START)
         for name in order.sample(list(contenders), len(contenders)):
             closures = contenders[name]
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            closures[i % len(closures)]()
+            closures[next(count) % len(closures)]()
             end.record()
             events[name].append((start, end))
     torch.cuda.synchronize()
