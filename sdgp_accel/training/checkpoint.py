@@ -6,6 +6,7 @@ data need no state (see `data`). Files hold tensors and plain values only and lo
 
 from __future__ import annotations
 
+import io
 import os
 import random
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,7 @@ FREE_FIELDS = ("workers", "checkpoint_steps", "paper_top1", "note")
 
 @dataclass
 class Progress:
-    """Where a run stands: the next epoch and step, the epoch's loss so far, the finished epochs' log rows.
+    """Where a run stands: the next epoch and step, the epoch's loss and time so far, the finished epochs' log rows.
 
     loss_sum: over the epoch's steps, the mean of the processes.
     """
@@ -34,6 +35,7 @@ class Progress:
     epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
+    seconds: float = 0.0
     rows: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -59,8 +61,21 @@ def save(
         "scaler": scaler.state_dict(),
         "random_states": random_states,
     }
+    write(state, path)
+
+
+def write(state: dict[str, Any], path: Path) -> None:
+    """Save `state` to `path`, all or nothing, whatever stops the process or the machine.
+
+    Raises OSError where there is no room for it.
+    """
+    content = io.BytesIO()  # torch's own writer says "unexpected pos" where a disk is full
+    torch.save(state, content)
     unfinished = path.with_suffix(".tmp")
-    torch.save(state, unfinished)
+    with unfinished.open("wb") as file:
+        file.write(content.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())  # else a machine that goes down now may be left with the name of an empty file
     os.replace(unfinished, path)
 
 

@@ -20,7 +20,8 @@ class Log:
     """The log of one process; only the `main` one shows or writes anything. Bars appear on terminals only."""
 
     def __init__(self, output_dir: Path, main: bool) -> None:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        if main:  # under torchrun the others may call their folder by another second
+            output_dir.mkdir(parents=True, exist_ok=True)
         self.output_dir, self.main = output_dir, main
         self.console = Console(stderr=True, quiet=not main)
         self.board = _summary_writer(output_dir) if main else None

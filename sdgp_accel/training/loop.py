@@ -31,7 +31,10 @@ WEIGHTS = "weights.pt"
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run reached: final test accuracy in percent, and the log's rows, one for each epoch."""
+    """What a finished run reached: final test accuracy in percent, and the log's rows, one for each epoch.
+
+    seconds: of all epochs, also of those before a resume.
+    """
 
     accuracy: float
     seconds: float
@@ -70,9 +73,9 @@ def train(
             progress = checkpoint.load(saved, world, recipe, model, optimizer, scaler)
         log.say(describe(recipe, world, report))
 
-        parallel, started, sparse = world.parallel(model), time.perf_counter(), True
+        parallel, sparse = world.parallel(model), True
         while progress.epoch < recipe.epochs:
-            epoch_started = time.perf_counter()
+            started = time.perf_counter() - progress.seconds
             loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=world.device)
             parallel.train()
             batches = data.train(progress.epoch, progress.step)
@@ -95,6 +98,7 @@ def train(
                 if recipe.checkpoint_steps and progress.step % recipe.checkpoint_steps == 0:
                     # The main process's progress is what all resume from: an equal share of the sum over all for each.
                     progress.loss_sum = float(world.sum(loss_sum.clone())) / world.size
+                    progress.seconds = time.perf_counter() - started
                     checkpoint.save(saved, world, recipe, progress, model, optimizer, scaler)
 
             row = {
@@ -102,17 +106,18 @@ def train(
                 "loss": float(world.sum(loss_sum)) / (data.steps_per_epoch * world.size),
                 "accuracy": test(recipe, world, model, data),
                 "lr": optimizer.param_groups[0]["lr"],
-                "seconds": round(time.perf_counter() - epoch_started, 3),
+                "seconds": round(time.perf_counter() - started, 3),
             }
-            progress = checkpoint.Progress(progress.epoch + 1, 0, 0.0, [*progress.rows, row])
+            progress = checkpoint.Progress(progress.epoch + 1, rows=[*progress.rows, row])
             log.epoch(progress.rows, recipe.epochs)
             if not np.isfinite(row["loss"]):
                 raise RuntimeError(f"the loss is {row['loss']} in epoch {row['epoch']}: training has diverged")
             checkpoint.save(saved, world, recipe, progress, model, optimizer, scaler)
 
         if world.is_main:
-            torch.save(model.state_dict(), output_dir / WEIGHTS)
-        result = Result(progress.rows[-1]["accuracy"], time.perf_counter() - started, progress.rows)
+            checkpoint.write(model.state_dict(), output_dir / WEIGHTS)
+        seconds = sum(row["seconds"] for row in progress.rows)
+        result = Result(progress.rows[-1]["accuracy"], seconds, progress.rows)
         paper = "" if recipe.paper_top1 is None else f" (the paper: {recipe.paper_top1:.1f} %)"
         log.say(f"test accuracy: {result.accuracy:.2f} %{paper} after {result.seconds:.1f} s, in {output_dir}")
         return result

@@ -11,7 +11,9 @@ from sdgp_accel.training.data import generator_for
 
 
 def images_and_rngs(seed, height=9, width=7):
-    images = torch.rand(300, 3, height, width, generator=generator_for("test", seed)) + 0.1  # no zeros: those mark the fill
+    images = (
+        torch.rand(300, 3, height, width, generator=generator_for("test", seed)) + 0.1
+    )  # no zeros: those mark the fill
     return images, generator_for("test", seed, 1), generator_for("test", seed, 1)
 
 

@@ -48,7 +48,7 @@ def test_an_epoch_is_said_written_and_sent_to_tensorboard(tmp_path, monkeypatch,
 
 
 def test_only_the_main_process_shows_or_writes_anything(tmp_path, capsys):
-    with Log(tmp_path, main=False) as log:
+    with Log(tmp_path / "of_the_others", main=False) as log:
         on_terminal(log)
         log.say("hello")
         log.epoch(ROWS, epochs=3)

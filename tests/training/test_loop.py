@@ -1,6 +1,7 @@
 """The training loop: it learns, it resumes bit for bit, and it says what is wrong."""
 
 import csv
+import itertools
 import os
 import random
 from dataclasses import replace
@@ -142,14 +143,63 @@ def test_interrupted_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / CHECKPOINT
     checkpoint.save(path, ALONE, short(), Progress(epoch=1), model, optimizer, scaler)
 
-    def half_written(state, target):
-        target.write_bytes(b"half")
+    def interrupted(source, target):
         raise Interrupted
 
-    monkeypatch.setattr(torch, "save", half_written)
-    with pytest.raises(Interrupted):
-        checkpoint.save(path, ALONE, short(), Progress(epoch=2), model, optimizer, scaler)
+    with monkeypatch.context() as there:
+        there.setattr(os, "replace", interrupted)
+        with pytest.raises(Interrupted):
+            checkpoint.save(path, ALONE, short(), Progress(epoch=2), model, optimizer, scaler)
     assert checkpoint.load(path, ALONE, short(), model, optimizer, scaler) == Progress(epoch=1)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else a machine that goes down may leave the name of an empty file."""
+    sizes = []
+    monkeypatch.setattr(os, "fsync", lambda file: sizes.append(os.fstat(file).st_size))
+    monkeypatch.setattr(os, "replace", lambda source, target: sizes.append(source.stat().st_size))
+    checkpoint.write({"a": torch.zeros(10_001)}, tmp_path / CHECKPOINT)
+    assert sizes[0] == sizes[1] > 40_000
+
+
+def test_a_full_disk_is_called_one(tmp_path):
+    (tmp_path / "checkpoint.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint.write({"a": torch.zeros(100_000)}, tmp_path / CHECKPOINT)
+
+
+def test_weights_are_written_all_or_nothing(tmp_path, monkeypatch):
+    replaced = []
+    replace_file = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: replaced.append(paths[1].name) or replace_file(*paths))
+    train(replace(short(), epochs=1, lr_peak_epoch=0.5), tmp_path)
+    assert replaced[-1] == WEIGHTS
+
+
+def test_the_time_before_a_resume_counts(tmp_path, monkeypatch):
+    """A clock that goes on by a second with every look at it."""
+    now = itertools.count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(now))))
+    recipe = replace(short(checkpoint_steps=8), epochs=2)
+    whole = train(recipe, tmp_path / "whole")
+    assert [row["seconds"] for row in whole.rows] == [3.0, 3.0]
+    assert whole.seconds == 6.0
+    steps = []
+
+    def crash_after_16_steps(*arguments):
+        save(*arguments)
+        steps.append(arguments[3].step)
+        if steps == [8, 16]:
+            raise Interrupted
+
+    save = checkpoint.save
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", crash_after_16_steps)
+        with pytest.raises(Interrupted):
+            train(recipe, tmp_path / "parts")
+    parts = train(recipe, tmp_path / "parts", resume=True)
+    assert [row["seconds"] for row in parts.rows] == [3.0, 3.0]
+    assert parts.seconds == 6.0
 
 
 def test_global_settings_are_put_back():
