@@ -138,8 +138,8 @@ class ImageFolders:
         side = recipe.resolution.test
         # The test crop is the middle 224/256 of the image, the usual share.
         whole = [v2.Resize(round(side * 256 / 224), antialias=True), v2.CenterCrop(side), v2.PILToTensor()]
-        self.train_images = ImageFolder(str(data_dir / "train"))
-        self.test_images = ImageFolder(str(data_dir / "val"), transform=v2.Compose(whole))
+        self.train_images = ImageFolder(str(data_dir / "train"), loader=_read_image)
+        self.test_images = ImageFolder(str(data_dir / "val"), transform=v2.Compose(whole), loader=_read_image)
         if self.train_images.classes != self.test_images.classes:
             raise ValueError(f"the folders train and val of {data_dir} must hold the same classes")
         self.num_classes = len(self.train_images.classes)
@@ -191,6 +191,15 @@ class _Seeded(Dataset[tuple[Tensor, int]]):
             return self.transform(image), label
         finally:
             torch.default_generator.set_state(state)
+
+
+def _read_image(path: str) -> Any:
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except (OSError, SyntaxError) as error:  # Pillow's, which seldom say of which file
+        raise OSError(f"{path} cannot be read as an image: {error}") from error
 
 
 def _mix(*parts: str | int) -> int:

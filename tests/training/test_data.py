@@ -230,6 +230,17 @@ def test_image_folder_does_not_depend_on_workers_or_global_state(image_folder):
     assert torch.equal(torch.get_rng_state(), before)  # the stream that pruning draws from stays where it was
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named(tmp_path, workers):
+    rng = np.random.default_rng(0)
+    folder = picture_folder(tmp_path, rng.integers(0, 256, (64, 64, 3)))
+    damaged = folder / "train" / "one" / "5.png"
+    damaged.write_bytes(damaged.read_bytes()[:2000])
+    data = load_data(replace(folder_recipe(), workers=workers), folder, ALONE)
+    with pytest.raises(OSError, match=r"one/5\.png cannot be read as an image: image file is truncated"):
+        list(data.train(0))
+
+
 def test_image_folder_missing(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(FileNotFoundError, match="val is missing"):
