@@ -31,17 +31,18 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, plan: str 
     arXiv:2202.00774), with dY seen as [T, out_features],
     ``dX = prune(dY, along out_features) W``, ``dW = prune(dY, along T)^T X`` and ``db = Σ_T dY`` unpruned.
 
-    Nested tensors run the ordinary dense backward, and so does everything under torch.func's transforms, in forward
-    mode (torch.autograd.forward_ad) and in what torch.export and torch.jit.trace record.
+    Nested tensors run the ordinary dense backward, and so do tensors of classes with operations of their own (DTensor,
+    quantized weights), everything under torch.func's transforms, in forward mode (torch.autograd.forward_ad) and in
+    what torch.export and torch.jit.trace record.
 
     Raises TypeError for an input that is not floating point, and RuntimeError on double backward.
     """
     _check_tensor(input, weight)
     weight_shape = weight.shape
-    is_sharded, compiling = type(weight) is not nn.Parameter and _is_sharded(weight), torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()
     # Of other dims: torch's own error, or what it makes of a weight that is one row without its dimension.
-    is_dense = is_sharded or not torch.is_grad_enabled() or input.dim() == 0 or len(weight_shape) != 2
-    if is_dense or _is_foreign(input, compiling):
+    is_dense = not torch.is_grad_enabled() or input.dim() == 0 or len(weight_shape) != 2
+    if is_dense or _is_foreign(input, weight, compiling):
         check_floating(input.dtype)
         return F.linear(input, weight, bias)
     if not isinstance(plan, str):
@@ -90,7 +91,7 @@ def conv2d(
     check_floating(input.dtype)
     is_dense = not torch.is_grad_enabled() or input.dim() not in (3, 4) or weight.dim() != 4  # dims: torch's own error
     # Where names are to be resolved: torch.jit.trace has no ints for that, and compares the line of both its calls.
-    if is_dense or (isinstance(padding, str) and _is_foreign(input, torch.compiler.is_compiling())):
+    if is_dense or (isinstance(padding, str) and _is_foreign(input, weight, torch.compiler.is_compiling())):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     stride, dilation = pair("stride", stride), pair("dilation", dilation)
     if isinstance(padding, str):
@@ -105,8 +106,8 @@ def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, window: Window,
     """`conv2d` with its integers as a layer has them."""
     _check_tensor(input, weight)
     input_shape, weight_shape = input.shape, weight.shape
-    is_sharded, compiling = type(weight) is not nn.Parameter and _is_sharded(weight), torch.compiler.is_compiling()
-    is_dense = is_sharded or not torch.is_grad_enabled() or _is_foreign(input, compiling)
+    compiling = torch.compiler.is_compiling()
+    is_dense = not torch.is_grad_enabled() or _is_foreign(input, weight, compiling)
     if is_dense or len(input_shape) != 4 or len(weight_shape) != 4:
         if not is_dense and len(input_shape) == 3:
             return convolve(input.unsqueeze(0), weight, bias, window, plan).squeeze(0)
@@ -369,43 +370,60 @@ def _check_tensor(input: object, weight: object) -> None:
         raise TypeError(f"weight must be a tensor; got {weight!r} of type {type(weight).__name__}")
 
 
-def _is_sharded(weight: Tensor) -> bool:
-    """True for the DTensors of tensor parallelism, which run dense: groups would have to cross the shards."""
-    # By name: importing torch.distributed.tensor takes half a second.
-    if type(weight).__name__ != "DTensor":
+# What stands for ordinary tensors while something traces.
+_STAND_INS = ("FakeTensor", "FunctionalTensor")
+_NO_DISPATCH = Tensor.__torch_dispatch__
+
+
+def _has_its_own_operations(tensor: Tensor) -> bool:
+    """True for a tensor of a class that computes by itself (``__torch_dispatch__``) and warns of it: it may know how a
+    Linear layer is differentiated, but not what a pruned backward is made of, and has no memory for kernels to read.
+    """
+    kind = type(tensor)
+    if kind is Tensor or kind.__torch_dispatch__ is _NO_DISPATCH or kind.__name__ in _STAND_INS:
         return False
-    _warn_of_shards()
+    _warn_of_class(kind.__name__)
     return True
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo cannot trace a warning: it calls this
-def _warn_of_shards() -> None:
-    warn_once(
-        "layers with tensor-parallel weights (DTensor) run the ordinary dense backward; the others draw by the rank of "
-        "their process: call sdgp_accel.set_data_parallel_rank with its place among the data-parallel ones, so that "
-        "tensor-parallel processes, whose copies of the others are to stay alike, draw alike"
-    )
+def _warn_of_class(name: str) -> None:
+    if name == "DTensor":  # by name: importing torch.distributed.tensor takes half a second
+        warn_once(
+            "layers with tensor-parallel weights (DTensor) run the ordinary dense backward; the others draw by the "
+            "rank of their process: call sdgp_accel.set_data_parallel_rank with its place among the data-parallel "
+            "ones, so that tensor-parallel processes, whose copies of the others are to stay alike, draw alike"
+        )
+    else:
+        warn_once(f"layers run the ordinary dense backward for tensors of the class {name}")
 
 
-def _is_foreign(input: Tensor, compiling: bool) -> bool:
+def _is_foreign(input: Tensor, weight: Tensor, compiling: bool) -> bool:
     """True where only torch's own functions can go: an autograd function has no part there, or would lose its backward
     (``torch.export.export(strict=True)``).
     """
+    if type(weight) is not nn.Parameter and _has_its_own_operations(weight):
+        return True
     if compiling:
         # What torch.compiler.is_exporting returns, itself true in all that torch.compile of torch 2.7 to 2.13 traces.
         is_exporting: bool = getattr(torch.compiler, "_is_exporting_flag", False)  # not before torch 2.7
-        return is_exporting or torch._C._are_functorch_transforms_active()
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+        if is_exporting or torch._C._are_functorch_transforms_active():
+            return True
+    elif torch.is_inference_mode_enabled():  # where nothing is recorded, whatever enable_grad says within it
+        return True
+    elif torch._C._functorch.peek_interpreter_stack() is not None:
         warn_once("layers under torch.func's transforms (vmap, grad, jvp, ..) run the ordinary dense backward")
+        return True
     elif forward_ad._current_level >= 0:
         warn_once("layers in forward mode (torch.autograd.forward_ad) run the ordinary dense backward")
+        return True
     elif torch._C._get_tracing_state() is not None:
         warn_once("torch.jit.trace records the ordinary dense layers")
+        return True
     elif input.is_nested:
         warn_once("layers run the ordinary dense backward for nested tensors")
-    else:
-        return False
-    return True
+        return True
+    return type(input) is not Tensor and _has_its_own_operations(input)
 
 
 def _encoded(plan: SDGPConfig, kind: LayerKind) -> str:

@@ -1,4 +1,6 @@
-"""What is done to layers from outside: in-place changes, reuse, fx, jit.trace, torch.func, nested tensors."""
+"""What is done to layers from outside: in-place changes, reuse, fx, jit.trace, torch.func, inference mode, nested
+tensors, tensors of other classes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -248,11 +251,61 @@ def test_batches_of_gradients_run_the_dense_backward(asked: tuple[bool, bool], w
     assert sum("for batches of gradients" in text for text in warns()) == 1
 
 
-def test_nested_tensors_run_the_dense_layer(warns: Any) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nested_tensors_run_the_dense_layer(compiled: bool, warns: Any) -> None:
     ours, dense = twins(nn.Linear(8, 4))
     parts = [torch.randn(3, 8), torch.randn(5, 8)]
     for model in (ours, dense):
         nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
-        model(nested).values().square().sum().backward()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        run(nested).values().square().sum().backward()
     assert torch.equal(ours.weight.grad, dense.weight.grad)
-    assert sum("nested tensors" in text for text in warns()) == 1
+    assert compiled or sum("nested tensors" in text for text in warns()) == 1
+
+
+class Quantized(Tensor):
+    """A weight as quantization libraries have them: it takes part in a layer's forward and in nothing else."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> Quantized:
+        made: Quantized = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+        made.codes, made.scale = codes, scale
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.linear, F.conv2d):
+            input, weight, *others = args
+            return func(input, weight.codes * weight.scale, *others)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(f"{func} of a quantized weight")
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8), (2, 8, 5, 5)])
+def test_a_weight_of_a_class_with_its_own_operations_runs_dense(shape: tuple[int, ...], warns: Any) -> None:
+    """Quantized after the swap, as the base of adapters is: gradients pass through to the layers below."""
+    ours, dense = twins(nn.Conv2d(8, 4, 3, padding="same") if len(shape) == 4 else nn.Linear(8, 4))
+    x = torch.randn(shape)
+    codes, gradients = torch.randint(-8, 8, ours.weight.shape, dtype=torch.int8), []
+    for layer in (ours, dense):
+        del layer.weight
+        layer.weight = Quantized(codes, torch.tensor(0.25))
+        leaf = x.clone().requires_grad_()
+        layer(leaf).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+    assert sum("for tensors of the class Quantized" in text for text in warns()) == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_inference_mode_records_nothing_even_where_gradients_are_enabled(compiled: bool) -> None:
+    """``with torch.set_grad_enabled(trains)`` stands in many a forward, and validation runs in inference mode."""
+    ours, dense = twins(small())
+    x = torch.randn(2, 4, 4, 4)
+    torch._dynamo.reset()
+    run = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
+    with torch.inference_mode(), torch.set_grad_enabled(True):
+        assert torch.equal(run(x), dense(x))
