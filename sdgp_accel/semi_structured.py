@@ -61,10 +61,11 @@ class SparseOperand(NamedTuple):
         shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=words.device).view(4, 1)
         nibbles = (words >> shifts).reshape(outer, quads, 1, inner)
         indices = torch.cat([nibbles & 3, (nibbles >> 2) & 3], dim=2).long()
-        dense = self.values.new_zeros(outer, quads, 4, inner)
-        dense.scatter_(2, indices, self.values.reshape(outer, quads, 2, inner))
+        kept = self.values.view(BITS[self.values.dtype])
+        dense = kept.new_zeros(outer, quads, 4, inner)
+        dense.scatter_(2, indices, kept.reshape(outer, quads, 2, inner))
         padded = (self.shape[0], quads * 4) if self.axis == 1 else (quads * 4, self.shape[1])
-        matrix = dense.view(padded)[: self.shape[0], : self.shape[1]]
+        matrix = dense.view(self.values.dtype).view(padded)[: self.shape[0], : self.shape[1]]
         if self.source is None:
             return matrix
         shape, dim = self.source
@@ -138,17 +139,17 @@ def compress_matrix(pruned: Tensor, axis: int, *, layout: str = ROW_MAJOR, k_ali
     padding = -k % k_align
     padded = torch.cat([pruned, pruned.new_zeros((t, padding) if axis == 1 else (padding, c))], axis)
     outer, inner = (t, 1) if axis == 1 else (1, c)
-    quads = padded.reshape(outer, (k + padding) // 4, 4, inner)
+    # By the bits, so that a kept -0 comes back as one, and a 16-bit NaN as itself: torch gathers those as float32.
+    quads = padded.reshape(outer, (k + padding) // 4, 4, inner).view(BITS[pruned.dtype])
 
-    # By the bits, so that a kept -0 comes back as one.
-    e0, e1, e2, e3 = (quads.view(BITS[pruned.dtype]) != 0).int().unbind(2)
+    e0, e1, e2, e3 = (quads != 0).int().unbind(2)
     if bool((e0 + e1 + e2 + e3 > 2).any()):
         raise ValueError(f"pruned must have at most 2 non-zeros in each group of 4 along axis {axis}; it has more")
     # The last non-zero is stored second, at 1 at least; the first one before it, or else a zero at 0, is stored first.
     second = torch.maximum(torch.maximum(3 * e3, 2 * e2), torch.ones_like(e1))
     first = (1 - e0) * torch.where((e1 > 0) & (second > 1), 1, 2 * e2 * (second > 2))
     indices = torch.stack([first, second], dim=2)
-    values = quads.gather(2, indices.long())
+    values = quads.gather(2, indices.long()).view(pruned.dtype)
     nibbles = (first | second << 2).view(outer, (k + padding) // K_PER_WORD, 4, inner)
     shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=nibbles.device).view(4, 1)
     words = (nibbles << shifts).sum(2).to(torch.int16)

@@ -98,6 +98,19 @@ def test_any_shape_comes_back(shape: tuple[int, ...], dim: int, layout: str) -> 
     assert same_bits(operand.decompress(), prune(x, dim=dim, seed=1))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_nan_comes_back(dtype: torch.dtype, axis: int) -> None:
+    """Whatever its sign and payload, signalling or quiet."""
+    bits = BITS[dtype.itemsize]
+    infinity = torch.tensor(torch.inf, dtype=dtype).view(bits).item()
+    pruned = torch.zeros(16, 16, dtype=bits)
+    pruned[1::4, 1::4] = torch.tensor([1, 2, 3, 99]) + infinity
+    pruned[3::4, 3::4] = torch.tensor([1, 2, 3, 99]) + infinity + torch.iinfo(bits).min
+    pruned = pruned.view(dtype)
+    assert same_bits(compress_matrix(pruned, axis).decompress(), pruned)
+
+
 def test_channels_last_compresses_in_its_own_order() -> None:
     x = torch.randn(2, 32, 3, 5).contiguous(memory_format=torch.channels_last)
     pruned = prune(x, dim=1, seed=2)
