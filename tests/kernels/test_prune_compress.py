@@ -262,6 +262,48 @@ def test_scopes_of_several_parts(engine):
         check(engine, x, PruneSpec("rescale_magnitude", 2, 4, scope), 261)
 
 
+def assert_factors(engine, x, n, m, positions_per_sample):
+    """Those that the first pass makes of x are of its sums, which are exact in float64."""
+    (t, c), device_x = x.shape, engine.put(x)
+    rule = {"n": n, "m": m, "dtype": DTYPES[x.dtype], "positions_per_sample": positions_per_sample, "eps": 0.0}
+    sums = engine.empty(engine.kernels.scope_workspace(t, c, positions_per_sample), dtype=torch.float64)
+    kept = [x, *(prune_matrix(x, PruneSpec("magnitude", n, m), axis, 1, None) for axis in (1, 0))]
+    samples = (-1, positions_per_sample, c) if positions_per_sample else (1, t * c, 1)
+    total, *exact = (matrix.double().abs().view(samples).sum(1).flatten().float() for matrix in kept)
+    factors = [engine.empty(len(total), dtype=torch.float32) for _ in exact]
+    launch = engine.kernels.ScopeScales(**rule, t=t, c=c, row_stride=c)
+    with engine.launching():
+        launch(device_x.data_ptr(), sums.data_ptr(), *(factor.data_ptr() for factor in factors))
+    for factor, kept_sum in zip(factors, exact, strict=True):
+        expected = torch.where(kept_sum == 0, 1.0, total / kept_sum)
+        torch.testing.assert_close(factor.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_factors_of_every_pattern(engine, n, m):
+    """That of a scope with inf is NaN, and no other."""
+    for dtype in DTYPES:
+        x = make_gradient("many zeros", 39, 21, dtype)
+        x[38, 20] = float("inf")
+        assert_factors(engine, x, n, m, 13)
+
+
+@pytest.mark.parametrize(("n", "m"), PATTERNS)
+def test_factors_of_huge_values(engine, n, m):
+    """From 2^121 on a warp adds up bfloat16 in another way; here some of a sample's warps meet such values."""
+    x = make_gradient("many zeros", 34, 250, torch.bfloat16) * 2.0**118
+    x[:4] *= 8
+    assert x.isfinite().all()
+    assert_factors(engine, x, n, m, 34)
+
+
+@pytest.mark.parametrize(("t", "c", "per_sample"), [(30, 506, 15), (30, 506, 0), (1202, 9, 601), (1202, 9, 0)])
+def test_factors_of_many_sums(engine, t, c, per_sample):
+    """Of more channels than a block has threads, in several blocks, where a group in front takes one more step of a
+    thread; of more than two parts."""
+    assert_factors(engine, make_gradient("normal", t, c, torch.float16), 2, 4, per_sample)
+
+
 @pytest.mark.parametrize("shape", [(5, 3), (70, 40)])
 def test_bias_gradient(engine, shape):
     """Float32 sums in a fixed order, rounded once: twice the same bits."""
