@@ -380,7 +380,9 @@ def _has_its_own_operations(tensor: Tensor) -> bool:
     Linear layer is differentiated, but not what a pruned backward is made of, and has no memory for kernels to read.
     """
     kind = type(tensor)
-    if kind is Tensor or kind.__torch_dispatch__ is _NO_DISPATCH or kind.__name__ in _STAND_INS:
+    if kind is Tensor or kind is nn.Parameter:
+        return False
+    if kind.__torch_dispatch__ is _NO_DISPATCH or kind.__name__ in _STAND_INS:
         return False
     _warn_of_class(kind.__name__)
     return True

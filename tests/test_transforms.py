@@ -264,7 +264,7 @@ def test_nested_tensors_run_the_dense_layer(compiled: bool, warns: Any) -> None:
 
 
 class Quantized(Tensor):
-    """A weight as quantization libraries have them: it takes part in a layer's forward and in nothing else."""
+    """As quantization libraries have them: it takes part in a layer's forward and in nothing else."""
 
     @staticmethod
     def __new__(cls, codes: Tensor, scale: Tensor) -> Quantized:
@@ -275,13 +275,14 @@ class Quantized(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (F.linear, F.conv2d):
-            input, weight, *others = args
-            return func(input, weight.codes * weight.scale, *others)
+            return func(
+                *(arg.codes * arg.scale if isinstance(arg, Quantized) else arg for arg in args), **(kwargs or {})
+            )
         return super().__torch_function__(func, types, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotImplementedError(f"{func} of a quantized weight")
+        raise NotImplementedError(f"{func} of a quantized tensor")
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8), (2, 8, 5, 5)])
@@ -297,6 +298,16 @@ def test_a_weight_of_a_class_with_its_own_operations_runs_dense(shape: tuple[int
         layer(leaf).square().sum().backward()
         gradients.append(leaf.grad)
     assert torch.equal(*gradients)
+    assert sum("for tensors of the class Quantized" in text for text in warns()) == 1
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8), (2, 8, 5, 5)])
+def test_an_input_of_a_class_with_its_own_operations_runs_dense(shape: tuple[int, ...], warns: Any) -> None:
+    ours, dense = twins(nn.Conv2d(8, 4, 3, padding="same") if len(shape) == 4 else nn.Linear(8, 4))
+    x = Quantized(torch.randint(-8, 8, shape, dtype=torch.int8), torch.tensor(0.25))
+    for layer in (ours, dense):
+        layer(x).square().sum().backward()
+    assert torch.equal(ours.weight.grad, dense.weight.grad)
     assert sum("for tensors of the class Quantized" in text for text in warns()) == 1
 
 
