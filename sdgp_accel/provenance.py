@@ -71,7 +71,9 @@ def git_revision() -> str | None:
     try:
         revision = _git(folder, "rev-parse", "HEAD")
         tracked = _git(folder, "ls-files", "__init__.py")
-        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        # A benchmark overwrites the results of the last time: the next one's code is the same.
+        code = (":(top)", ":(top,exclude)bench/results")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *code)
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("SDGP_GIT_REVISION")
     if not tracked:  # an installed copy inside somebody else's repository

@@ -46,9 +46,13 @@ def test_revision_is_the_packages_own(tmp_path: Path, monkeypatch: pytest.Monkey
     git("add", "other.txt")
     git("commit", "-qm", "somebody else's repository")
     assert git_revision() is None  # the package lies in it but does not belong to it
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    (results / "step_time.json").write_text("of the last time")
     git("add", ".")
     git("commit", "-qm", "the package")
     (package / "notes.txt").write_text("not the repository's")
+    (results / "step_time.json").write_text("of this time")
     assert git_revision() == git("rev-parse", "HEAD")
     (package / "__init__.py").write_text("changed = True\n")
     assert git_revision() == git("rev-parse", "HEAD") + "+changes"
