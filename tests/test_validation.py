@@ -330,6 +330,62 @@ def test_bias_has_the_predicted_noise() -> None:
     assert 0.2 * biases[0].standard_error < spread < 1.5 * biases[0].standard_error
 
 
+def scaled(scale: float) -> Any:
+    return lambda y, _: (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() * scale
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-20, 1e-12, 1e12, 1e20, 1e30])
+def test_gradients_of_any_size_are_judged_alike(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where their squares or their norms overflow, or vanish, in float32."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), torch.randn(64, 32)
+    report = sdgp.validate(net, x, loss_fn=scaled(scale))
+    assert report.ok, str(report)
+    if scale < 1e-30:  # what is subnormal may be wrong by more
+        return
+    for factor in (1 + 1e-4, 1 - 1e-4):
+        right = reference.ReferenceBackend.wgrad
+        with monkeypatch.context() as patch:
+            patch.setattr(reference.ReferenceBackend, "wgrad", lambda *a, by=factor, run=right: run(*a) * by)
+            report = sdgp.validate(net, x, loss_fn=scaled(scale))
+        assert {check.pass_name for check in report.failures} == {"wgrad"}
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e-6, 1e-5, 1e-3])
+@pytest.mark.parametrize("layer", [nn.Linear(9, 16), nn.Conv2d(8, 16, 3, padding=1)], ids=["linear", "conv"])
+def test_gradients_that_are_subnormal_in_float16_pass(layer: nn.Module, scale: float) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(copy.deepcopy(layer)).half()
+    x = torch.randn(4, 8, 9, 9, dtype=torch.float16, requires_grad=True)
+    loss = scaled(scale)
+    report = sdgp.validate(net, x, sdgp.SDGPConfig(prune="magnitude"), loss_fn=lambda y, _: loss(y.double(), None))
+    assert len(report.checks) == 2
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_convolutions_in_16_bits_on_a_cpu_pass(
+    kernel: int, autocast: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without instructions for them torch rounds after each tap (dgrad) and after each image (wgrad)."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Conv2d(16, 16, kernel, padding=kernel // 2) for _ in range(2)))
+    x, config = torch.randn(16, 16, 10, 10), sdgp.SDGPConfig(prune="magnitude")
+    report = sdgp.validate(net, x, config, autocast=autocast)
+    assert report.ok, str(report)
+    prune_compress = reference.ReferenceBackend.prune_compress
+
+    def without_an_image(self: Any, dy: Tensor, *arguments: Any) -> Any:
+        operands = prune_compress(self, dy, *arguments)
+        for operand in (operand for operand in operands[:2] if operand is not None):
+            operand[:100] = 0
+        return operands
+
+    monkeypatch.setattr(reference.ReferenceBackend, "prune_compress", without_an_image)
+    assert len(sdgp.validate(net, x, config, autocast=autocast).failures) == len(report.checks)
+
+
 def test_small_gradients_do_not_vanish_in_float16() -> None:
     net, x, signs = nn.Linear(32, 16), torch.randn(64, 32), torch.randint(0, 2, (64, 16)) * 2.0 - 1
     report = sdgp.validate(
