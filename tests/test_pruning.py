@@ -418,6 +418,24 @@ def test_mvue_at_the_boundaries_of_the_uniform(n: int, dtype: torch.dtype) -> No
     assert pruned.t().tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("group", [[2.0, 4.0, 3.0, 9.0], [1.0, 3.0, 3.0, 7.0], [1.0, 5.0, 4.0, 10.0]])
+def test_mvue_caps_what_reaches_one_exactly(group: list[float], dtype: torch.dtype) -> None:
+    u = torch.arange(0, 1 << 24, 65521)
+    x = torch.tensor(group, dtype=dtype).view(4, 1).repeat(1, len(u))
+    pruned = group_rules.mvue(x, 2, lambda _: iter([u << 8]), group_rules.Scratch(x.device))
+    values = list(x[:, 0].numpy())
+    assert pruned.t().tolist() == [oracle.mvue_group(values, 2, int(v), torch.finfo(dtype).max) for v in u]
+    assert (pruned[3] == group[3]).all()
+
+
+def test_mvue_drops_negative_zeros() -> None:
+    """In groups that keep all they have, too: what is dropped is +0, so that every backend gives the same bits."""
+    x = torch.tensor([-0.0, 1, 2, 3, -0.0, 1, -0.0, 2, -0.0, -0.0, -0.0, -0.0, -0.0, 1, 0, -0.0])
+    pruned = prune(x, seed=0)
+    assert not pruned[pruned == 0].signbit().any()
+
+
 def test_all_nans_are_equal() -> None:
     quiet, signalling = 0x7FC00000, 0x7F800002
     x = torch.tensor([0, signalling, quiet, 0, quiet, -1, 0, signalling], dtype=torch.int32).view(torch.float32)
