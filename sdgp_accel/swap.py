@@ -114,7 +114,9 @@ def set_active_(model: nn.Module, active: bool) -> nn.Module:
     A layer that is off runs the ordinary dense backward, from its next forward pass on; its configuration stays, and
     `accelerate_` does not switch it on. Costs nothing per step either way: the layer's plan is exchanged. Under
     torch.compile the next step recompiles, once for each of the two states; a captured CUDA graph has to be captured
-    again. Checkpoints do not hold the switch: set it again when training resumes (recipes and callbacks do).
+    again. Switch between steps: the backward of a checkpointed part runs its forward again and would not find what it
+    expects (CheckpointError). Checkpoints on disk do not hold the switch: set it again when training resumes (recipes
+    and callbacks do).
 
     Raises TypeError for a `model` that is no module or an `active` that is no bool. Warns where no layer is swapped.
     """
