@@ -297,11 +297,14 @@ def test_factors_of_huge_values(engine, n, m):
     assert_factors(engine, x, n, m, 34)
 
 
-@pytest.mark.parametrize(("t", "c", "per_sample"), [(30, 506, 15), (30, 506, 0), (1202, 9, 601), (1202, 9, 0)])
-def test_factors_of_many_sums(engine, t, c, per_sample):
+@pytest.mark.parametrize(
+    ("m", "t", "c", "per_sample"),
+    [(4, 30, 506, 15), (4, 30, 506, 0), (4, 1202, 9, 601), (4, 1202, 9, 0), (16, 80, 250, 80)],
+)
+def test_factors_of_many_sums(engine, m, t, c, per_sample):
     """Of more channels than a block has threads, in several blocks, where a group in front takes one more step of a
-    thread; of more than two parts."""
-    assert_factors(engine, make_gradient("normal", t, c, torch.float16), 2, 4, per_sample)
+    thread; of more than two parts; of two steps where lanes share groups."""
+    assert_factors(engine, make_gradient("normal", t, c, torch.float16), 2, m, per_sample)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (70, 40)])
