@@ -225,7 +225,7 @@ def test_the_fastest_batch_of_steps_for_each_layer(clock: list[float], amp: bool
         assert layer.amp == ({False, True} if amp else {False})  # forward alone runs under autocast
 
 
-def test_seeds_differ_between_calls() -> None:
-    generator = overhead.counting_generator()
-    seeds = [philox.take(generator) for _ in range(3)]
-    assert len(set(map(str, seeds))) == 3
+def test_seeds_come_from_a_generator(launches: list[str]) -> None:
+    """A constant would cost nothing."""
+    seeds = [str(philox.next_seed(torch.device("cpu"))) for _ in range(3)]
+    assert len(set(seeds)) == 3
