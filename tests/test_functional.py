@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sdgp_accel as sdgp
-from sdgp_accel import ops, philox
+from sdgp_accel import functional, ops, philox
 from sdgp_accel.layer_plan import DEFAULT_SCOPE, plan_string
 from sdgp_accel.pruning import prune_matrix
 
@@ -480,3 +480,14 @@ def test_opcheck(name: str) -> None:
         )  # fmt: skip
         op = ops.conv2d_backward
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_cast_is_kept_again_when_the_last_one_is_gone() -> None:
+    """Else each backward after the first step would cast every parameter a second time."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    cast = parameter.half()
+    assert functional._kept(parameter, cast) is cast
+    assert functional._kept(parameter, parameter.half()) is parameter
+    del cast
+    fresh = parameter.half()
+    assert functional._kept(parameter, fresh) is fresh

@@ -722,6 +722,7 @@ def test_the_switch_is_kept_by_everything_but_restore() -> None:
     model[4].sdgp_config = sdgp.SDGPConfig(prune="magnitude", n=1, backend="reference")
     assert not any(model[index].sdgp_active for index in (0, 4))
     assert type(model[0](x).grad_fn).__name__ == "ConvolutionBackward0"
+    assert type(model[4](torch.randn(2, 32)).grad_fn).__name__ == "AddmmBackward0"
     sdgp.restore_(model)
     assert not any("sdgp" in key for module in model.modules() for key in vars(module))
     sdgp.accelerate_(model, MAGNITUDE)
