@@ -429,6 +429,16 @@ def test_mvue_caps_what_reaches_one_exactly(group: list[float], dtype: torch.dty
     assert (pruned[3] == group[3]).all()
 
 
+@pytest.mark.parametrize("exponent", [-15, -30, -60, -90])
+def test_mvue_samples_what_is_tiny_beside_a_capped_value(exponent: int) -> None:
+    u = torch.arange(0, 1 << 24, 65521)
+    x = torch.tensor([1.0, *(value * 2.0**exponent for value in (1, 2, 3))]).view(4, 1).repeat(1, len(u))
+    pruned = group_rules.mvue(x, 2, lambda _: iter([u << 8]), group_rules.Scratch(x.device))
+    assert (pruned[0] == 1).all()
+    kept = (pruned[1:] != 0).float().mean(1)
+    assert torch.allclose(kept, torch.tensor([1, 2, 3]) / 6, atol=0.01)
+
+
 def test_mvue_drops_negative_zeros() -> None:
     """In groups that keep all they have, too: what is dropped is +0, so that every backend gives the same bits."""
     x = torch.tensor([-0.0, 1, 2, 3, -0.0, 1, -0.0, 2, -0.0, -0.0, -0.0, -0.0, -0.0, 1, 0, -0.0])

@@ -111,6 +111,14 @@ def test_every_nan_comes_back(dtype: torch.dtype, axis: int) -> None:
     assert same_bits(compress_matrix(pruned, axis).decompress(), pruned)
 
 
+def test_a_negative_dimension_of_a_matrix() -> None:
+    x = torch.randn(8, 20)
+    for dim in (0, 1):
+        operand, same = (compress(x, dim=d, seed=1) for d in (dim, dim - 2))
+        assert (same.axis, same.shape) == (operand.axis, operand.shape)
+        assert same_bits(same.decompress(), operand.decompress())
+
+
 def test_channels_last_compresses_in_its_own_order() -> None:
     x = torch.randn(2, 32, 3, 5).contiguous(memory_format=torch.channels_last)
     pruned = prune(x, dim=1, seed=2)
