@@ -314,6 +314,8 @@ def test_an_input_of_a_class_with_its_own_operations_runs_dense(shape: tuple[int
 @pytest.mark.parametrize("compiled", [False, True])
 def test_inference_mode_records_nothing_even_where_gradients_are_enabled(compiled: bool) -> None:
     """``with torch.set_grad_enabled(trains)`` stands in many a forward, and validation runs in inference mode."""
+    if compiled and torch.torch_version.TorchVersion(torch.__version__) < (2, 8):  # not tried with 2.7
+        pytest.skip(f"torch {torch.__version__} compiles a backward here that it cannot prepare")
     ours, dense = twins(small())
     x = torch.randn(2, 4, 4, 4)
     torch._dynamo.reset()
