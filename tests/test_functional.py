@@ -24,7 +24,7 @@ CONV_CASES: dict[str, dict[str, Any]] = {
     "stride": {"stride": 2, "padding": (1, 0)},
     "dilated": {"dilation": (2, 1)},
     "same": {"padding": "same"},
-    "same-even-kernel": {"padding": "same", "kernel": (4, 2), "dilation": (1, 3)},
+    "same-even-kernel": {"padding": "same", "kernel": (6, 2), "dilation": (1, 2)},
     "valid": {"padding": "valid"},
     "grouped": {"groups": 2, "padding": 1},
     "depthwise": {"groups": 8, "stride": (2, 1)},
@@ -379,6 +379,7 @@ def test_non_floating_input_is_refused(dtype: torch.dtype, training: bool) -> No
     [
         ({"padding": "full"}, "padding must be 'same', 'valid', an int or two ints; got 'full'"),
         ({"padding": "same", "stride": 2}, r"padding='same' needs stride 1; got stride \(2, 2\)"),
+        ({"padding": "same", "stride": (1, 2)}, r"padding='same' needs stride 1; got stride \(1, 2\)"),
         ({"stride": 0}, r"stride must be positive; got \(0, 0\)"),
         ({"stride": (1, 2, 3)}, r"stride must be an int or two of them; got \(1, 2, 3\)"),
         ({"stride": 1.5}, r"stride must be an int or two of them; got 1.5"),
@@ -455,13 +456,16 @@ def test_meta_tensors() -> None:
     assert weight.grad.shape == weight.shape
 
 
+@pytest.mark.parametrize("frozen", [None, 0, 1])
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
-def test_the_ops_compute_what_the_eager_backward_does(kind: str, fixed_seed: Tensor) -> None:
+def test_the_ops_compute_what_the_eager_backward_does(kind: str, frozen: int | None, fixed_seed: Tensor) -> None:
     """A recorded backward (create_graph) goes through the op, a plain one calls its implementation."""
     shapes = ((2, 5, 8), (8, 8), (8,)) if kind == "linear" else ((2, 8, 5, 5), (8, 8, 3, 3), (8,))
     inputs = require_grad(*map(torch.randn, shapes))
+    if frozen is not None:
+        inputs[frozen].requires_grad_(False)
     y = getattr(sdgp.functional, kind)(*inputs)
-    dy = torch.randn_like(y)
+    dy, inputs = torch.randn_like(y), [tensor for tensor in inputs if tensor.requires_grad]
     plain = torch.autograd.grad(y, inputs, dy, retain_graph=True)
     recorded = torch.autograd.grad(y, inputs, dy, create_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(plain, recorded, strict=True))

@@ -190,3 +190,8 @@ def test_a_cuda_device_may_be_asked_for_a_seed_first_of_all(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "current_device", current_device)
     monkeypatch.setattr(torch.cuda, "default_generators", ())
     assert philox.next_seed(torch.device("cuda"))[1] == 2
+
+
+def test_drawn_seeds_have_all_their_bits() -> None:
+    drawn = torch.stack([draw("cpu") for _ in range(64)])
+    assert all(bool(((drawn >> bit) & 1).any(0).all()) and not bool(((drawn >> bit) & 1).all()) for bit in range(64))
