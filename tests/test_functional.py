@@ -62,11 +62,11 @@ def require_grad(*tensors: Tensor | None) -> list[Tensor]:
     return [t.detach().requires_grad_() for t in tensors if t is not None]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, {"grad_input": "random", "grad_weight": "magnitude"}], ids=str)
 @pytest.mark.parametrize("passes", [("sparse", "sparse"), ("sparse", "dense"), ("dense", "sparse")])
 @pytest.mark.parametrize("shape", [(12,), (5, 12), (3, 4, 12), (2, 3, 5, 12)])
 def test_linear_is_dense_autograd_on_the_pruned_gradient(
-    function: str, passes: Any, shape: tuple[int, ...], fixed_seed: Tensor
+    function: Any, passes: Any, shape: tuple[int, ...], fixed_seed: Tensor
 ) -> None:
     config = sdgp.SDGPConfig(prune=function, grad_input=passes[0], grad_weight=passes[1])
     x, weight, bias = require_grad(*(torch.randn(s, dtype=torch.float64) for s in (shape, (10, 12), (10,))))
