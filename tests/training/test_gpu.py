@@ -3,15 +3,12 @@
 import pytest
 import torch
 
-from sdgp_accel.training import checkpoint, load_recipe, loop, train
+from sdgp_accel.training import load_recipe, loop, train
 from sdgp_accel.training.data import CIFAR10_COLOURS, InMemory, generator_for
 from sdgp_accel.training.loop import WEIGHTS
+from tests.training.crash import train_and_crash
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-class Interrupted(Exception):
-    """Stands for a crash."""
 
 
 def made_up_images(recipe, data_dir, world):
@@ -29,15 +26,7 @@ def test_cifar10_recipe_learns_and_resumes_bit_for_bit(function, tmp_path, monke
     monkeypatch.setattr(loop, "load_data", made_up_images)
     whole = train(recipe, tmp_path / "whole")
 
-    def save_and_crash(*arguments):
-        save(*arguments)
-        raise Interrupted
-
-    save = checkpoint.save
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_and_crash)
-        with pytest.raises(Interrupted):
-            train(recipe, tmp_path / "parts")
+    train_and_crash(recipe, tmp_path / "parts", saves=1)
     train(recipe, tmp_path / "parts", resume=True)
     weights, resumed = (torch.load(tmp_path / name / WEIGHTS, weights_only=True) for name in ("whole", "parts"))
     assert [name for name in weights if not torch.equal(weights[name], resumed[name])] == []

@@ -20,13 +20,10 @@ from sdgp_accel.training.checkpoint import Progress
 from sdgp_accel.training.distributed import World
 from sdgp_accel.training.loop import CHECKPOINT, WEIGHTS
 from sdgp_accel.training.schedule import learning_rate
+from tests.training.crash import Interrupted, train_and_crash
 
 ALONE = World(0, 1, torch.device("cpu"))
 STEPS = 22  # of an epoch of the digits
-
-
-class Interrupted(Exception):
-    """Stands for a crash."""
 
 
 def short(function="dense", **changes):
@@ -37,20 +34,7 @@ def short(function="dense", **changes):
 def resumes_bit_for_bit(recipe, tmp_path):
     """True if a run that crashes right after its second checkpoint goes on as if it had not."""
     train(recipe, tmp_path / "whole")
-    saves = 0
-
-    def save_and_crash(*arguments):
-        nonlocal saves
-        save(*arguments)
-        saves += 1
-        if saves == 2:
-            raise Interrupted
-
-    save = checkpoint.save
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save", save_and_crash)
-        with pytest.raises(Interrupted):
-            train(recipe, tmp_path / "parts")
+    train_and_crash(recipe, tmp_path / "parts", saves=2)
     # Whatever happens in between, and whatever state the resuming process starts from, must not matter.
     torch.manual_seed(1)
     random.seed(2)
@@ -184,19 +168,8 @@ def test_the_time_before_a_resume_counts(tmp_path, monkeypatch):
     whole = train(recipe, tmp_path / "whole")
     assert [row["seconds"] for row in whole.rows] == [3.0, 3.0]
     assert whole.seconds == 6.0
-    steps = []
-
-    def crash_after_16_steps(*arguments):
-        save(*arguments)
-        steps.append(arguments[3].step)
-        if steps == [8, 16]:
-            raise Interrupted
-
-    save = checkpoint.save
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", crash_after_16_steps)
-        with pytest.raises(Interrupted):
-            train(recipe, tmp_path / "parts")
+    train_and_crash(recipe, tmp_path / "parts", saves=2)
+    assert torch.load(tmp_path / "parts" / CHECKPOINT, weights_only=True)["progress"]["step"] == 16
     parts = train(recipe, tmp_path / "parts", resume=True)
     assert [row["seconds"] for row in parts.rows] == [3.0, 3.0]
     assert parts.seconds == 6.0
