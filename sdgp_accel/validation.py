@@ -199,7 +199,7 @@ def _check(label: str, call: _Call, pass_name: Pass, draws: int) -> PassCheck:
 
     terms = _terms(call.geometry, is_dgrad)
     size = float(exact.norm())
-    relative, absolute = _roundoff(call.dy, call.geometry, is_dgrad)
+    relative, absolute = _roundoff(call.dy, call.geometry, terms)
     allowed = relative * float(moduli.norm()) + torch.finfo(call.dy.dtype).eps / 2 * size
     allowed += absolute * math.sqrt(exact.numel()) / dy_unit / unit
     error, *of_torch = (float((c.double().view_as(exact) / dy_unit / unit - exact).norm()) for c in computed)
@@ -260,12 +260,12 @@ def _unit(values: Tensor) -> float:
     return 2.0 ** (math.frexp(float(values.abs().max()) if values.numel() else 0.0)[1] - 1)
 
 
-def _roundoff(dy: Tensor, geometry: Geometry, is_dgrad: bool) -> tuple[float, float]:
+def _roundoff(dy: Tensor, geometry: Geometry, terms: int) -> tuple[float, float]:
     """The factors of ‖|A||B|‖ and of sqrt(s) in the tolerance (see the module's docstring)."""
     accumulator = torch.finfo(torch.float64 if dy.dtype == torch.float64 else torch.float32)
     result = torch.finfo(dy.dtype)
     is_linear = isinstance(geometry, LinearGeometry)
-    sums = LAMBDA * math.sqrt(_terms(geometry, is_dgrad)) / 2
+    sums = LAMBDA * math.sqrt(terms) / 2
     relative = sums * accumulator.eps
     absolute = sums * accumulator.smallest_normal * accumulator.eps + result.smallest_normal * result.eps / 2
     if dy.dtype == torch.float32 and dy.device.type == "cuda":

@@ -318,7 +318,6 @@ def test_inference_mode_records_nothing_even_where_gradients_are_enabled(compile
         pytest.skip(f"torch {torch.__version__} compiles a backward here that it cannot prepare")
     ours, dense = twins(small())
     x = torch.randn(2, 4, 4, 4)
-    torch._dynamo.reset()
     run = torch.compile(ours, fullgraph=True, backend="aot_eager") if compiled else ours
     with torch.inference_mode(), torch.set_grad_enabled(True):
         assert torch.equal(run(x), dense(x))
